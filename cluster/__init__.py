@@ -1,0 +1,1 @@
+"""What the cluster is: configuration, model, plan, and the launcher that starts it."""

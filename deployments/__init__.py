@@ -1,0 +1,1 @@
+"""What runs: the Ray Serve deployments and the vLLM plugin. Only this package imports vLLM."""

@@ -1,0 +1,1 @@
+"""What operators see. A leaf: it imports nothing of the other packages."""
