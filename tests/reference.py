@@ -1,0 +1,77 @@
+"""What the tokens must be: greedy decoding by transformers' own model classes, in float32.
+
+Prompts are lists of token ids. Prompts of equal length run as one batch, so nothing is ever padded.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from tests.tiny_tokenizer import SPECIAL_TOKENS
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Greedy continuations, one entry per prompt, each of `max_tokens` tokens.
+
+    `margin` is the smallest difference between the best and the second-best log-probability over all steps, and
+    `margin_at` its (prompt, step): an implementation whose first wrong token is there met a near-tie, elsewhere a bug.
+    """
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    margin: float
+    margin_at: tuple[int, int]
+
+
+def make_prompts(
+    count: int, vocab_size: int, seed: int = 0, lengths: Sequence[int] = (3, 9, 16, 33)
+) -> list[list[int]]:
+    """`count` random prompts without special tokens, their lengths (in tokens) taken from `lengths` in turn."""
+    source = random.Random(seed)
+    first = len(SPECIAL_TOKENS)
+    return [[source.randrange(first, vocab_size) for _ in range(lengths[i % len(lengths)])] for i in range(count)]
+
+
+def greedy_reference(
+    checkpoint: Path, prompts: Sequence[Sequence[int]], max_tokens: int, dtype: torch.dtype = torch.float32
+) -> Reference:
+    """Continue each prompt by exactly `max_tokens` greedy tokens; end-of-text tokens do not stop it.
+
+    Runs on one thread: these models are too small for more, and threads that wait for busy cores cost ten times that.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _greedy(checkpoint, prompts, max_tokens, dtype)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _greedy(checkpoint: Path, prompts: Sequence[Sequence[int]], max_tokens: int, dtype: torch.dtype) -> Reference:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+    token_ids: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    margin, margin_at = float("inf"), (0, 0)
+    for length in sorted({len(prompt) for prompt in prompts}):
+        members = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        inputs = torch.tensor([prompts[i] for i in members])
+        cache = DynamicCache(config=model.config)
+        for step in range(max_tokens):
+            with torch.inference_mode():
+                logits = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            best = logits[:, -1].float().log_softmax(-1).topk(2)
+            inputs = best.indices[:, :1]
+            for row, i in enumerate(members):
+                first, second = best.values[row].tolist()
+                token_ids[i].append(int(inputs[row]))
+                logprobs[i].append(first)
+                if first - second < margin:
+                    margin, margin_at = first - second, (i, step)
+    return Reference(token_ids, logprobs, margin, margin_at)
