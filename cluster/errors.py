@@ -105,6 +105,14 @@ class RequestTooLarge(DeepsplitError):
     outcome = "too_large"
 
 
+class RequestTimeout(DeepsplitError):
+    """The request was not answered within its deadline, and its generation was aborted."""
+
+    http_status = 504
+    grpc_status = "DEADLINE_EXCEEDED"
+    outcome = "request_timeout"
+
+
 class ModelNotFound(DeepsplitError):
     """The request names a model that is not served here."""
 

@@ -1,0 +1,87 @@
+"""The attention deployment as the rest of the cluster sees it: how it is deployed and what its methods return.
+
+Light on purpose: the gateway and whoever builds the application import this module, and only the replicas themselves
+import `deployments.attention_replica`, which costs 15 s and 500 MB of vLLM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster.config import Config
+
+NAME = "attention"
+REPLICA_CLASS = "deployments.attention_replica.AttentionReplica"
+
+
+@dataclass(frozen=True)
+class ResponseHead:
+    """First item of a replica's answer to a REST request; chunks of the body (bytes) follow."""
+
+    status: int
+    content_type: str
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """One engine's state and counters since its start. Token counters are 0 while MTP drafting is off."""
+
+    running: int  # sequences in the engine's batch
+    waiting: int  # sequences not yet in it
+    kv_cache_usage: float  # share of KV blocks in use, 0 to 1
+    spec_draft_tokens: int
+    spec_accepted_tokens: int
+    generation_tokens: int
+    prompt_tokens: int
+
+    @property
+    def spec_acceptance(self) -> float | None:
+        """Share of drafted tokens that the model accepted; None before the first draft."""
+        return self.spec_accepted_tokens / self.spec_draft_tokens if self.spec_draft_tokens else None
+
+
+def attention_deployment(config: Config, directory: DeploymentHandle | None) -> serve.Application:
+    """The attention replicas, bound and ready to be passed to the gateway.
+
+    With a `directory` (a bound application or handle with `table(after_epoch)`) the routed experts are remote; without
+    one each replica is a whole, unsplit vLLM engine.
+    """
+    bundles = _bundles(config)
+    labels = dict(config.attention.placement.labels)
+    deploy = serve.deployment(
+        name=NAME,
+        num_replicas=config.attention.replicas,
+        ray_actor_options={
+            "num_cpus": bundles[0]["CPU"],
+            "num_gpus": 0,  # GPUs belong to the engine's workers, which take them from the placement group
+            "resources": dict(config.attention.placement.resources),
+        },
+        placement_group_bundles=bundles,
+        # One replica never spans nodes: its tensor-parallel ranks share a placement file, and NVLink if there is any.
+        placement_group_strategy="STRICT_PACK",
+        placement_group_bundle_label_selector=[labels] * len(bundles) if labels else None,
+        # The engine queues what does not fit into its batch; admission in front of it bounds the queue.
+        max_ongoing_requests=config.gateway.max_ongoing_requests * config.gateway.replicas,
+        graceful_shutdown_timeout_s=config.ray.stop_timeout_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=2.0,
+        health_check_timeout_s=30.0,
+        max_constructor_retry_count=2,
+    )
+    return deploy(REPLICA_CLASS).bind(config.model_dump_json(), directory)
+
+
+def _bundles(config: Config) -> list[dict[str, float]]:
+    """Placement group of one replica: the replica itself and the first rank share the first bundle."""
+    attention, placement = config.attention, config.attention.placement
+    cpus = 1.0 if placement.num_cpus is None else placement.num_cpus
+    first: dict[str, float] = {"CPU": cpus, **placement.resources}
+    if attention.device == "cpu":
+        return [first]
+    gpus = 1.0 if placement.num_gpus is None else placement.num_gpus / attention.tensor_parallel_size
+    ranks: list[dict[str, Any]] = [{"GPU": gpus} for _ in range(attention.tensor_parallel_size - 1)]
+    return [first | {"GPU": gpus}, *ranks]

@@ -1,0 +1,142 @@
+"""An attention replica: an unmodified vLLM engine inside a Ray Serve replica.
+
+`http` answers REST requests with vLLM's own OpenAI application, run in process: every field, check and error is vLLM's.
+Import this module in replicas only; it imports vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import tempfile
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackConfig
+from ray.serve.handle import DeploymentHandle
+from ray.serve.llm import LLMConfig, LLMServer, ModelLoadingConfig
+from starlette.types import ASGIApp
+from vllm.config import CompilationConfig
+from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
+
+from cluster.config import Config
+from cluster.errors import StartupError
+from deployments.asgi import call_asgi
+from deployments.attention import EngineStats, ResponseHead
+from deployments.engine_args import engine_args, engine_env
+
+logger = logging.getLogger("ray.serve")
+
+
+class LocalCheckpoint(CallbackBase):
+    """Tells Ray Serve LLM that the checkpoint is a folder, so that no node runs a download task (25 s of imports)."""
+
+    async def on_before_node_init(self) -> None:
+        self.ctx.run_init_node = False
+
+
+def llm_config(config: Config, args: dict[str, Any]) -> LLMConfig:
+    """Ray Serve LLM's description of the engine that `args` (see `engine_args`) start."""
+    name = config.model.name or config.model.path.name
+    return LLMConfig(
+        model_loading_config=ModelLoadingConfig(model_id=name, model_source=str(config.model.path)),
+        accelerator_config={"kind": "cpu" if config.attention.device == "cpu" else "gpu"},
+        engine_kwargs=args,
+        # vLLM's metrics stay in this process's own Prometheus registry, where `engine_stats` reads them.
+        log_engine_metrics=False,
+        callback_config=CallbackConfig(callback_class=LocalCheckpoint),
+    )
+
+
+async def follow_placement(directory: DeploymentHandle, path: Path) -> None:
+    """Keep `path` at the directory's latest placement table, for the engine's processes, which are not in Ray.
+
+    Each write is atomic. A directory that is away keeps the last table in force.
+    """
+    epoch = -1
+    while True:
+        try:
+            table = await directory.table.remote(epoch)
+        except RayError as error:
+            logger.warning("no news from the directory (%s): serving goes on with placement epoch %d", error, epoch)
+            await asyncio.sleep(1.0)
+            continue
+        epoch = json.loads(table)["epoch"]
+        fresh = path.with_suffix(".new")
+        fresh.write_text(table)
+        fresh.replace(path)
+
+
+class AttentionReplica(LLMServer):
+    """One vLLM engine. Raises StartupError when the engine cannot start."""
+
+    async def __init__(self, config_json: str, directory: DeploymentHandle | None) -> None:  # type: ignore[misc]  # Serve awaits it
+        config = Config.model_validate_json(config_json)
+        os.environ.update(engine_env(config))  # inherited by the engine's processes
+        self._scratch = tempfile.TemporaryDirectory(prefix="deepsplit-")
+        self._tasks: set[asyncio.Task[None]] = set()
+        additional: dict[str, Any] = {}
+        if directory is not None:
+            placement_file = Path(self._scratch.name) / "placement.json"
+            self._tasks.add(asyncio.create_task(follow_placement(directory, placement_file)))
+            dispatch = config.dispatch.model_dump(mode="json")
+            additional["deepsplit"] = {"placement_file": str(placement_file), "dispatch": dispatch}
+        args = engine_args(config, additional, "deepsplit" if directory else "auto", CompilationConfig._attention_ops)
+        self._start_timeout_s = config.ray.start_timeout_s
+        await super().__init__(llm_config(config, args))
+        self._app: ASGIApp = await self.__serve_build_asgi_app__()
+
+    async def start(self) -> None:
+        """Start the engine. Unlike the base class, sends no telemetry, which would start one more Ray actor."""
+        self.engine = self._engine_cls(self._llm_config)
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                await self.engine.start()
+        except TimeoutError as error:
+            raise StartupError(
+                f"the attention engine was not ready after {self._start_timeout_s:.0f} s: raise ray.start_timeout_s, "
+                "or look at this replica's log for what it waited for"
+            ) from error
+        except Exception as error:
+            raise StartupError(
+                f"the attention engine could not start: {error} (its own messages are in this replica's log)"
+            ) from error
+
+    async def http(
+        self, method: str, path: str, body: bytes, request_id: str
+    ) -> AsyncGenerator[ResponseHead | bytes, None]:
+        """Answer one REST request: a ResponseHead, then the body in chunks as they become ready.
+
+        Closing or cancelling the generator aborts the generation and frees its KV blocks.
+        """
+        async for item in call_asgi(self._app, method, path, body, {"x-request-id": request_id}):
+            yield item
+
+    async def engine_stats(self) -> EngineStats:
+        """What the engine last reported."""
+        totals: dict[str, float] = {}
+        for metric in get_metrics_snapshot():
+            if isinstance(metric, Counter | Gauge):
+                totals[metric.name] = totals.get(metric.name, 0) + metric.value
+        return EngineStats(
+            running=int(totals["vllm:num_requests_running"]),
+            waiting=int(totals["vllm:num_requests_waiting"]),
+            kv_cache_usage=totals["vllm:kv_cache_usage_perc"],
+            spec_draft_tokens=int(totals.get("vllm:spec_decode_num_draft_tokens", 0)),
+            spec_accepted_tokens=int(totals.get("vllm:spec_decode_num_accepted_tokens", 0)),
+            generation_tokens=int(totals["vllm:generation_tokens"]),
+            prompt_tokens=int(totals["vllm:prompt_tokens"]),
+        )
+
+    async def __del__(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        engine = getattr(self, "engine", None)
+        if engine is not None and engine._engine_client is not None:
+            engine._engine_client.shutdown()
+        await super().__del__()
+        self._scratch.cleanup()
