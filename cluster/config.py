@@ -88,7 +88,14 @@ class DispatchConfig(_Section):
     connect_timeout_s: float = Field(5.0, gt=0, description="Longest wait for a connection to a worker.")
     call_timeout_s: float = Field(30.0, gt=0, description="Longest wait for one worker's reply before its rows are "
                                                           "sent to another holder.")
-    max_attempts: int = Field(4, ge=1, description="Most rounds of the retry loop of one dispatch.")
+    dispatch_timeout_s: float = Field(90.0, gt=0, description="Longest life of one layer's dispatch, retries included.")
+    keepalive_interval_s: float = Field(1.0, gt=0, description="How often an idle connection is probed.")
+    keepalive_timeout_s: float = Field(2.0, gt=0, description="Silence after a probe that makes a worker lost (hung, or "
+                                                              "cut off).")
+    lost_worker_pause_s: float = Field(10.0, gt=0, description="How long a lost worker gets no rows while others hold "
+                                                               "its experts; a new placement ends the pause.")
+    reconnect_interval_s: float = Field(0.2, gt=0, description="How often a lost worker is tried again while nobody "
+                                                               "else holds its experts.")
     on_uncovered: Literal["wait", "fail"] = Field(
         "wait", description="When no live worker holds an expert: wait for one, or fail the request.")
     uncovered_timeout_s: float = Field(60.0, ge=0, description="Longest wait for a holder to come back.")

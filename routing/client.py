@@ -1,0 +1,269 @@
+"""The attention side of the expert plane: send, receive, and the one retry loop there is.
+
+Legend: T rows (tokens), H hidden size, K experts per token.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+import torch
+
+from cluster.config import DispatchConfig
+from cluster.errors import DispatchTimeout, StalePlacement, UncoveredExperts, WorkerLost
+from routing.dispatcher import Part, Split, combine, split
+from routing.placement import PlacementFile, PlacementTable, WorkerEndpoint
+from routing.wire import HEADER_BYTES, NO_EXPERT, Request, encode_request, request_bytes
+from routing.worker_link import WorkerLink
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.02  # how often a dispatch without a holder looks at the placement file
+_WATCHDOG_S = 0.1  # resolution of call_timeout_s
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """What both ends must agree on."""
+
+    model_id: str
+    hidden_size: int
+    num_experts: int
+
+
+@dataclass(frozen=True)
+class _Sent:
+    part: Part
+    worker_id: str
+    frames: tuple[tuple[int, slice], ...]  # (request id, rows of the part)
+
+
+@dataclass
+class Dispatch:
+    """One MoE layer's rows on their way: what `send` returns and `receive` takes."""
+
+    layer: int
+    hidden_TH: torch.Tensor
+    weights_TK: torch.Tensor
+    remaining_TK: np.ndarray  # expert ids still to be computed; NO_EXPERT where done
+    output_TH: torch.Tensor
+    deadline: float  # monotonic seconds
+    uncovered_deadline: float
+    sent: list[_Sent]
+
+
+class ExpertClient:
+    """Computes routed experts on remote workers. Thread-safe: one dispatch at a time."""
+
+    def __init__(
+        self,
+        settings: DispatchConfig,
+        shape: ExpertShape,
+        placement: PlacementFile,
+        dispatch_dtype: torch.dtype,
+        combine_dtype: torch.dtype,
+    ) -> None:
+        self._settings = settings
+        self._shape = shape
+        self._placement = placement
+        self._dispatch_dtype = dispatch_dtype
+        self._combine_dtype = combine_dtype
+        self._ids = count(1)
+        self._lock = threading.Lock()
+        self._links: dict[str, WorkerLink] = {}  # worker_id -> live link
+        self._lost_at: dict[str, float] = {}  # worker_id -> monotonic seconds of its last loss
+        self._table = PlacementTable(-1, ())
+        self._routes: dict[tuple[int, frozenset[str]], np.ndarray] = {}
+        self._stop = threading.Event()
+        threading.Thread(target=self._watch_deadlines, name="dispatch-watchdog", daemon=True).start()
+
+    def send(
+        self, layer: int, hidden_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> Dispatch:
+        """Put every row on its way and return at once; the caller computes the shared expert meanwhile.
+
+        `hidden_TH` any float dtype, `expert_ids_TK` any integer dtype (global ids), `weights_TK` float32; on the CPU.
+        """
+        self._lock.acquire()
+        now = time.monotonic()
+        dispatch = Dispatch(
+            layer,
+            hidden_TH.to(self._dispatch_dtype).contiguous(),
+            weights_TK.to(torch.float32).contiguous(),
+            expert_ids_TK.numpy().astype(np.int16),
+            torch.zeros(hidden_TH.shape, dtype=torch.float32),
+            now + self._settings.dispatch_timeout_s,
+            now + self._settings.uncovered_timeout_s,
+            [],
+        )
+        try:
+            self._send_remaining(dispatch)
+        except BaseException:
+            self._lock.release()
+            raise
+        return dispatch
+
+    def receive(self, dispatch: Dispatch) -> torch.Tensor:
+        """The weighted sum of the routed experts, float32 [T, H]. This is the only retry loop.
+
+        Rows of a lost worker are split again against the newest table; experts are pure functions, so a repeat is
+        safe. Raises UncoveredExperts, DispatchTimeout, or FrameError (never worth a retry).
+        """
+        try:
+            while True:
+                lost = self._collect(dispatch)
+                if not (dispatch.remaining_TK != NO_EXPERT).any():
+                    return dispatch.output_TH
+                if time.monotonic() > dispatch.deadline:
+                    raise DispatchTimeout(f"layer {dispatch.layer}: dispatch.dispatch_timeout_s passed; last: {lost}")
+                self._send_remaining(dispatch)
+        except BaseException:
+            # Replies of an abandoned dispatch must not be taken for another's.
+            for sent in dispatch.sent:
+                self._drop(sent.worker_id)
+            raise
+        finally:
+            self._lock.release()
+
+    def close(self) -> None:
+        """End all streams."""
+        self._stop.set()
+        with self._lock:
+            for worker_id in list(self._links):
+                self._drop(worker_id)
+
+    # --- sending ---
+
+    def _send_remaining(self, dispatch: Dispatch) -> None:
+        while True:
+            table, planned = self._split(dispatch)
+            if not planned.uncovered:
+                break
+            self._wait_for_holder(dispatch.layer, planned.uncovered, dispatch.uncovered_deadline)
+        dispatch.sent = [self._send_part(dispatch, part, table) for part in planned.parts]
+
+    def _split(self, dispatch: Dispatch) -> tuple[PlacementTable, Split]:
+        table = self._placement.current()
+        if table.epoch != self._table.epoch:
+            self._adopt(table)
+        planned = self._split_without(dispatch, self._lost_within(self._settings.lost_worker_pause_s))
+        if planned.uncovered:
+            planned = self._split_without(dispatch, self._lost_within(self._settings.reconnect_interval_s))
+        return table, planned
+
+    def _lost_within(self, pause_s: float) -> frozenset[str]:
+        since = time.monotonic() - pause_s
+        return frozenset(worker_id for worker_id, lost_at in self._lost_at.items() if lost_at > since)
+
+    def _split_without(self, dispatch: Dispatch, excluded: frozenset[str]) -> Split:
+        key = (dispatch.layer, excluded)
+        if key not in self._routes:
+            self._routes[key] = self._table.route(dispatch.layer, self._shape.num_experts, excluded)
+        return split(dispatch.remaining_TK, self._routes[key])
+
+    def _adopt(self, table: PlacementTable) -> None:
+        live = {worker.worker_id for worker in table.workers}
+        for worker_id in [w for w in self._links if w not in live]:
+            self._drop(worker_id)
+        self._lost_at = {w: at for w, at in self._lost_at.items() if w in live}
+        self._routes.clear()
+        self._table = table
+
+    def _wait_for_holder(self, layer: int, experts: tuple[int, ...], wait_until: float) -> None:
+        if self._settings.on_uncovered == "fail" or time.monotonic() > wait_until:
+            waited = "" if self._settings.on_uncovered == "fail" else " after dispatch.uncovered_timeout_s"
+            raise UncoveredExperts(
+                f"layer {layer}: no live expert worker holds expert(s) {', '.join(map(str, experts[:8]))}"
+                f"{'...' if len(experts) > 8 else ''}{waited}; see `deepsplit status`, and "
+                f"experts.replicas_per_expert for spare holders"
+            )
+        time.sleep(_POLL_S)
+
+    def _link(self, worker: WorkerEndpoint) -> WorkerLink:
+        if worker.worker_id not in self._links:
+            self._links[worker.worker_id] = WorkerLink(worker.address, self._shape.model_id, self._settings)
+        return self._links[worker.worker_id]
+
+    def _send_part(self, dispatch: Dispatch, part: Part, table: PlacementTable) -> _Sent:
+        worker = table.workers[part.worker]
+        link = self._link(worker)
+        rows_R = torch.from_numpy(part.rows_R)
+        whole = len(part.rows_R) == len(dispatch.hidden_TH)
+        hidden_RH = dispatch.hidden_TH if whole else dispatch.hidden_TH[rows_R]
+        weights_RK = dispatch.weights_TK if whole else dispatch.weights_TK[rows_R]
+        ids_RK = torch.from_numpy(part.expert_ids_RK)
+        deadline_ms = int(self._settings.call_timeout_s * 1000)
+        frames = []
+        for rows in self._pieces(len(rows_R), hidden_RH.shape[1], ids_RK.shape[1]):
+            request = Request(
+                next(self._ids), table.epoch, dispatch.layer, deadline_ms,
+                hidden_RH[rows], ids_RK[rows], weights_RK[rows], self._combine_dtype,
+            )  # fmt: skip
+            link.send(encode_request(request))
+            frames.append((request.request_id, rows))
+        return _Sent(part, worker.worker_id, tuple(frames))
+
+    def _pieces(self, rows: int, hidden: int, slots: int) -> list[slice]:
+        """Row ranges whose request and reply both stay under the message bound."""
+        widest = max(self._dispatch_dtype, self._combine_dtype, key=lambda dtype: dtype.itemsize)
+        per_row = request_bytes(1, hidden, slots, widest) - HEADER_BYTES
+        most = max(1, ((self._settings.max_message_mib << 20) - HEADER_BYTES) // per_row)
+        return [slice(at, min(at + most, rows)) for at in range(0, rows, most)]
+
+    # --- receiving ---
+
+    def _collect(self, dispatch: Dispatch) -> Exception | None:
+        """Take every outstanding reply; returns the last loss, whose rows stay in `remaining_TK`."""
+        lost: Exception | None = None
+        outstanding, dispatch.sent = dispatch.sent, []
+        for position, sent in enumerate(outstanding):
+            try:
+                reply_RH = self._receive_part(sent, dispatch.deadline)
+            except (WorkerLost, StalePlacement) as error:
+                lost = error
+                self._lose(sent.worker_id, error)
+                continue
+            except BaseException:
+                dispatch.sent = outstanding[position:]
+                raise
+            self._lost_at.pop(sent.worker_id, None)
+            combine(dispatch.output_TH, sent.part, reply_RH)
+            rows_R, ids_RK = sent.part.rows_R, sent.part.expert_ids_RK
+            dispatch.remaining_TK[rows_R] = np.where(ids_RK >= 0, NO_EXPERT, dispatch.remaining_TK[rows_R])
+        return lost
+
+    def _receive_part(self, sent: _Sent, deadline: float) -> torch.Tensor:
+        link = self._links.get(sent.worker_id)
+        if link is None:
+            raise WorkerLost(f"expert worker {sent.worker_id} left the placement")
+        pieces = []
+        for request_id, rows in sent.frames:
+            timeout_s = min(self._settings.call_timeout_s, deadline - time.monotonic())
+            reply = link.receive(request_id, timeout_s)
+            if reply.output_TH.shape != (rows.stop - rows.start, self._shape.hidden_size):
+                raise WorkerLost(f"expert worker {link.address} answered with shape {tuple(reply.output_TH.shape)}")
+            pieces.append(reply.output_TH)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    # --- links ---
+
+    def _lose(self, worker_id: str, error: Exception) -> None:
+        self._drop(worker_id)
+        self._lost_at[worker_id] = time.monotonic()
+        self._routes.clear()  # keys name the lost; keep only current ones
+        logger.warning("expert worker lost, its rows go elsewhere: %s", error)
+
+    def _drop(self, worker_id: str) -> None:
+        link = self._links.pop(worker_id, None)
+        if link is not None:
+            link.close()
+
+    def _watch_deadlines(self) -> None:
+        while not self._stop.wait(_WATCHDOG_S):
+            for link in list(self._links.values()):
+                link.expire(time.monotonic())

@@ -1,0 +1,159 @@
+"""The expert side of the expert plane: streams in, one batch per layer through the experts, replies out.
+
+Legend: T rows (tokens), H hidden size, K expert slots per row.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import grpc
+import torch
+
+from cluster.config import DispatchConfig
+from cluster.errors import DeepsplitError, DispatchTimeout, FrameError, StartupError
+from routing.grpc_channel import METHOD, MODEL_KEY, SERVICE, channel_options
+from routing.wire import Reply, Request, decode_request, encode_error, encode_reply, peek_request_id
+
+logger = logging.getLogger(__name__)
+
+# (layer, hidden_TH, expert_ids_TK int32 with -1 unused, weights_TK float32) -> output_TH float32
+Experts = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class _Work:
+    request: Request
+    expires: float  # monotonic seconds
+    done: threading.Event = field(default_factory=threading.Event)
+    output_TH: torch.Tensor | None = None
+    error: DeepsplitError | None = None
+    compute_us: int = 0
+
+
+class LayerBatcher:
+    """Runs the experts on one thread at a time and joins rows of the same layer that wait meanwhile.
+
+    Whichever stream's thread finds the experts idle computes for everybody who waits, so a lone request costs no
+    thread switch and concurrent ones share a batch.
+    """
+
+    def __init__(self, experts: Experts) -> None:
+        self._experts = experts
+        self._waiting: deque[_Work] = deque()
+        self._computing = threading.Lock()
+
+    def submit(self, request: Request) -> _Work:
+        """Compute one request, possibly together with others. Errors are in the result."""
+        work = _Work(request, time.monotonic() + request.deadline_ms / 1000)
+        self._waiting.append(work)
+        # Whoever queued while another thread computed is picked up by that thread's next look at the queue.
+        while self._waiting and self._computing.acquire(blocking=False):
+            try:
+                self._compute_waiting()
+            finally:
+                self._computing.release()
+        work.done.wait()
+        return work
+
+    def _compute_waiting(self) -> None:
+        by_layer: dict[tuple[int, torch.dtype, int], list[_Work]] = {}
+        while self._waiting:
+            work = self._waiting.popleft()
+            if time.monotonic() > work.expires:
+                work.error = DispatchTimeout("the caller's deadline passed before the experts were free")
+                work.done.set()
+            else:
+                key = (work.request.layer, work.request.hidden_TH.dtype, work.request.expert_ids_TK.shape[1])
+                by_layer.setdefault(key, []).append(work)
+        for (layer, _, _), group in by_layer.items():
+            error = self._compute(layer, group)
+            for work in group:
+                # One bad request must not fail those that shared its batch.
+                work.error = self._compute(layer, [work]) if error and len(group) > 1 else error
+                work.done.set()
+
+    def _compute(self, layer: int, group: list[_Work]) -> DeepsplitError | None:
+        started = time.monotonic()
+        requests = [work.request for work in group]
+        try:
+            output_TH = self._experts(
+                layer,
+                _join([r.hidden_TH for r in requests]),
+                _join([r.expert_ids_TK for r in requests]).to(torch.int32),
+                _join([r.weights_TK for r in requests]),
+            )
+        except DeepsplitError as error:
+            return error
+        except Exception as error:  # the worker lives on, whatever a kernel raises
+            logger.exception("expert computation failed")
+            return FrameError(f"expert computation failed: {error!r}")
+        compute_us = int((time.monotonic() - started) * 1e6)
+        for work, piece in zip(group, output_TH.split([len(r.hidden_TH) for r in requests]), strict=True):
+            work.output_TH, work.compute_us = piece, compute_us
+        return None
+
+
+def _join(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+class ExpertServer:
+    """A gRPC server for one expert worker."""
+
+    def __init__(
+        self, experts: Experts, hidden_size: int, model_id: str, settings: DispatchConfig, max_streams: int = 64
+    ) -> None:
+        self._batcher = LayerBatcher(experts)
+        self._hidden_size = hidden_size
+        self._model_id = model_id
+        self._server = grpc.server(
+            # One thread per stream; a stream beyond the bound is refused, not queued.
+            ThreadPoolExecutor(max_streams, thread_name_prefix="experts"),
+            options=channel_options(settings),
+            maximum_concurrent_rpcs=max_streams,
+        )
+        handler = grpc.stream_stream_rpc_method_handler(self._dispatch)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+
+    def start(self, host: str, port: int = 0) -> str:
+        """Listen; returns host:port. Port 0 takes a free one."""
+        target = f"[{host}]" if ":" in host else host
+        try:
+            bound = self._server.add_insecure_port(f"{target}:{port}")
+        except RuntimeError as error:
+            raise StartupError(f"expert worker cannot listen on {target}:{port}: {error}; see experts.host") from None
+        self._server.start()
+        return f"{target}:{bound}"
+
+    def stop(self, grace_s: float) -> None:
+        """Take no new stream, let running ones end for `grace_s`, then break them."""
+        self._server.stop(grace_s).wait()
+
+    def _dispatch(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        theirs = dict(context.invocation_metadata()).get(MODEL_KEY)
+        if theirs != self._model_id:
+            context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"this worker serves model {self._model_id}, the caller {theirs}: one cluster, one checkpoint",
+            )
+        for frame in frames:
+            yield self._answer(frame)
+
+    def _answer(self, frame: bytes) -> bytes:
+        try:
+            request = decode_request(frame, self._hidden_size)
+        except FrameError as error:
+            return encode_error(peek_request_id(frame), error)
+        work = self._batcher.submit(request)
+        if work.error is not None:
+            return encode_error(request.request_id, work.error)
+        assert work.output_TH is not None
+        output_TH = work.output_TH.to(request.reply_dtype)
+        return encode_reply(Reply(request.request_id, request.epoch, request.layer, work.compute_us, output_TH))
