@@ -32,8 +32,9 @@ EAGER_ARGS: Mapping[str, Any] = {
     "enforce_eager": True,
     "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
 }
-# On hosts with AMX, vLLM would pick its AMX_MLA backend, which serves bfloat16 only.
-MLA_ARGS: Mapping[str, Any] = {"attention_config": {"backend": "CPU_MLA"}}
+# Where the processor has AMX, vLLM picks its AMX_MLA backend, which fails on float32 weights. The drafter of
+# speculative decoding picks its own.
+_MLA_BACKEND = "CPU_MLA"
 
 
 class EngineFailed(Exception):
@@ -74,13 +75,15 @@ class Engine:
         environment: Mapping[str, str] | None = None,
         start_timeout_s: float = 300,
     ) -> None:
-        config = json.loads((checkpoint / "config.json").read_text())
-        mla = MLA_ARGS if "kv_lora_rank" in config and dtype != "bfloat16" else {}
         self._args: dict[str, Any] = {
             "model": str(checkpoint), "dtype": dtype, "max_model_len": 256, "max_num_seqs": 32, "seed": 0,
             "kv_cache_memory_bytes": 256 << 20, "disable_log_stats": False, "enable_prefix_caching": False,
-            **mla, **(EAGER_ARGS if eager else {}), **(engine_args or {}),
+            **(EAGER_ARGS if eager else {}), **(engine_args or {}),
         }
+        if "kv_lora_rank" in json.loads((checkpoint / "config.json").read_text()):
+            self._args.setdefault("attention_config", {"backend": _MLA_BACKEND})
+            if drafter := self._args.get("speculative_config"):
+                self._args["speculative_config"] = {"attention_backend": _MLA_BACKEND, **drafter}
         self._environment = {
             **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind", **(environment or {}),

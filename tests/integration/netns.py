@@ -154,11 +154,16 @@ class RayCluster:
     def __enter__(self) -> RayCluster:
         # A short path: Ray's sockets lie deep below it, and a socket's path has at most 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="dsplit-"))
-        head, *others = zip(self._network.hosts, self._nodes, strict=True)
+        roles: list[tuple[str, ...]] = [("--address", self.address)] * len(self._nodes)
+        roles[0] = ("--head", "--port", str(_GCS_PORT), "--include-dashboard", "false")
         try:
-            self._finish(self._start(*head, "--head", "--port", str(_GCS_PORT), "--include-dashboard", "false"))
-            for process in [self._start(host, node, "--address", self.address) for host, node in others]:
-                self._finish(process)
+            # All at once: the imports take most of the time, and nodes wait for their head.
+            starts = [
+                self._start(host, node, *role)
+                for host, node, role in zip(self._network.hosts, self._nodes, roles, strict=True)
+            ]
+            for start in starts:
+                self._finish(start)
         except BaseException:
             self.close()
             raise
@@ -187,14 +192,15 @@ class RayCluster:
             sys.executable, "-m", "ray.scripts.scripts", "start", *role, "--node-ip-address", host.address,
             "--temp-dir", str(self.folder / host.name), "--num-cpus", str(node.num_cpus),
             "--resources", json.dumps(dict(node.resources)), "--object-store-memory", str(100 << 20),
-            "--labels", ",".join(f"{name}={value}" for name, value in node.labels.items()), "--disable-usage-stats",
+            "--labels", ",".join(f"{name}={value}" for name, value in node.labels.items()),
+            "--include-log-monitor", "false", "--disable-usage-stats",
         ]
         return self._network.popen(
             host, command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
 
     def _finish(self, start: subprocess.Popen[str]) -> None:
-        output, _ = start.communicate(timeout=90)
+        output, _ = start.communicate(timeout=180)
         assert start.returncode == 0, f"ray start failed:\n{output}"
 
     def close(self) -> None:
