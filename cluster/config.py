@@ -7,15 +7,21 @@ here. Nothing in deepsplit is tuned by a loose environment variable.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def _conflict(field: str, message: str) -> PydanticCustomError:
+    """Error about `field` of the section that is being validated, because of another key."""
+    return PydanticCustomError("conflict", "{message}", {"field": field, "message": message})
 
 
 class ModelConfig(_Section):
@@ -39,6 +45,15 @@ class NodeSelector(_Section):
     num_gpus: float | None = Field(None, ge=0, description="Ray GPUs that each process asks for.")
 
 
+# The plan and the split read these from their own keys, so there must be one place to set them.
+_ENGINE_ARGS_WITH_A_KEY = {
+    "model": "use model.path",
+    "served_model_name": "use model.name",
+    "tensor_parallel_size": "use attention.tensor_parallel_size",
+    "load_format": "deepsplit's own loader leaves the routed experts out",
+}
+
+
 class AttentionConfig(_Section):
     """Attention replicas: vLLM engines with everything but the routed experts."""
 
@@ -49,12 +64,19 @@ class AttentionConfig(_Section):
                                                               "the model's own bound if not set.")
     max_num_seqs: int = Field(64, ge=1, description="Most sequences in one engine step.")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of one CPU replica, in GiB. "
-                                                       "CUDA replicas size it by gpu_memory_utilization in engine_args.")
+                                                       "CUDA: gpu_memory_utilization in engine_args.")
     threads: int | None = Field(None, ge=1, description="Compute threads of one CPU replica; all cores if not set.")
     speculative_tokens: int = Field(0, ge=0, description="Tokens drafted per step by the checkpoint's own Multi-Token "
                                                          "Prediction layer; 0 turns speculative decoding off.")
     engine_args: dict[str, Any] = Field(default_factory=dict, description="Passed to vLLM's engine as they are.")
     placement: NodeSelector = Field(default_factory=NodeSelector, description="Which nodes attention replicas run on.")
+
+    @model_validator(mode="after")
+    def _engine_args_set_nothing_that_has_its_own_key(self) -> Self:
+        for name, ours in _ENGINE_ARGS_WITH_A_KEY.items():
+            if name in self.engine_args:
+                raise _conflict("engine_args", f"{name} cannot be set here: {ours}")
+        return self
 
 
 class ExpertsConfig(_Section):
@@ -73,7 +95,26 @@ class ExpertsConfig(_Section):
     placement: NodeSelector = Field(default_factory=NodeSelector, description="Which nodes expert workers run on.")
     spread: bool = Field(True, description="Spread expert workers over nodes rather than packing them.")
     heartbeat_interval_s: float = Field(0.5, gt=0, description="How often a worker reports to the directory.")
-    heartbeat_timeout_s: float = Field(5.0, gt=0, description="Silence after which the directory takes a worker as lost.")
+    heartbeat_timeout_s: float = Field(5.0, gt=0, description="Silence after which a worker is taken as lost.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.replicas_per_expert > self.workers:
+            raise _conflict("replicas_per_expert", f"{self.replicas_per_expert} copies of each expert need as many "
+                                                   f"workers, but experts.workers is {self.workers}")
+        if self.shares is not None and len(self.shares) != self.workers:
+            raise _conflict("shares", f"has {len(self.shares)} entries, but experts.workers is {self.workers}: "
+                                      f"give one share per worker")
+        if self.shares is not None and min(self.shares) <= 0:
+            raise _conflict("shares", f"every share must be above 0, but they are {list(self.shares)}")
+        if self.heartbeat_timeout_s <= self.heartbeat_interval_s:
+            raise _conflict("heartbeat_timeout_s", f"must be above experts.heartbeat_interval_s "
+                                                   f"({self.heartbeat_interval_s}), or every worker is always lost")
+        return self
+
+    def worker_shares(self) -> tuple[float, ...]:
+        """One share per worker, equal ones if none are set."""
+        return self.shares if self.shares is not None else (1.0,) * self.workers
 
 
 class DispatchConfig(_Section):
@@ -90,8 +131,8 @@ class DispatchConfig(_Section):
                                                           "sent to another holder.")
     dispatch_timeout_s: float = Field(90.0, gt=0, description="Longest life of one layer's dispatch, retries included.")
     keepalive_interval_s: float = Field(1.0, gt=0, description="How often an idle connection is probed.")
-    keepalive_timeout_s: float = Field(2.0, gt=0, description="Silence after a probe that makes a worker lost (hung, or "
-                                                              "cut off).")
+    keepalive_timeout_s: float = Field(2.0, gt=0, description="Silence after a probe that makes a worker lost "
+                                                              "(hung, or cut off).")
     lost_worker_pause_s: float = Field(10.0, gt=0, description="How long a lost worker gets no rows while others hold "
                                                                "its experts; a new placement ends the pause.")
     reconnect_interval_s: float = Field(0.2, gt=0, description="How often a lost worker is tried again while nobody "

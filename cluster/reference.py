@@ -1,0 +1,87 @@
+"""Writes docs/configuration.md from the configuration tree: `python -m cluster.reference > docs/configuration.md`."""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from cluster.config import Config
+
+_HEAD = """# Configuration
+
+Generated from `cluster/config.py` by `python -m cluster.reference > docs/configuration.md`; do not edit.
+
+A deployment is one YAML file. Every key has its place below, most have a default, and a key that is not listed is
+rejected, with the nearest valid name. `deepsplit validate FILE` checks a file, `deepsplit plan FILE` shows what it
+would run. The files in `examples/` are complete.
+"""
+
+
+def reference() -> str:
+    """The whole page, as Markdown."""
+    return "\n".join([_HEAD, *_sections()])
+
+
+def _sections() -> Iterator[str]:
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        assert isinstance(section, type)
+        assert issubclass(section, BaseModel)
+        yield f"## `{name}`\n"
+        yield f"{section.__doc__}\n"
+        yield "| key | type | default | meaning |"
+        yield "|---|---|---|---|"
+        yield from _rows(section, name)
+        yield ""
+
+
+def _rows(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _rows(inner, f"{prefix}.{name}")
+        else:
+            cells = (f"`{prefix}.{name}`", _type(field), _default(field), field.description or "")
+            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _type(field: FieldInfo) -> str:
+    bounds = [
+        f"{sign} {getattr(limit, name)}"
+        for limit in field.metadata
+        for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
+        if hasattr(limit, name)
+    ]
+    return ", ".join([_type_name(field.annotation), *bounds])
+
+
+def _type_name(annotation: Any) -> str:
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(_type_name(part) for part in arguments if part is not type(None))
+    if get_origin(annotation) is dict:
+        return "mapping"
+    if get_origin(annotation) is tuple:
+        return "list of numbers"
+    if get_origin(annotation) is not None:  # Annotated
+        return _type_name(arguments[0])
+    return {int: "whole number", float: "number", bool: "true or false", str: "text", Path: "path"}[annotation]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "**required**"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    return "not set" if value is None else f"`{json.dumps(value)}`"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
