@@ -117,6 +117,11 @@ class Engine:
         answer = self._ask({"prompts": [list(prompt) for prompt in prompts], "max_tokens": max_tokens}, timeout_s)
         return EngineRun(**answer)
 
+    def score(self, sequences: Sequence[Sequence[int]], timeout_s: float = 300) -> list[list[float]]:
+        """Log-probability of every token but the first of each sequence, given the tokens before it."""
+        answer = self._ask({"sequences": [list(sequence) for sequence in sequences]}, timeout_s)
+        return [[float(value) for value in scores] for scores in answer["scores"]]
+
     @property
     def pid(self) -> int:
         """Process id of the engine; its children are in its session."""
@@ -157,7 +162,7 @@ class Engine:
             raise EngineFailed(f"the engine did not answer within {timeout_s:.0f} s:\n{self.log[-4000:]}")
         line = self._answers.readline()
         if not line:
-            raise EngineFailed(f"the engine ended:\n{self.log[-8000:]}")
+            raise EngineFailed(f"the engine ended with status {self._process.wait(20)}:\n{self.log[-8000:]}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise EngineFailed(f"{answer['error']}\n{self.log[-8000:]}")
@@ -165,41 +170,60 @@ class Engine:
 
 
 def _serve(answers: IO[str]) -> None:
-    """The child: engine arguments on the first line of stdin, then one `generate` per line."""
-    from vllm import LLM, SamplingParams, TokensPrompt
+    """The child: engine arguments on the first line of stdin, then one `generate` or `score` per line."""
+    import vllm
 
     def answer(content: Mapping[str, Any]) -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
     try:
-        llm = LLM(**json.loads(sys.stdin.readline()))
+        llm = vllm.LLM(**json.loads(sys.stdin.readline()))
     except BaseException as error:
         answer({"error": f"{type(error).__name__}: {error}"})
         raise
     answer({})
     for line in sys.stdin:
         request = json.loads(line)
-        greedy = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, logprobs=0)
-        begun = time.monotonic()
         try:
-            prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in request["prompts"]]
-            outputs = [result.outputs[0] for result in llm.generate(prompts, greedy, use_tqdm=False)]
+            if "prompts" in request:
+                answer(asdict(_generate(llm, request["prompts"], request["max_tokens"])))
+            else:
+                answer({"scores": _score(llm, request["sequences"])})
         except Exception as error:
             answer({"error": f"{type(error).__name__}: {error}"})
-            continue
-        seconds = time.monotonic() - begun
-        counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-        answer(asdict(EngineRun(
-            token_ids=[list(output.token_ids) for output in outputs],
-            logprobs=[
-                [step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)]
-                for output in outputs
-            ],
-            seconds=seconds,
-            drafted=int(counts.get("vllm:spec_decode_num_draft_tokens", 0)),
-            accepted=int(counts.get("vllm:spec_decode_num_accepted_tokens", 0)),
-        )))
+
+
+def _generate(llm: Any, prompts: list[list[int]], max_tokens: int) -> EngineRun:
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0)
+    begun = time.monotonic()
+    results = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
+    seconds = time.monotonic() - begun
+    outputs = [result.outputs[0] for result in results]
+    counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    return EngineRun(
+        token_ids=[list(output.token_ids) for output in outputs],
+        logprobs=[
+            [step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)]
+            for output in outputs
+        ],
+        seconds=seconds,
+        drafted=int(counts.get("vllm:spec_decode_num_draft_tokens", 0)),
+        accepted=int(counts.get("vllm:spec_decode_num_accepted_tokens", 0)),
+    )
+
+
+def _score(llm: Any, sequences: list[list[int]]) -> list[list[float]]:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    results = llm.generate([{"prompt_token_ids": sequence} for sequence in sequences], params, use_tqdm=False)
+    return [
+        [step[token].logprob for token, step in zip(sequence[1:], result.prompt_logprobs[1:], strict=True)]
+        for sequence, result in zip(sequences, results, strict=True)
+    ]
 
 
 if __name__ == "__main__":

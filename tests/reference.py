@@ -6,12 +6,13 @@ Prompts are lists of token ids. Prompts of equal length run as one batch, so not
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from tests.tiny_tokenizer import SPECIAL_TOKENS
 
@@ -42,20 +43,43 @@ def make_prompts(
 def greedy_reference(
     checkpoint: Path, prompts: Sequence[Sequence[int]], max_tokens: int, dtype: torch.dtype = torch.float32
 ) -> Reference:
-    """Continue each prompt by exactly `max_tokens` greedy tokens; end-of-text tokens do not stop it.
+    """Continue each prompt by exactly `max_tokens` greedy tokens; end-of-text tokens do not stop it."""
+    with _one_thread():
+        return _greedy(load_model(checkpoint, dtype), prompts, max_tokens)
 
-    Runs on one thread: these models are too small for more, and threads that wait for busy cores cost ten times that.
-    """
+
+def score_reference(
+    checkpoint: Path, sequences: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32
+) -> list[list[float]]:
+    """Log-probability of every token but the first of each sequence, given the tokens before it."""
+    scores: list[list[float]] = []
+    with _one_thread(), torch.inference_mode():
+        model = load_model(checkpoint, dtype)
+        for sequence in sequences:
+            ids = torch.tensor([sequence])
+            logprobs = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+            scores.append(logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist())
+    return scores
+
+
+def load_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """transformers' own class for the checkpoint. It ignores MTP layers, and says so in its log."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    return model.eval()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """These models are too small for more threads, and threads that wait for busy cores cost ten times the work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _greedy(checkpoint, prompts, max_tokens, dtype)
+        yield
     finally:
         torch.set_num_threads(threads)
 
 
-def _greedy(checkpoint: Path, prompts: Sequence[Sequence[int]], max_tokens: int, dtype: torch.dtype) -> Reference:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+def _greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_tokens: int) -> Reference:
     token_ids: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
     margin, margin_at = float("inf"), (0, 0)
