@@ -15,12 +15,18 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.exceptions import RayError
 from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackConfig
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm import LLMConfig, LLMServer, ModelLoadingConfig
+from ray.util.placement_group import PlacementGroup
 from starlette.types import ASGIApp
-from vllm.config import CompilationConfig
+from vllm.config import CompilationConfig, VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.engine.protocol import EngineClient
+from vllm.platforms import current_platform
 from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
 
 from cluster.config import Config
@@ -52,6 +58,22 @@ def llm_config(config: Config, args: dict[str, Any]) -> LLMConfig:
     )
 
 
+class LocalEngine(VLLMEngine):
+    """Ray Serve LLM's engine, with one process less on CPU: the only rank runs inside the engine core.
+
+    vLLM gives a CPU rank its own process only to set OpenMP's environment before torch loads; the replica has set it
+    by then. Saves a second import of vLLM (10 s and 0.5 GB) and a hop in shared memory per step.
+    """
+
+    def _start_async_llm_engine(
+        self, vllm_engine_args: AsyncEngineArgs, vllm_engine_config: VllmConfig, placement_group: PlacementGroup
+    ) -> EngineClient:
+        parallel = vllm_engine_config.parallel_config
+        if current_platform.is_cpu() and parallel.world_size == 1:
+            parallel.distributed_executor_backend = "uni"
+        return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
+
+
 async def follow_placement(directory: DeploymentHandle, path: Path) -> None:
     """Keep `path` at the directory's latest placement table, for the engine's processes, which are not in Ray.
 
@@ -74,11 +96,15 @@ async def follow_placement(directory: DeploymentHandle, path: Path) -> None:
 class AttentionReplica(LLMServer):
     """One vLLM engine. Raises StartupError when the engine cannot start."""
 
-    async def __init__(self, config_json: str, directory: DeploymentHandle | None) -> None:  # type: ignore[misc]  # Serve awaits it
-        config = Config.model_validate_json(config_json)
-        os.environ.update(engine_env(config))  # inherited by the engine's processes
-        self._scratch = tempfile.TemporaryDirectory(prefix="deepsplit-")
+    async def __init__(self, config_json: str, directory: DeploymentHandle | None) -> None:  # type: ignore[misc]
+        """Starts the engine; returns when it is ready for requests. Serve awaits it."""
+        # What the engine leaves behind in its temporary folder (sockets, rendezvous files) goes away with ours.
+        cluster_folder = Path(ray._private.worker._global_node.get_session_dir_path()).parent
+        self._scratch = tempfile.TemporaryDirectory(prefix="attention-", dir=cluster_folder)
         self._tasks: set[asyncio.Task[None]] = set()
+        config = Config.model_validate_json(config_json)
+        tempfile.tempdir = self._scratch.name
+        os.environ.update(engine_env(config) | {"TMPDIR": self._scratch.name})  # inherited by the engine's processes
         additional: dict[str, Any] = {}
         if directory is not None:
             placement_file = Path(self._scratch.name) / "placement.json"
@@ -87,7 +113,7 @@ class AttentionReplica(LLMServer):
             additional["deepsplit"] = {"placement_file": str(placement_file), "dispatch": dispatch}
         args = engine_args(config, additional, "deepsplit" if directory else "auto", CompilationConfig._attention_ops)
         self._start_timeout_s = config.ray.start_timeout_s
-        await super().__init__(llm_config(config, args))
+        await super().__init__(llm_config(config, args), engine_cls=LocalEngine)
         self._app: ASGIApp = await self.__serve_build_asgi_app__()
 
     async def start(self) -> None:

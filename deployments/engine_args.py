@@ -10,13 +10,15 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from cluster.config import Config
+from cluster.config import Config, Dtype
 from cluster.errors import CheckpointError
 
 # The routed experts leave the process inside these ops, so no CUDA graph may span them.
 REMOTE_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
+
+MLA_BACKEND = "CPU_MLA"
 
 
 def engine_args(
@@ -30,7 +32,7 @@ def engine_args(
     """
     attention = config.attention
     args: dict[str, Any] = {
-        "dtype": config.model.dtype,
+        "dtype": _dtype(config),
         "load_format": load_format,
         "max_num_seqs": attention.max_num_seqs,
         "tensor_parallel_size": attention.tensor_parallel_size,
@@ -41,7 +43,7 @@ def engine_args(
     if attention.speculative_tokens:
         args["speculative_config"] = {"method": "mtp", "num_speculative_tokens": attention.speculative_tokens}
     if attention.device == "cpu":
-        args |= _cpu_args(config)
+        args = _merge(args, _cpu_args(config))
     elif additional and not attention.engine_args.get("enforce_eager"):
         # Graphs of pieces only: a full graph of a decode step would span the remote experts.
         args["compilation_config"] = {"splitting_ops": [*graph_breaks, *REMOTE_OPS], "cudagraph_mode": "PIECEWISE"}
@@ -73,9 +75,23 @@ def _cpu_args(config: Config) -> dict[str, Any]:
     }
     if _hf_config(config.model.path).get("kv_lora_rank"):
         # vLLM's CPU rotary kernel misreads MLA's query in eager mode (0.29 to 0.32): plain torch does it instead.
-        # Block size 16, no prefix caching and no chunked prefill, which MLA on CPU needs, vLLM sets by itself.
         args["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
+        # With AMX in the CPU vLLM would take its AMX kernel, which fails on float32; the draft model chooses again for
+        # itself. Prefix caching and chunked prefill, which this kernel cannot do, vLLM turns off by itself.
+        args["attention_config"] = {"backend": MLA_BACKEND}
+        args["block_size"] = 16
+        if config.attention.speculative_tokens:
+            args["speculative_config"] = {"attention_backend": MLA_BACKEND}
     return args
+
+
+def _dtype(config: Config) -> str:
+    """Never `auto` where the checkpoint names a dtype: vLLM's own `auto` rounds float32 to bfloat16."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    hf_config = _hf_config(config.model.path)
+    named = str(hf_config.get("dtype") or hf_config.get("torch_dtype"))
+    return named if named in get_args(Dtype) else "auto"
 
 
 def _hf_config(model: Path) -> dict[str, Any]:
