@@ -21,14 +21,30 @@ from tests.tiny_tokenizer import SPECIAL_TOKENS
 class Reference:
     """Greedy continuations, one entry per prompt, each of `max_tokens` tokens.
 
-    `margin` is the smallest difference between the best and the second-best log-probability over all steps, and
-    `margin_at` its (prompt, step): an implementation whose first wrong token is there met a near-tie, elsewhere a bug.
+    `margins` is by how much the best log-probability of each step is above the second best.
     """
 
     token_ids: list[list[int]]
     logprobs: list[list[float]]
-    margin: float
-    margin_at: tuple[int, int]
+    margins: list[list[float]]
+
+    @property
+    def margin(self) -> float:
+        """The narrowest choice of all steps. It must be well above rounding, or parity is a matter of luck."""
+        return min(min(margins) for margins in self.margins)
+
+    def difference(self, token_ids: Sequence[Sequence[int]]) -> str | None:
+        """None if `token_ids` are the same, else where each prompt went astray, and how narrow the choice was there.
+
+        A wide margin says bug; one near float32's rounding (below 1e-4) says that the prompts are badly chosen.
+        """
+        astray = []
+        for i, (ours, theirs) in enumerate(zip(self.token_ids, token_ids, strict=True)):
+            if list(theirs) != ours:
+                step = next((j for j, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+                where = "in length" if step is None else f"from step {step} on (margin {self.margins[i][step]:.1e})"
+                astray.append(f"prompt {i} differs {where}")
+        return "; ".join(astray) or None
 
 
 def make_prompts(
@@ -80,22 +96,19 @@ def _one_thread() -> Iterator[None]:
 
 
 def _greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_tokens: int) -> Reference:
-    token_ids: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
-    margin, margin_at = float("inf"), (0, 0)
+    found = Reference([[] for _ in prompts], [[] for _ in prompts], [[] for _ in prompts])
     for length in sorted({len(prompt) for prompt in prompts}):
         members = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
         inputs = torch.tensor([prompts[i] for i in members])
         cache = DynamicCache(config=model.config)
-        for step in range(max_tokens):
+        for _ in range(max_tokens):
             with torch.inference_mode():
                 logits = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             best = logits[:, -1].float().log_softmax(-1).topk(2)
             inputs = best.indices[:, :1]
             for row, i in enumerate(members):
                 first, second = best.values[row].tolist()
-                token_ids[i].append(int(inputs[row]))
-                logprobs[i].append(first)
-                if first - second < margin:
-                    margin, margin_at = first - second, (i, step)
-    return Reference(token_ids, logprobs, margin, margin_at)
+                found.token_ids[i].append(int(inputs[row]))
+                found.logprobs[i].append(first)
+                found.margins[i].append(first - second)
+    return found
