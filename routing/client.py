@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
@@ -44,8 +45,8 @@ class _Sent:
 
 
 @dataclass
-class Dispatch:
-    """One MoE layer's rows on their way: what `send` returns and `receive` takes."""
+class _Dispatch:
+    """One MoE layer's rows on their way."""
 
     layer: int
     hidden_TH: torch.Tensor
@@ -82,16 +83,23 @@ class ExpertClient:
         self._stop = threading.Event()
         threading.Thread(target=self._watch_deadlines, name="dispatch-watchdog", daemon=True).start()
 
-    def send(
-        self, layer: int, hidden_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> Dispatch:
-        """Put every row on its way and return at once; the caller computes the shared expert meanwhile.
+    def forward(
+        self,
+        layer: int,
+        hidden_TH: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:
+        """The weighted sum of the routed experts, float32 [T, H]; `meanwhile` runs while the rows are away.
 
-        `hidden_TH` any float dtype, `expert_ids_TK` any integer dtype (global ids), `weights_TK` float32; on the CPU.
+        `hidden_TH` any float dtype, `expert_ids_TK` any integer dtype (global ids), `weights_TK` any float dtype; all
+        on the CPU. Holds the only retry loop: rows of a lost worker are split again against the newest table; experts
+        are pure functions, so a repeat is safe. Raises UncoveredExperts, DispatchTimeout, or FrameError (never worth
+        a retry).
         """
-        self._lock.acquire()
         now = time.monotonic()
-        dispatch = Dispatch(
+        dispatch = _Dispatch(
             layer,
             hidden_TH.to(self._dispatch_dtype).contiguous(),
             weights_TK.to(torch.float32).contiguous(),
@@ -101,34 +109,21 @@ class ExpertClient:
             now + self._settings.uncovered_timeout_s,
             [],
         )
-        try:
-            self._send_remaining(dispatch)
-        except BaseException:
-            self._lock.release()
-            raise
-        return dispatch
-
-    def receive(self, dispatch: Dispatch) -> torch.Tensor:
-        """The weighted sum of the routed experts, float32 [T, H]. This is the only retry loop.
-
-        Rows of a lost worker are split again against the newest table; experts are pure functions, so a repeat is
-        safe. Raises UncoveredExperts, DispatchTimeout, or FrameError (never worth a retry).
-        """
-        try:
-            while True:
-                lost = self._collect(dispatch)
-                if not (dispatch.remaining_TK != NO_EXPERT).any():
-                    return dispatch.output_TH
-                if time.monotonic() > dispatch.deadline:
-                    raise DispatchTimeout(f"layer {dispatch.layer}: dispatch.dispatch_timeout_s passed; last: {lost}")
+        with self._lock:
+            try:
                 self._send_remaining(dispatch)
-        except BaseException:
-            # Replies of an abandoned dispatch must not be taken for another's.
-            for sent in dispatch.sent:
-                self._drop(sent.worker_id)
-            raise
-        finally:
-            self._lock.release()
+                meanwhile()
+                lost = self._collect(dispatch)
+                while (dispatch.remaining_TK != NO_EXPERT).any():
+                    if time.monotonic() > dispatch.deadline:
+                        raise DispatchTimeout(f"layer {layer}: dispatch.dispatch_timeout_s passed; last: {lost}")
+                    self._send_remaining(dispatch)
+                    lost = self._collect(dispatch)
+                return dispatch.output_TH
+            finally:
+                # Replies of an abandoned dispatch must not wait in a stream for the next one.
+                for sent in dispatch.sent:
+                    self._drop(sent.worker_id)
 
     def close(self) -> None:
         """End all streams."""
@@ -139,7 +134,7 @@ class ExpertClient:
 
     # --- sending ---
 
-    def _send_remaining(self, dispatch: Dispatch) -> None:
+    def _send_remaining(self, dispatch: _Dispatch) -> None:
         while True:
             table, planned = self._split(dispatch)
             if not planned.uncovered:
@@ -147,7 +142,7 @@ class ExpertClient:
             self._wait_for_holder(dispatch.layer, planned.uncovered, dispatch.uncovered_deadline)
         dispatch.sent = [self._send_part(dispatch, part, table) for part in planned.parts]
 
-    def _split(self, dispatch: Dispatch) -> tuple[PlacementTable, Split]:
+    def _split(self, dispatch: _Dispatch) -> tuple[PlacementTable, Split]:
         table = self._placement.current()
         if table.epoch != self._table.epoch:
             self._adopt(table)
@@ -160,7 +155,7 @@ class ExpertClient:
         since = time.monotonic() - pause_s
         return frozenset(worker_id for worker_id, lost_at in self._lost_at.items() if lost_at > since)
 
-    def _split_without(self, dispatch: Dispatch, excluded: frozenset[str]) -> Split:
+    def _split_without(self, dispatch: _Dispatch, excluded: frozenset[str]) -> Split:
         key = (dispatch.layer, excluded)
         if key not in self._routes:
             self._routes[key] = self._table.route(dispatch.layer, self._shape.num_experts, excluded)
@@ -189,7 +184,7 @@ class ExpertClient:
             self._links[worker.worker_id] = WorkerLink(worker.address, self._shape.model_id, self._settings)
         return self._links[worker.worker_id]
 
-    def _send_part(self, dispatch: Dispatch, part: Part, table: PlacementTable) -> _Sent:
+    def _send_part(self, dispatch: _Dispatch, part: Part, table: PlacementTable) -> _Sent:
         worker = table.workers[part.worker]
         link = self._link(worker)
         rows_R = torch.from_numpy(part.rows_R)
@@ -217,7 +212,7 @@ class ExpertClient:
 
     # --- receiving ---
 
-    def _collect(self, dispatch: Dispatch) -> Exception | None:
+    def _collect(self, dispatch: _Dispatch) -> Exception | None:
         """Take every outstanding reply; returns the last loss, whose rows stay in `remaining_TK`."""
         lost: Exception | None = None
         outstanding, dispatch.sent = dispatch.sent, []

@@ -18,7 +18,7 @@ ALL = list(range(8))
 
 def dispatch(client: ExpertClient, count: int, layer: int = 1, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     hidden, ids, weights, expected = rows(count, seed)
-    return client.receive(client.send(layer, hidden, ids, weights)), expected
+    return client.forward(layer, hidden, ids, weights), expected
 
 
 @pytest.mark.parametrize("shares", [[ALL], [ALL[:3], ALL[3:]], [[0], [1, 2, 3, 4, 5], [6, 7]]])

@@ -1,0 +1,39 @@
+# `make serve` and `make test` work from a fresh clone with Python 3.11, make and a C compiler.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CONFIG ?= examples/local.yaml
+
+.PHONY: help serve test lint env docs clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+env: $(READY) ## build the environment from the lock files
+
+$(READY): lock/cpu.txt lock/torch-cpu.txt pyproject.toml
+	@echo "[env] building $(VENV) from lock/ (a few minutes, once)" >&2
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or set PYTHON=" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r lock/torch-cpu.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r lock/cpu.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+serve: $(READY) ## serve $(CONFIG) on this machine until Ctrl-C
+	@exec $(BIN)/deepsplit up $(CONFIG)
+
+lint: $(READY) ## ruff, mypy, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint ## lint and every test
+	$(BIN)/python -m pytest
+
+docs: $(READY) ## regenerate docs/configuration.md
+	$(BIN)/python -m cluster.reference > docs/configuration.md
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

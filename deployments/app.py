@@ -1,0 +1,33 @@
+"""The application: which deployments there are and who holds a handle to whom. The only wiring.
+
+The launcher names it by import string, `deployments.app:build`, as `serve run` and a RayService do.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+
+from cluster.config import Config
+from deployments.attention import attention_deployment
+from deployments.directory import directory_deployment
+from deployments.expert_worker import expert_deployment
+from deployments.gateway import gateway_deployment
+from deployments.root import root_deployment
+
+
+class BuildArgs(BaseModel):
+    """What `serve run` passes on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: str  # a whole Config as JSON
+
+
+def build(args: BuildArgs) -> serve.Application:
+    """gateway -> attention -> directory <- experts."""
+    config = Config.model_validate_json(args.config)
+    directory = directory_deployment(config)
+    experts = expert_deployment(config, directory)
+    attention = attention_deployment(config, directory)
+    return gateway_deployment(config, attention, directory, experts)

@@ -1,0 +1,88 @@
+"""Loads everything but the routed experts, so an attention replica neither reads nor allocates them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+
+import torch
+from safetensors import safe_open
+from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from cluster.errors import CheckpointError, StartupError
+from cluster.model import is_routed_expert, load_checkpoint_index, load_model_spec
+from deployments.remote_experts import RemoteExpertsSettings, RemoteRoutedExperts
+from routing.client import ExpertClient, ExpertShape
+from routing.grpc_channel import model_id
+from routing.placement import PlacementFile
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class AttentionOnlyLoader(DefaultModelLoader):
+    """vLLM model loader `load_format="deepsplit"`."""
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> torch.nn.Module:
+        """Build and load the model (main or MTP), then connect its MoE layers to the expert plane."""
+        raw = (vllm_config.additional_config or {}).get("deepsplit")
+        if raw is None:
+            raise StartupError("load_format=deepsplit needs additional_config['deepsplit']; start through `deepsplit`")
+        settings = RemoteExpertsSettings.model_validate(raw)
+        model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
+        local = [layer.layer_name for layer in layers if not isinstance(layer, RemoteRoutedExperts)]
+        if local or not layers:
+            raise StartupError(
+                f"{type(model).__name__} keeps its routed experts to itself"
+                f"{' in ' + local[0] if local else ''}: vLLM's extension point RoutedExperts is not in use, so this "
+                f"model cannot be split"
+            )
+        client = _client(settings, model_config.dtype)
+        for layer in layers:
+            layer.client = client
+        return model
+
+    def get_all_weights(
+        self, model_config: ModelConfig, model: torch.nn.Module
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """Every tensor that is not a routed expert's, read one at a time; names are filtered before a byte is read."""
+        index = load_checkpoint_index(model_config.model)
+        shards: dict[str, list[str]] = {}
+        for name, shard in index.weight_map.items():
+            if not is_routed_expert(name):
+                shards.setdefault(shard, []).append(name)
+        bytes_read = 0
+        for shard in sorted(shards):
+            try:
+                with safe_open(index.path / shard, framework="pt") as tensors:
+                    for name in sorted(shards[shard]):
+                        tensor = tensors.get_tensor(name)
+                        bytes_read += tensor.nbytes
+                        yield name, tensor
+            except (OSError, Exception) as error:
+                if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+                    raise
+                raise CheckpointError(
+                    f"{index.path / shard} cannot be read ({error}): download this shard again"
+                ) from None
+        logger.info("Read %.1f MiB of weights, no routed expert among them", bytes_read / 2**20)
+
+
+def _client(settings: RemoteExpertsSettings, model_dtype: torch.dtype) -> ExpertClient:
+    spec = load_model_spec(settings.model_path)
+    shape = ExpertShape(
+        model_id(spec.architecture, spec.hidden_size, spec.num_experts, spec.moe_layers),
+        spec.hidden_size,
+        spec.num_experts,
+    )
+    return ExpertClient(
+        settings.dispatch,
+        shape,
+        PlacementFile(settings.placement_file),
+        DTYPES.get(settings.dispatch.dispatch_dtype, model_dtype),
+        DTYPES.get(settings.dispatch.combine_dtype, model_dtype),
+    )

@@ -1,0 +1,126 @@
+"""An expert worker: a Serve replica that holds a share of the routed experts and answers dispatches.
+
+Stateless between calls, and light: it imports torch but never vLLM, because its restart is the failover time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import time
+import uuid
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from cluster.config import Config
+from deployments.directory import Assignment, Standing
+from routing.membership import Member
+
+NAME = "experts"
+JOIN_RETRY_S = 0.25
+
+logger = logging.getLogger("ray.serve")
+
+
+class ExpertWorker:
+    """Serve replica. Serves gRPC on its own port; Serve only starts, watches and stops it."""
+
+    async def __init__(self, config_json: str, directory: DeploymentHandle) -> None:  # type: ignore[misc]  # Serve awaits it
+        config = Config.model_validate_json(config_json)
+        # Waiting OpenMP threads sleep: spinning ones steal the cores of other workers on the host. Read by torch's
+        # OpenMP runtime when it is loaded, so before the import below.
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["OMP_NUM_THREADS"] = str(config.experts.threads)
+        started = time.monotonic()
+        self._directory = directory
+        self._heartbeat_interval_s = config.experts.heartbeat_interval_s
+        self._seen_epoch = 0
+        self._failure: str | None = None
+        worker_id, node = f"experts-{uuid.uuid4().hex[:8]}", ray.util.get_node_ip_address()
+        assignment = await self._join(worker_id, os.getpid(), node)
+        # Heartbeats from now on: a real checkpoint loads for minutes.
+        self._member = Member(worker_id, assignment.slot, os.getpid(), node, "", "loading", 0.0)
+        self._beating = asyncio.create_task(self._beat())
+
+        from deployments.expert_host import ExpertHost
+
+        self._host = await asyncio.to_thread(ExpertHost, config, assignment.experts)
+        address = self._host.start(config.experts.host or node)
+        self._member = dataclasses.replace(self._member, address=address, state="ready")
+        await self._announce()
+        logger.info(
+            "expert worker %s ready at %s after %.1f s: slot %d, %.1f MiB read", worker_id, address,
+            time.monotonic() - started, assignment.slot, self._host.bytes_read / 2**20,
+        )  # fmt: skip
+
+    async def _join(self, worker_id: str, pid: int, node: str) -> Assignment:
+        while True:
+            assignment: Assignment | None = await self._directory.join.remote(worker_id, pid, node)
+            if assignment is not None:
+                return assignment
+            await asyncio.sleep(JOIN_RETRY_S)
+
+    async def _announce(self) -> None:
+        if not await self._directory.ready.remote(self._member, self._seen_epoch):
+            self._failure = f"slot {self._member.slot} was given to another worker while this one was not heard of"
+
+    async def _beat(self) -> None:
+        while self._failure is None:
+            await asyncio.sleep(self._heartbeat_interval_s)
+            try:
+                standing: Standing = await self._directory.heartbeat.remote(self._member.worker_id)
+                self._seen_epoch = max(self._seen_epoch, standing.epoch)
+                if not standing.known and self._member.state == "ready":
+                    await self._announce()
+            except (RayError, RayServeException) as error:
+                logger.warning("the directory is away (%s); serving goes on", type(error).__name__)
+
+    async def check_health(self) -> None:
+        """Serve replaces a worker whose check raises."""
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
+
+    async def __del__(self) -> None:
+        beating = getattr(self, "_beating", None)
+        if beating is not None:
+            beating.cancel()
+        host = getattr(self, "_host", None)
+        if host is not None:
+            try:
+                await asyncio.wait_for(self._directory.leave.remote(self._member.worker_id), 1.0)
+            except (RayError, RayServeException, TimeoutError):
+                pass  # the directory will miss its heartbeats
+            await asyncio.to_thread(host.stop, 1.0)
+
+
+def expert_deployment(config: Config, directory: serve.Application) -> serve.Application:
+    """The expert workers, bound."""
+    experts, placement = config.experts, config.experts.placement
+    options: dict[str, Any] = {
+        "num_cpus": experts.threads if placement.num_cpus is None else placement.num_cpus,
+        "resources": dict(placement.resources),
+    }
+    if experts.device == "cuda":
+        options["num_gpus"] = 1 if placement.num_gpus is None else placement.num_gpus
+    if placement.labels:
+        options["label_selector"] = dict(placement.labels)
+    deployment = serve.deployment(
+        ExpertWorker,
+        name=NAME,
+        num_replicas=experts.workers,
+        ray_actor_options=options,
+        max_ongoing_requests=1,  # Serve sends it none
+        health_check_period_s=1.0,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_timeout_s=3.0,
+        graceful_shutdown_wait_loop_s=0.1,
+        max_constructor_retry_count=2,
+    )
+    return deployment.bind(config.model_dump_json(), directory)
