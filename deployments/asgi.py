@@ -10,6 +10,8 @@ from starlette.types import ASGIApp, Message, Scope
 
 from deployments.attention import ResponseHead
 
+DISCONNECT_GRACE_S = 5.0
+
 _logger = logging.getLogger(__name__)
 
 
@@ -18,17 +20,19 @@ async def call_asgi(
 ) -> AsyncGenerator[ResponseHead | bytes, None]:
     """Yield a ResponseHead and then the body's chunks. Chunks that are ready together come as one.
 
-    Closing the generator cancels the application's task, which to it is the client's disconnect. An exception of the
-    application that cuts its response short is raised here.
+    Closing or cancelling the generator is the client's disconnect to the application, which has DISCONNECT_GRACE_S to
+    wind up before its task is cancelled. An exception of the application that cuts its response short is raised here.
     """
     # Holds at most one completion: an application that streams faster than we are read is not held up.
     ready: asyncio.Queue[Message | None] = asyncio.Queue()
     request: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    gone = asyncio.Event()
 
     async def receive() -> Message:
-        if not request:
-            await asyncio.Event().wait()  # the client stays until this task is cancelled
-        return request.pop()
+        if request:
+            return request.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
 
     async def run() -> None:
         try:
@@ -37,6 +41,7 @@ async def call_asgi(
             ready.put_nowait(None)
 
     task = asyncio.create_task(run())
+    task.add_done_callback(_log_error)
     complete = False
     try:
         message = await ready.get()
@@ -60,16 +65,16 @@ async def call_asgi(
             message = await ready.get()
         if not complete:
             await task
-        elif not task.done():
-            task.add_done_callback(_log_late_error)
     finally:
-        if not complete:
-            task.cancel()
+        # vLLM's handlers shield their work from being cancelled; what they heed is the disconnect message.
+        gone.set()
+        if not task.done():
+            asyncio.get_running_loop().call_later(DISCONNECT_GRACE_S, task.cancel)
 
 
-def _log_late_error(task: asyncio.Task[None]) -> None:
+def _log_error(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()):
-        _logger.error("the request was answered, then its handler failed", exc_info=error)
+        _logger.error("a request's handler failed", exc_info=error)
 
 
 def _scope(method: str, path: str, headers: Mapping[str, str]) -> Scope:

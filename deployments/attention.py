@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Config
 
@@ -44,13 +43,12 @@ class EngineStats:
         return self.spec_accepted_tokens / self.spec_draft_tokens if self.spec_draft_tokens else None
 
 
-def attention_deployment(config: Config, directory: DeploymentHandle | None) -> serve.Application:
+def attention_deployment(config: Config, directory: serve.Application | None) -> serve.Application:
     """The attention replicas, bound and ready to be passed to the gateway.
 
-    With a `directory` (a bound application or handle with `table(after_epoch)`) the routed experts are remote; without
-    one each replica is a whole, unsplit vLLM engine.
+    With a `directory` the routed experts are remote; without one each replica is a whole, unsplit vLLM engine.
     """
-    bundles = _bundles(config)
+    bundles = placement_bundles(config)
     labels = dict(config.attention.placement.labels)
     deploy = serve.deployment(
         name=NAME,
@@ -75,7 +73,7 @@ def attention_deployment(config: Config, directory: DeploymentHandle | None) -> 
     return deploy(REPLICA_CLASS).bind(config.model_dump_json(), directory)
 
 
-def _bundles(config: Config) -> list[dict[str, float]]:
+def placement_bundles(config: Config) -> list[dict[str, float]]:
     """Placement group of one replica: the replica itself and the first rank share the first bundle."""
     attention, placement = config.attention, config.attention.placement
     cpus = 1.0 if placement.num_cpus is None else placement.num_cpus

@@ -7,7 +7,6 @@ Import this module in replicas only; it imports vLLM.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import tempfile
@@ -16,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray import serve
 from ray.exceptions import RayError
 from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackConfig
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm import LLMConfig, LLMServer, ModelLoadingConfig
 from ray.util.placement_group import PlacementGroup
@@ -33,7 +34,12 @@ from cluster.config import Config
 from cluster.errors import StartupError
 from deployments.asgi import call_asgi
 from deployments.attention import EngineStats, ResponseHead
+from deployments.directory import AttentionMember
 from deployments.engine_args import engine_args, engine_env
+from deployments.remote_experts import LOAD_FORMAT, RemoteExpertsSettings, check_installed
+from routing.placement import PlacementTable
+
+DIRECTORY_RETRY_S = 0.5
 
 logger = logging.getLogger("ray.serve")
 
@@ -74,25 +80,6 @@ class LocalEngine(VLLMEngine):
         return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
 
 
-async def follow_placement(directory: DeploymentHandle, path: Path) -> None:
-    """Keep `path` at the directory's latest placement table, for the engine's processes, which are not in Ray.
-
-    Each write is atomic. A directory that is away keeps the last table in force.
-    """
-    epoch = -1
-    while True:
-        try:
-            table = await directory.table.remote(epoch)
-        except RayError as error:
-            logger.warning("no news from the directory (%s): serving goes on with placement epoch %d", error, epoch)
-            await asyncio.sleep(1.0)
-            continue
-        epoch = json.loads(table)["epoch"]
-        fresh = path.with_suffix(".new")
-        fresh.write_text(table)
-        fresh.replace(path)
-
-
 class AttentionReplica(LLMServer):
     """One vLLM engine. Raises StartupError when the engine cannot start."""
 
@@ -105,16 +92,45 @@ class AttentionReplica(LLMServer):
         config = Config.model_validate_json(config_json)
         tempfile.tempdir = self._scratch.name
         os.environ.update(engine_env(config) | {"TMPDIR": self._scratch.name})  # inherited by the engine's processes
+        self._state = "starting"
         additional: dict[str, Any] = {}
+        load_format = "auto"
         if directory is not None:
-            placement_file = Path(self._scratch.name) / "placement.json"
-            self._tasks.add(asyncio.create_task(follow_placement(directory, placement_file)))
-            dispatch = config.dispatch.model_dump(mode="json")
-            additional["deepsplit"] = {"placement_file": str(placement_file), "dispatch": dispatch}
-        args = engine_args(config, additional, "deepsplit" if directory else "auto", CompilationConfig._attention_ops)
+            check_installed()
+            settings = RemoteExpertsSettings(
+                placement_file=Path(self._scratch.name) / "placement.json",
+                model_path=config.model.path,
+                dispatch=config.dispatch,
+            )
+            additional, load_format = settings.as_additional_config(), LOAD_FORMAT
+            self._tasks.add(asyncio.create_task(self._follow_placement(directory, settings.placement_file)))
+        args = engine_args(config, additional, load_format, CompilationConfig._attention_ops)
         self._start_timeout_s = config.ray.start_timeout_s
         await super().__init__(llm_config(config, args), engine_cls=LocalEngine)
         self._app: ASGIApp = await self.__serve_build_asgi_app__()
+        self._state = "ready"
+
+    async def _follow_placement(self, directory: DeploymentHandle, path: Path) -> None:
+        """Keep `path` at the directory's latest placement table, for the engine's processes, which are not in Ray.
+
+        Each write is atomic. A directory that is away leaves the last table in force.
+        """
+        replica_id = serve.get_replica_context().replica_id.unique_id
+        node = ray.util.get_node_ip_address()
+        epoch = -1
+        while True:
+            member = AttentionMember(replica_id, os.getpid(), node, self._state)
+            try:
+                table: str | None = await directory.table.remote(epoch, member)
+            except (RayError, RayServeException) as error:
+                logger.warning("the directory is away (%s); placement epoch %d stays", type(error).__name__, epoch)
+                await asyncio.sleep(DIRECTORY_RETRY_S)
+                continue
+            if table is not None:
+                epoch = PlacementTable.from_json(table).epoch
+                fresh = path.with_suffix(".new")
+                fresh.write_text(table)
+                fresh.replace(path)
 
     async def start(self) -> None:
         """Start the engine. Unlike the base class, sends no telemetry, which would start one more Ray actor."""
@@ -161,7 +177,7 @@ class AttentionReplica(LLMServer):
     async def __del__(self) -> None:
         for task in self._tasks:
             task.cancel()
-        engine = getattr(self, "engine", None)
+        engine = getattr(self, "engine", None)  # absent if the constructor failed early
         if engine is not None and engine._engine_client is not None:
             engine._engine_client.shutdown()
         await super().__del__()

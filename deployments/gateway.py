@@ -44,21 +44,28 @@ class AttentionPlane:
                 answer.cancel()
 
     async def status(self) -> Mapping[str, object]:
-        """Counters of one attention replica's engine, and the placement that is in force (null when unsplit)."""
+        """Counters of one attention replica's engine, and what the directory knows of both planes."""
         try:
             stats: EngineStats = await self._attention.engine_stats.remote()
-            table = None if self._directory is None else json.loads(await self._directory.table.remote(-1))
+            cluster = {} if self._directory is None else json.loads(await self._directory.status.remote())
         except (RayError, RayServeException) as error:
             raise ReplicaUnavailable(f"the cluster is not ready: {_first_line(error)}") from error
         engine = dataclasses.asdict(stats) | {"spec_acceptance": stats.spec_acceptance}
-        return {"engine": engine, "placement_epoch": None if table is None else table["epoch"]}
+        return {**cluster, "engine": engine}
 
 
 @serve.ingress()
 class Gateway:
     """The Serve replica that holds the REST application. Serve's proxy listens; this answers."""
 
-    def __init__(self, config_json: str, attention: DeploymentHandle, directory: DeploymentHandle | None) -> None:
+    def __init__(
+        self,
+        config_json: str,
+        attention: DeploymentHandle,
+        directory: DeploymentHandle | None,
+        experts: DeploymentHandle | None,
+    ) -> None:
+        """`experts` is never called: Serve deploys what the ingress is bound to."""
         config = Config.model_validate_json(config_json)
         name = config.model.name or config.model.path.name
         self._rest = RestApi(name, config.gateway, AttentionPlane(attention, directory))
@@ -69,9 +76,12 @@ class Gateway:
 
 
 def gateway_deployment(
-    config: Config, attention: serve.Application, directory: serve.Application | None
+    config: Config,
+    attention: serve.Application,
+    directory: serve.Application | None,
+    experts: serve.Application | None,
 ) -> serve.Application:
-    """The gateway bound to the deployments behind it: the application's ingress."""
+    """The application's ingress, bound to the deployments behind it. Without directory and experts: unsplit."""
     deployment = serve.deployment(
         Gateway,
         name=NAME,
@@ -80,7 +90,7 @@ def gateway_deployment(
         graceful_shutdown_timeout_s=config.ray.stop_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
     )
-    return deployment.bind(config.model_dump_json(), attention, directory)
+    return deployment.bind(config.model_dump_json(), attention, directory, experts)
 
 
 def _first_line(error: Exception) -> str:

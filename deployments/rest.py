@@ -124,15 +124,14 @@ class RestApi:
         try:
             head = await self._next(answer, deadline)
             assert isinstance(head, ResponseHead), "a replica's answer begins with its head"
+            headers = {"content-type": head.content_type}
             if head.content_type.startswith("text/event-stream"):
-                return StreamingResponse(
-                    self._stream(answer, deadline), head.status, headers={"content-type": head.content_type}
-                )
+                return StreamingResponse(self._stream(answer, deadline), head.status, headers)
             chunks = [chunk async for chunk in self._chunks(answer, deadline)]
         except BaseException:
             await answer.aclose()
             raise
-        return Response(b"".join(chunks), head.status, headers={"content-type": head.content_type})
+        return Response(b"".join(chunks), head.status, headers)
 
     async def _stream(
         self, answer: AsyncGenerator[ResponseHead | bytes, None], deadline: float
