@@ -1,0 +1,115 @@
+"""The command `deepsplit`. Imports neither Ray nor torch: what needs them runs in other processes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from cluster.config import Config
+from cluster.config_file import load_config
+from cluster.errors import DeepsplitError, StartupError
+from cluster.launcher import BUILDER, down, rest_url, status, up, up_detached
+from cluster.state import ClusterState, StateFolder
+from cluster.supervisor import Stopped
+
+_DEFAULTS = (Path("deepsplit.yaml"), Path("examples/local.yaml"))
+_CONFIG = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Serves DeepSeek-V3-class models with attention and experts in different processes."""
+
+
+@cli.command("up")
+@click.argument("config_file", metavar="[CONFIG]", type=_CONFIG, required=False)
+@click.option("--detach", is_flag=True, help="Return when ready and leave the cluster running.")
+@click.option("--builder", default=BUILDER, hidden=True, help="Import string of the application's builder.")
+def up_command(config_file: Path | None, detach: bool, builder: str) -> None:
+    """Start everything that CONFIG describes and stay; Ctrl-C stops it.
+
+    Without CONFIG it is deepsplit.yaml here, or else examples/local.yaml here.
+    """
+    path = config_file or _default_config()
+    config = load_config(path)
+    start = up_detached if detach else up
+    start(config, StateFolder(), _announce, builder)
+
+
+@cli.command("status")
+@click.option("--json", "as_json", is_flag=True, help="All of it, as JSON.")
+def status_command(as_json: bool) -> None:
+    """Show what runs, where, and who holds which experts."""
+    report = status(StateFolder())
+    click.echo(json.dumps(report, indent=2) if as_json else _table(report))
+
+
+@cli.command("down")
+def down_command() -> None:
+    """Stop the cluster; of a cluster that was joined, only the application."""
+    click.echo("stopped" if down(StateFolder()) else "nothing is running")
+
+
+def _default_config() -> Path:
+    for path in _DEFAULTS:
+        if path.exists():
+            click.echo(f"using {path}", err=True)
+            return path
+    raise StartupError("no CONFIG given and no deepsplit.yaml here: run `deepsplit up CONFIG`")
+
+
+def _announce(state: ClusterState) -> None:
+    """What the user needs once all is ready; on stdout."""
+    config = state.parsed_config()
+    url = rest_url(config)
+    body = {"model": model_name(config), "prompt": "def fibonacci(n):", "max_tokens": 48, "temperature": 0}
+    click.echo(f"\nREST      {url}/v1\nRay       {state.address}")
+    if state.root:
+        click.echo(f"logs      {state.root}/session_latest/logs")
+    click.echo(
+        f"\n  curl -s {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}\n"
+    )
+    sys.stdout.flush()
+
+
+def model_name(config: Config) -> str:
+    """The name that requests use."""
+    return config.model.name or config.model.path.name
+
+
+def _table(report: dict[str, object]) -> str:
+    lines = [f"model      {report['model']} ({report['state']})", f"placement  epoch {report['placement_epoch']}"]
+    for role in ("attention", "experts"):
+        processes = report[role]
+        assert isinstance(processes, list)
+        for process in processes:
+            held = process.get("experts", {})
+            span = f"{sum(map(len, held.values()))} experts in {len(held)} layers, {process['address']}" if held else ""
+            lines.append(
+                f"{role:<10} {process['id']}  pid {process['pid']}  node {process['node']}  {process['state']}  {span}"
+            )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def main() -> None:
+    """Entry point: every expected error is one message on stderr and exit code 1."""
+    try:
+        cli(standalone_mode=False)
+    except DeepsplitError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except Stopped as stopped:
+        sys.exit(stopped.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

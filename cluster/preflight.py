@@ -1,0 +1,35 @@
+"""Cheap checks before anything heavy starts: each takes milliseconds and names its fix."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from cluster.config import GatewayConfig
+from cluster.errors import StartupError
+from cluster.processes import listeners
+
+
+def check_port(gateway: GatewayConfig) -> None:
+    """Raises StartupError when the gateway could not listen."""
+    if gateway.port == 0:
+        return
+    family = socket.AF_INET6 if ":" in gateway.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As servers do, so that connections of an earlier run that linger in TIME_WAIT are no obstacle.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((gateway.host, gateway.port))
+        except OSError as error:
+            raise StartupError(_reason(gateway, error)) from error
+
+
+def _reason(gateway: GatewayConfig, error: OSError) -> str:
+    where = f"{gateway.host}:{gateway.port}"
+    if error.errno == errno.EADDRINUSE:
+        holders = ", ".join(f"{process.name()} (pid {process.pid})" for process in listeners(gateway.port))
+        by = f" by {holders}" if holders else ""
+        return f"{where} is already in use{by}: set gateway.port to a free port, or end that process"
+    if error.errno == errno.EACCES:
+        return f"{where} needs privileges that this user lacks: set gateway.port to 1024 or above"
+    return f"cannot listen on {where} ({error.strerror}): set gateway.host to an address of this machine"
