@@ -90,7 +90,7 @@ def main() -> None:
         tcp = socket.create_connection(("127.0.0.1", tcp_port))
         tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-        print(f"{'tokens':>6} {'KiB each way':>12} {'dispatch ms':>12} {'gRPC echo ms':>13} {'TCP ms':>8} {'dispatch/echo':>14}")
+        print("tokens  KiB each way  dispatch ms  gRPC echo ms    TCP ms  dispatch/echo")
         for tokens in args.tokens:
             hidden_TH = torch.randn(tokens, args.hidden, dtype=torch.bfloat16)
             ids_TK = torch.arange(TOP_K).repeat(tokens, 1)
@@ -119,7 +119,8 @@ def main() -> None:
                     if turn >= 20:
                         into.append((time.perf_counter() - started) * 1e3)
             ours_ms, echo_ms, tcp_ms = (statistics.median(t) for t in times)
-            print(f"{tokens:>6} {len(payload) / 1024:>12.0f} {ours_ms:>12.3f} {echo_ms:>13.3f} {tcp_ms:>8.3f} {ours_ms / echo_ms:>14.2f}")
+            kib, ratio = len(payload) / 1024, ours_ms / echo_ms
+            print(f"{tokens:>6} {kib:>13.0f} {ours_ms:>12.3f} {echo_ms:>13.3f} {tcp_ms:>9.3f} {ratio:>14.2f}")
         client.close()
         channel.close()
     for process in processes:

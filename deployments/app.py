@@ -13,7 +13,6 @@ from deployments.attention import attention_deployment
 from deployments.directory import directory_deployment
 from deployments.expert_worker import expert_deployment
 from deployments.gateway import gateway_deployment
-from deployments.root import root_deployment
 
 
 class BuildArgs(BaseModel):

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Generator
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -63,9 +63,7 @@ class AttentionOnlyLoader(DefaultModelLoader):
                         tensor = tensors.get_tensor(name)
                         bytes_read += tensor.nbytes
                         yield name, tensor
-            except (OSError, Exception) as error:
-                if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-                    raise
+            except (OSError, SafetensorError) as error:
                 raise CheckpointError(
                     f"{index.path / shard} cannot be read ({error}): download this shard again"
                 ) from None

@@ -58,7 +58,7 @@ class Directory:
         spec = load_model_spec(config.model.path)
         experts = config.experts
         held = split_shares(spec.num_experts, experts.shares or [1.0] * experts.workers, experts.replicas_per_expert)
-        self._slots = [{layer: ids for layer in spec.moe_layers} for ids in held]
+        self._slots = [dict.fromkeys(spec.moe_layers, ids) for ids in held]
         self._model = config.model.name or config.model.path.name
         self._membership = Membership(self._slots, experts.heartbeat_timeout_s, time.monotonic())
         self._attention: dict[str, tuple[AttentionMember, float]] = {}
@@ -91,7 +91,7 @@ class Directory:
     # --- attention replicas and operators ---
 
     async def table(self, after_epoch: int, member: AttentionMember | None = None) -> str | None:
-        """The placement table as JSON once its epoch is above `after_epoch`; None if that takes too long (ask again)."""
+        """The placement table as JSON once its epoch is above `after_epoch`; None after LONG_POLL_S (ask again)."""
         deadline = time.monotonic() + LONG_POLL_S
         while True:
             now = time.monotonic()

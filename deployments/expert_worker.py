@@ -6,6 +6,7 @@ Stateless between calls, and light: it imports torch but never vLLM, because its
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
@@ -32,7 +33,8 @@ logger = logging.getLogger("ray.serve")
 class ExpertWorker:
     """Serve replica. Serves gRPC on its own port; Serve only starts, watches and stops it."""
 
-    async def __init__(self, config_json: str, directory: DeploymentHandle) -> None:  # type: ignore[misc]  # Serve awaits it
+    # Serve awaits an async constructor.
+    async def __init__(self, config_json: str, directory: DeploymentHandle) -> None:  # type: ignore[misc]
         config = Config.model_validate_json(config_json)
         # Waiting OpenMP threads sleep: spinning ones steal the cores of other workers on the host. Read by torch's
         # OpenMP runtime when it is loaded, so before the import below.
@@ -93,10 +95,9 @@ class ExpertWorker:
             beating.cancel()
         host = getattr(self, "_host", None)
         if host is not None:
-            try:
+            # A directory that is away will miss the heartbeats.
+            with contextlib.suppress(RayError, RayServeException, TimeoutError):
                 await asyncio.wait_for(self._directory.leave.remote(self._member.worker_id), 1.0)
-            except (RayError, RayServeException, TimeoutError):
-                pass  # the directory will miss its heartbeats
             await asyncio.to_thread(host.stop, 1.0)
 
 

@@ -1,0 +1,77 @@
+"""The experts' arithmetic: SwiGLU of the held experts, weighted and summed per row.
+
+Legend: T rows, K expert slots per row, N held experts of the layer, P rows of one expert, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from cluster.errors import FrameError, StalePlacement
+from deployments.expert_weights import ExpertWeights, LayerExperts
+
+
+class ExpertCompute:
+    """Computes one worker's experts. Not thread-safe; the server computes one batch at a time."""
+
+    def __init__(self, weights: ExpertWeights, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._layers = weights.layers
+        self._slots = {layer: _slot_of(experts, weights.num_experts) for layer, experts in weights.layers.items()}
+
+    @torch.inference_mode()
+    def forward(
+        self, layer: int, hidden_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """sum_k weights[t, k] * expert_k(hidden[t]) -> float32 [T, H] (DeepSeek-V3 report, equations 12 and 13).
+
+        `expert_ids_TK` int32, global, -1 for an unused slot; `weights_TK` float32. Activations are in the experts'
+        dtype, the sum in float32. Raises FrameError for an unknown layer or id, StalePlacement for an expert that is
+        not held here.
+        """
+        experts = self._layers.get(layer)
+        if experts is None:
+            raise FrameError(f"unknown layer {layer}; this worker has routed experts of layers {_ranges(self._layers)}")
+        slots_TK = self._local_slots(layer, expert_ids_TK)
+        device, dtype = experts.down_NHI.device, experts.down_NHI.dtype
+        hidden_TH = hidden_TH.to(device=device, dtype=dtype)
+        output_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=device)
+        # Pairs in order of expert: each expert's rows are one run.
+        pairs = (slots_TK.reshape(-1) >= 0).nonzero().squeeze(1)
+        slots_P = slots_TK.reshape(-1)[pairs]
+        order = torch.argsort(slots_P, stable=True)
+        rows_P = (pairs // slots_TK.shape[1])[order]
+        scale_P = weights_TK.reshape(-1)[pairs][order].to(device)
+        counts = torch.bincount(slots_P, minlength=len(experts.ids)).tolist()
+        start = 0
+        for slot, count in enumerate(counts):
+            if count:
+                rows = rows_P[start : start + count].to(device)
+                gate_PI, up_PI = functional.linear(hidden_TH[rows], experts.gate_up_N2IH[slot]).chunk(2, dim=-1)
+                out_PH = functional.linear(functional.silu(gate_PI) * up_PI, experts.down_NHI[slot])
+                output_TH.index_add_(0, rows, out_PH.float() * scale_P[start : start + count, None])
+                start += count
+        return output_TH.cpu()
+
+    def _local_slots(self, layer: int, expert_ids_TK: torch.Tensor) -> torch.Tensor:
+        slot_of = self._slots[layer]
+        if expert_ids_TK.numel() and not -1 <= int(expert_ids_TK.min()) <= int(expert_ids_TK.max()) < len(slot_of) - 1:
+            raise FrameError(f"expert ids must be from -1 to {len(slot_of) - 2}")
+        slots_TK = slot_of[expert_ids_TK.long()]  # -1 indexes the last entry, which is "none"
+        strangers = expert_ids_TK[(slots_TK < 0) & (expert_ids_TK >= 0)]
+        if len(strangers):
+            raise StalePlacement(f"layer {layer}: expert {int(strangers[0])} is not held by this worker")
+        return slots_TK
+
+
+def _slot_of(experts: LayerExperts, num_experts: int) -> torch.Tensor:
+    """Local slot by global id, -1 where not held; one entry more than there are experts, for the id -1."""
+    slots = torch.full((num_experts + 1,), -1, dtype=torch.int64)
+    slots[list(experts.ids)] = torch.arange(len(experts.ids))
+    return slots
+
+
+def _ranges(layers: object) -> str:
+    numbers = sorted(layers)  # type: ignore[call-overload]
+    return f"{numbers[0]}-{numbers[-1]}" if numbers else "none"
