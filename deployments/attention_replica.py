@@ -159,7 +159,8 @@ class AttentionReplica(LLMServer):
             yield item
 
     async def engine_stats(self) -> EngineStats:
-        """What the engine last reported."""
+        """What the engine last reported. Raises if the engine is dead."""
+        await self.check_health()
         totals: dict[str, float] = {}
         for metric in get_metrics_snapshot():
             if isinstance(metric, Counter | Gauge):

@@ -1,0 +1,160 @@
+"""OpenAI's own client against the running application: real Serve, real vLLM."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.checkpoints import SHAPES, make_checkpoint
+from tests.integration.rest_server import MAX_MODEL_LEN, RestServer, rest_server
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leftovers")]
+
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
+MESSAGES: list[Any] = [{"role": "user", "content": "def split(self"}]
+LONG: dict[str, Any] = {"prompt": "def split(", "max_tokens": MAX_MODEL_LEN - 16, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def server(no_leftovers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RestServer]:
+    with rest_server(make_checkpoint(tmp_path_factory.mktemp("mtp"), SHAPES["mtp"])) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: RestServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as made:
+        yield made
+
+
+def engine(server: RestServer) -> dict[str, float]:
+    stats: dict[str, float] = httpx.get(f"{server.url}/v1/deepsplit/status", timeout=10).json()["engine"]
+    return stats
+
+
+def post(server: RestServer, content: str | bytes, path: str = "/v1/completions") -> tuple[int, dict[str, Any]]:
+    answer = httpx.post(server.url + path, content=content, timeout=60)
+    return answer.status_code, answer.json()["error"]
+
+
+def test_models(client: openai.OpenAI, server: RestServer) -> None:
+    (model,) = client.models.list().data
+    assert model.id == server.model
+    assert client.models.retrieve(server.model).id == server.model
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+def test_a_completion_is_the_same_streamed_or_not(client: openai.OpenAI, server: RestServer) -> None:
+    whole = client.completions.create(model=server.model, prompt="class Worker", **GREEDY)
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 12
+    stream = client.completions.create(model=server.model, prompt="class Worker", stream=True, **GREEDY)
+    chunks = list(stream)
+    assert len(chunks) > 3
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_a_chat_is_the_same_streamed_or_not(client: openai.OpenAI, server: RestServer) -> None:
+    whole = client.chat.completions.create(model=server.model, messages=MESSAGES, **GREEDY)
+    assert whole.choices[0].message.role == "assistant"
+    stream = client.chat.completions.create(
+        model=server.model, messages=MESSAGES, stream=True, stream_options={"include_usage": True}, **GREEDY
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 12
+
+
+def test_fields_of_vllm_pass_through(client: openai.OpenAI, server: RestServer) -> None:
+    body = {"return_token_ids": True, "logprobs": 2, "ignore_eos": True}
+    answer = client.completions.create(
+        model=server.model, prompt=[5, 6, 7], temperature=0, max_tokens=4, extra_body=body
+    )
+    assert answer.model_dump()["choices"][0]["prompt_token_ids"] == [5, 6, 7]
+    assert answer.choices[0].logprobs is not None
+
+
+def test_tokenize_and_back(server: RestServer) -> None:
+    tokens = httpx.post(f"{server.url}/tokenize", json={"prompt": "def f():"}, timeout=10).json()["tokens"]
+    text = httpx.post(f"{server.url}/detokenize", json={"tokens": tokens}, timeout=10).json()["prompt"]
+    assert text == "def f():"
+
+
+def test_unknown_model(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as failure:
+        client.chat.completions.create(model="other", messages=MESSAGES)
+    assert failure.value.code == "model_not_found"
+    assert failure.value.param == "model"
+
+
+def test_a_prompt_that_is_too_long(client: openai.OpenAI, server: RestServer) -> None:
+    with pytest.raises(openai.BadRequestError) as failure:
+        client.completions.create(model=server.model, prompt=[5] * (MAX_MODEL_LEN + 1), max_tokens=1)
+    assert str(MAX_MODEL_LEN) in failure.value.message
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model=server.model, prompt=[5] * (MAX_MODEL_LEN + 1), max_tokens=1, stream=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "message"),
+    [
+        ('{"model": "tiny", "prompt": "a", "max_tokens": "many"}', 400, "max_tokens"),
+        ('{"model": "tiny", "prompt": "a", "temperature": -1}', 400, "temperature"),
+        ('{"model": "tiny"}', 400, "prompt"),
+        ("{bad", 400, "not valid JSON"),
+        (b" " * (2**20 + 1), 413, "1 MiB"),
+    ],
+)
+def test_bad_requests(server: RestServer, content: str | bytes, status: int, message: str) -> None:
+    got, error = post(server, content)
+    assert got == status
+    assert message in error["message"]
+    assert set(error) >= {"message", "type", "param", "code"}
+
+
+def test_request_ids_come_back(server: RestServer) -> None:
+    body = {"model": server.model, "prompt": "a", "max_tokens": 1}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, headers={"X-Request-Id": "mine-1"}, timeout=60)
+    assert answer.headers.get_list("x-request-id") == ["mine-1"]
+    assert answer.json()["id"] == "cmpl-mine-1"
+    assert httpx.get(f"{server.url}/health", timeout=10).headers["x-request-id"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_sequence(server: RestServer, stream: bool) -> None:
+    body = LONG | {"model": server.model, "stream": stream}
+    before = engine(server)["generation_tokens"]
+    if stream:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+            next(answer.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.5)
+    deadline = time.monotonic() + 5
+    while engine(server)["running"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    after = engine(server)
+    assert (after["running"], after["waiting"], after["kv_cache_usage"]) == (0, 0, 0)
+    assert after["generation_tokens"] - before < LONG["max_tokens"] / 2
+
+
+def test_mtp_acceptance_is_visible(client: openai.OpenAI, server: RestServer) -> None:
+    client.completions.create(model=server.model, prompt="import json", **GREEDY)
+    stats = engine(server)
+    assert stats["spec_draft_tokens"] > 0
+    assert stats["spec_acceptance"] == stats["spec_accepted_tokens"] / stats["spec_draft_tokens"]
+
+
+def test_ready(server: RestServer) -> None:
+    assert httpx.get(f"{server.url}/ready", timeout=10).status_code == 200
+
+
