@@ -1,36 +1,39 @@
-"""What a checkpoint's `config.json` says about the model: the shape that planning and splitting need. No torch."""
+"""What deepsplit needs to know of a model: read from config.json, checked against the tensor names. No torch.
+
+Key names differ by family: DeepSeek V2/V3/R1, Kimi-K2 and GLM4-MoE (`n_routed_experts`, `first_k_dense_replace`,
+`moe_layer_freq`), Qwen2/3-MoE (`num_experts`, `decoder_sparse_step`, `mlp_only_layers`), Mixtral (`num_local_experts`).
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
-from typing import Any
 
-from cluster.checkpoint import CheckpointIndex, is_routed_expert, load_checkpoint_index
+from cluster.checkpoint import (
+    CheckpointIndex,
+    ExpertTensor,
+    check_folder,
+    check_shards,
+    has_index,
+    is_routed_expert,
+    load_checkpoint_index,
+)
 from cluster.errors import CheckpointError
 
 __all__ = [
-    "CheckpointIndex",
-    "ExpertQuant",
-    "ModelSpec",
-    "check_experts",
-    "is_routed_expert",
-    "load_checkpoint_index",
-    "load_model_spec",
-]
+    "CheckpointIndex", "ExpertQuant", "ExpertTensor", "ModelSpec", "check_experts", "check_shards", "is_routed_expert",
+    "load_checkpoint_index", "load_model_spec",
+]  # fmt: skip
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class ExpertQuant:
-    """Block-quantised weights: FP8 E4M3 with one float32 scale per block (DeepSeek-V3 report, section 3.3.2)."""
+    """How routed experts are stored: `fp8` is E4M3 with one float32 `weight_scale_inv` per block (rows, columns)."""
 
     method: str
     block_shape: tuple[int, int]
@@ -38,146 +41,214 @@ class ExpertQuant:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Shape of one MoE model. Layer indices count decoder layers; MTP layers follow at `num_hidden_layers` and up."""
+    """Sizes of one MoE model. Parameter counts leave out norms and biases (below 0.01 %)."""
 
     path: Path
     architecture: str
     model_type: str
     hidden_size: int
     moe_intermediate_size: int
-    num_experts: int  # routed experts per MoE layer
+    num_experts: int  # routed, per layer
     top_k: int
     num_shared_experts: int
     num_hidden_layers: int
-    num_mtp_layers: int
+    num_mtp_layers: int  # those with tensors in the checkpoint
     vocab_size: int
     max_position_embeddings: int
-    moe_layers: tuple[int, ...]  # with routed experts, MTP layers included
-    dtype: str
+    moe_layers: tuple[int, ...]  # layers with routed experts; MTP layers are >= num_hidden_layers
+    dtype: str  # "bfloat16", ...
     expert_quant: ExpertQuant | None
+    attention_params: int  # main model but for routed experts: embeddings and head too
+    mtp_attention_params: int  # the same for all MTP layers, with the embeddings and heads that they bring
+    embedding_params: int  # the input embedding: part of attention_params, but looked up, not multiplied
 
     @property
     def expert_params(self) -> int:
-        """Parameters of one routed expert: gate and up [I, H], down [H, I]."""
+        """Parameters of one routed expert: gate, up and down projection."""
         return 3 * self.hidden_size * self.moe_intermediate_size
 
     def expert_bytes(self, dtype: str) -> int:
-        """Memory of one routed expert held in `dtype`."""
-        return self.expert_params * DTYPE_BYTES[dtype]
+        """Bytes of one routed expert as `dtype`: float32, bfloat16, float16 or fp8 (with its scales)."""
+        if dtype != "fp8":
+            return self.expert_params * DTYPE_BYTES[dtype]
+        rows, columns = self.expert_quant.block_shape if self.expert_quant else (128, 128)
+        hidden, inner = self.hidden_size, self.moe_intermediate_size
+        blocks = 2 * ceil(inner / rows) * ceil(hidden / columns) + ceil(hidden / rows) * ceil(inner / columns)
+        return self.expert_params + 4 * blocks
 
     @property
     def routed_params(self) -> int:
         """Parameters of all routed experts, MTP layers included."""
         return self.expert_params * self.num_experts * len(self.moe_layers)
 
+    @property
+    def total_params(self) -> int:
+        """All parameters of the main model, MTP layers left out (as DeepSeek-V3's 671 B counts)."""
+        layers = sum(layer < self.num_hidden_layers for layer in self.moe_layers)
+        return self.attention_params + layers * self.num_experts * self.expert_params
+
+    @property
+    def active_params(self) -> int:
+        """Parameters that one token is multiplied with: no input embedding, top_k of the experts."""
+        layers = sum(layer < self.num_hidden_layers for layer in self.moe_layers)
+        return self.attention_params - self.embedding_params + layers * self.top_k * self.expert_params
+
 
 def load_model_spec(path: Path | str) -> ModelSpec:
-    """Read `config.json`, and from the checkpoint's index whether there are MTP layers.
+    """The spec of the checkpoint in `path`, whose weights need not be there.
 
-    Raises CheckpointError, naming the fix, if the folder or file is missing, is not JSON, or is not an MoE model.
+    With a tensor index, the names decide which MTP layers count, and must not contradict config.json. A checkpoint that
+    holds one half of the model only (no routed expert, or nothing else) passes; see `check_experts` for completeness.
+    Raises CheckpointError.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"model path {path} does not exist{_nearest(path)}; set model.path")
-    raw = _read_json(path / "config.json")
-    text: Mapping[str, Any] = raw.get("text_config") or raw
-    architecture = (raw.get("architectures") or text.get("architectures") or ["unknown"])[0]
-    num_experts = _first(text, "n_routed_experts", "num_experts", "num_local_experts")
-    if not num_experts:
+    raw = _Keys(path)
+    experts = raw.first_int("n_routed_experts", "num_experts", "num_local_experts", default=0)
+    if experts < 1:
         raise CheckpointError(
-            f"{path} is not a mixture-of-experts model ({architecture} has no n_routed_experts, num_experts or "
-            f"num_local_experts): there is nothing to split; serve it with vLLM alone"
+            f"{path} is not a mixture-of-experts model ({raw.architecture or raw.model_type or 'architecture unknown'} "
+            f"has no n_routed_experts, num_experts or num_local_experts in config.json): nothing can be split; serve "
+            f"it with plain vLLM, or set model.path to an MoE model"
         )
-    layers = int(text["num_hidden_layers"])
-    spec = ModelSpec(
-        path=path,
-        architecture=architecture,
-        model_type=raw.get("model_type", "unknown"),
-        hidden_size=_need(text, path, "hidden_size"),
-        moe_intermediate_size=_need(text, path, "moe_intermediate_size", "intermediate_size"),
-        num_experts=num_experts,
-        top_k=_need(text, path, "num_experts_per_tok", "num_experts_per_token"),
-        num_shared_experts=_first(text, "n_shared_experts", "num_shared_experts") or 0,
-        num_hidden_layers=layers,
-        num_mtp_layers=0,
-        vocab_size=_need(text, path, "vocab_size"),
-        max_position_embeddings=_first(text, "max_position_embeddings") or 0,
-        moe_layers=tuple(layer for layer in range(layers) if _is_moe(text, layer)),
-        dtype=raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype") or "bfloat16",
-        expert_quant=_quant(raw.get("quantization_config") or text.get("quantization_config")),
-    )
-    # MTP layers exist where the checkpoint has them, whatever the config says: many copies leave them out.
-    present = {int(found[1]) for name in load_checkpoint_index(path).weight_map if (found := _LAYER.search(name))}
-    mtp = tuple(layer for layer in sorted(present) if layer >= layers)
-    return dataclasses.replace(spec, num_mtp_layers=len(mtp), moe_layers=spec.moe_layers + mtp)
+    decoder_layers = raw.first_int("num_hidden_layers")
+    moe_layers = tuple(layer for layer in range(decoder_layers) if _is_moe(raw, layer))
+    mtp = raw.first_int("num_nextn_predict_layers", "num_mtp_layers", default=0)
+    mtp_layers = tuple(range(decoder_layers, decoder_layers + mtp))
+    if has_index(path):
+        index = load_checkpoint_index(path)
+        named = index.expert_layers | index.router_layers
+        # The tensors decide, whatever config.json says: many copies leave MTP layers out.
+        mtp_layers = tuple(sorted(layer for layer in named if layer >= decoder_layers))
+        _cross_check(index, moe_layers, decoder_layers)
+    inner = raw.first_int("moe_intermediate_size", "intermediate_size")
+    shared_inner = raw.first_int("shared_expert_intermediate_size", default=0)  # Qwen2-MoE: one of its own size
+    shared = 1 if shared_inner else raw.first_int("n_shared_experts", default=0)
+    hidden, vocab = raw.first_int("hidden_size"), raw.first_int("vocab_size")
+    shared_params = 3 * hidden * (shared_inner or shared * inner)
+    moe_block = hidden * experts + shared_params
+    dense = decoder_layers - len(moe_layers)
+    dense_params = 3 * hidden * raw.first_int("intermediate_size", default=inner) if dense else 0
+    embeddings = 1 if raw.tied else 2
+    return ModelSpec(
+        path=path, architecture=raw.architecture, model_type=raw.model_type, hidden_size=hidden,
+        moe_intermediate_size=inner, num_experts=experts,
+        top_k=raw.first_int("num_experts_per_tok", "num_experts_per_token", "moe_topk"), num_shared_experts=shared,
+        num_hidden_layers=decoder_layers, num_mtp_layers=len(mtp_layers), vocab_size=vocab,
+        max_position_embeddings=raw.first_int("max_position_embeddings"), moe_layers=moe_layers + mtp_layers,
+        dtype=raw.dtype, expert_quant=_expert_quant(raw),
+        attention_params=decoder_layers * _attention_params(raw, hidden) + len(moe_layers) * moe_block
+        + dense * dense_params + embeddings * vocab * hidden,
+        # An MTP layer brings eh_proj (2H x H), an embedding and a head.
+        mtp_attention_params=len(mtp_layers)
+        * (_attention_params(raw, hidden) + moe_block + 2 * hidden * hidden + 2 * vocab * hidden),
+        embedding_params=0 if raw.tied else vocab * hidden,
+    )  # fmt: skip
 
 
-def check_experts(spec: ModelSpec, index: CheckpointIndex) -> None:
-    """Every MoE layer has every routed expert, by the tensors' names. Raises CheckpointError."""
-    found: dict[int, set[int]] = {}
-    for layer, expert in index.expert_tensors:
-        found.setdefault(layer, set()).add(expert)
-    absent = [layer for layer in spec.moe_layers if layer not in found]
-    if absent:
-        raise CheckpointError(
-            f"{spec.path}: layer(s) {', '.join(map(str, absent[:8]))} should have {spec.num_experts} routed experts by "
-            f"config.json, but the checkpoint has no tensor of them: download the missing shards, or mend the index"
-        )
+def check_experts(index: CheckpointIndex, spec: ModelSpec) -> None:
+    """Every routed expert of every MoE layer has its tensors in the index. Raises CheckpointError, naming the gap."""
+    wanted = {"gate", "up", "down"}
     for layer in spec.moe_layers:
-        missing = sorted(set(range(spec.num_experts)) - found[layer])
-        if missing:
-            raise CheckpointError(
-                f"{spec.path}: layer {layer} lacks routed expert(s) {', '.join(map(str, missing[:8]))} of "
-                f"{spec.num_experts}: download the missing shards, or mend the index"
-            )
+        if layer not in index.expert_layers:
+            raise CheckpointError(_layer_absent(index, layer))
+        for expert in range(spec.num_experts):
+            tensors = index.expert_tensors.get((layer, expert), ())
+            missing = sorted(wanted - {tensor.proj for tensor in tensors if tensor.kind == "weight"})
+            if missing:
+                raise CheckpointError(
+                    f"{index.path}: layer {layer}, expert {expert} has no {missing[0]} projection in the index: "
+                    f"download the checkpoint again"
+                )
 
 
-def _is_moe(text: Mapping[str, Any], layer: int) -> bool:
-    """Whether a decoder layer has routed experts, by the rules of DeepSeek's and Qwen's configurations."""
-    if layer < (text.get("first_k_dense_replace") or 0) or layer in (text.get("mlp_only_layers") or ()):
-        return False
-    if "decoder_sparse_step" in text:
-        return (layer + 1) % text["decoder_sparse_step"] == 0
-    return layer % (text.get("moe_layer_freq") or 1) == 0
-
-
-def _quant(quantization: Mapping[str, Any] | None) -> ExpertQuant | None:
-    if quantization is None:
-        return None
-    method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
-    if method != "fp8" or not block:
+def _cross_check(index: CheckpointIndex, moe_layers: tuple[int, ...], decoder_layers: int) -> None:
+    named = index.expert_layers | index.router_layers
+    extra = sorted(layer for layer in named if layer < decoder_layers and layer not in moe_layers)
+    if extra:
         raise CheckpointError(
-            f"routed experts quantised with {method!r} (blocks {block}) are not supported: expert workers read "
-            f"unquantised weights and FP8 with weight_block_size, as DeepSeek-V3's"
+            f"{index.path}: layer {extra[0]} has routed experts by its tensor names, but config.json makes it dense: "
+            f"config.json and weights are not of the same model; download both again"
         )
-    return ExpertQuant(method, (block[0], block[1]))
+    if index.expert_layers and (absent := sorted(index.router_layers - index.expert_layers)):
+        raise CheckpointError(_layer_absent(index, absent[0]))
 
 
-def _first(text: Mapping[str, Any], *keys: str) -> int | None:
-    return next((int(text[key]) for key in keys if text.get(key) is not None), None)
+def _layer_absent(index: CheckpointIndex, layer: int) -> str:
+    return f"{index.path}: layer {layer} has no routed experts in the checkpoint: download the checkpoint again"
 
 
-def _need(text: Mapping[str, Any], path: Path, *keys: str) -> int:
-    value = _first(text, *keys)
-    if value is None:
-        raise CheckpointError(f"{path / 'config.json'} has no {' or '.join(keys)}: is it the model's own config.json?")
-    return value
+class _Keys:
+    """config.json: typed look-ups that raise CheckpointError. Nested `text_config` is looked into first."""
+
+    def __init__(self, path: Path) -> None:
+        check_folder(path)
+        self.file = path / "config.json"
+        try:
+            outer = json.loads(self.file.read_text())
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} has no config.json: set model.path to a Hugging Face checkpoint") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.file} is not readable JSON ({error}): download it again") from None
+        if not isinstance(outer, dict):
+            raise CheckpointError(f"{self.file} is not a JSON object: download it again")
+        inner = outer.get("text_config")
+        self.values: Mapping[str, object] = {**outer, **inner} if isinstance(inner, dict) else outer
+        architectures = outer.get("architectures") or self.values.get("architectures")
+        self.architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+        self.model_type = str(self.values.get("model_type", ""))
+        dtype = self.values.get("dtype") or self.values.get("torch_dtype") or "bfloat16"
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.tied = bool(self.values.get("tie_word_embeddings", False))
+
+    def first_int(self, *names: str, default: int | None = None) -> int:
+        """The first of these keys that is set and not null."""
+        for name in names:
+            value = self.values.get(name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise CheckpointError(f"{self.file}: {name} must be a whole number, not {value!r}: download it again")
+            return value
+        if default is None:
+            raise CheckpointError(f"{self.file} has no {' or '.join(names)}: download it again")
+        return default
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: model.path must be a Hugging Face checkpoint folder") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): download it again") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object: is it the model's own config.json?")
-    return data
+def _is_moe(raw: _Keys, layer: int) -> bool:
+    types = raw.values.get("mlp_layer_types")  # "dense" or "sparse" per layer
+    if isinstance(types, list) and layer < len(types):
+        return types[layer] != "dense"
+    only_dense = raw.values.get("mlp_only_layers")
+    if isinstance(only_dense, list) and layer in only_dense:
+        return False
+    frequency = raw.values.get("moe_layer_freq")
+    if isinstance(frequency, list):
+        return layer < len(frequency) and bool(frequency[layer])
+    if layer < raw.first_int("first_k_dense_replace", default=0) or layer % raw.first_int("moe_layer_freq", default=1):
+        return False
+    return (layer + 1) % raw.first_int("decoder_sparse_step", default=1) == 0
 
 
-def _nearest(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f" ({path.parent} does not either)"
-    close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir() if entry.is_dir()], n=1)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
+def _attention_params(raw: _Keys, hidden: int) -> int:
+    """One layer's attention: MLA (with or without q-LoRA) if there is a kv_lora_rank, else grouped-query attention."""
+    heads = raw.first_int("num_attention_heads")
+    if (rank := raw.first_int("kv_lora_rank", default=0)) == 0:
+        head_dim = raw.first_int("head_dim", default=hidden // heads)
+        return 2 * hidden * head_dim * (heads + raw.first_int("num_key_value_heads", default=heads))
+    nope, rope, value = (raw.first_int(name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    q_rank, q_rows = raw.first_int("q_lora_rank", default=0), heads * (nope + rope)
+    query = q_rank * (hidden + q_rows) if q_rank else hidden * q_rows
+    return query + hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
+
+
+def _expert_quant(raw: _Keys) -> ExpertQuant | None:
+    quant = raw.values.get("quantization_config")
+    if not isinstance(quant, dict):
+        return None
+    method, block = quant.get("quant_method"), quant.get("weight_block_size")
+    if method != "fp8" or not isinstance(block, list) or len(block) != 2:
+        raise CheckpointError(
+            f"{raw.file}: quantisation {method!r} is not supported: use a checkpoint with plain weights, or FP8 with "
+            f"weight_block_size (one weight_scale_inv per block)"
+        )
+    return ExpertQuant("fp8", (int(block[0]), int(block[1])))

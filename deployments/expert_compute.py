@@ -27,12 +27,13 @@ class ExpertCompute:
         """sum_k weights[t, k] * expert_k(hidden[t]) -> float32 [T, H] (DeepSeek-V3 report, equations 12 and 13).
 
         `expert_ids_TK` int32, global, -1 for an unused slot; `weights_TK` float32. Activations are in the experts'
-        dtype, the sum in float32. Raises FrameError for an unknown layer or id, StalePlacement for an expert that is
-        not held here.
+        dtype, the sum in float32. Raises FrameError for an unknown layer, id or shape, StalePlacement for an expert
+        that is not held here.
         """
         experts = self._layers.get(layer)
         if experts is None:
             raise FrameError(f"unknown layer {layer}; this worker has routed experts of layers {_ranges(self._layers)}")
+        _check_shapes(layer, experts.down_NHI.shape[1], hidden_TH, expert_ids_TK, weights_TK)
         slots_TK = self._local_slots(layer, expert_ids_TK)
         device, dtype = experts.down_NHI.device, experts.down_NHI.dtype
         hidden_TH = hidden_TH.to(device=device, dtype=dtype)
@@ -61,8 +62,22 @@ class ExpertCompute:
         slots_TK = slot_of[expert_ids_TK.long()]  # -1 indexes the last entry, which is "none"
         strangers = expert_ids_TK[(slots_TK < 0) & (expert_ids_TK >= 0)]
         if len(strangers):
-            raise StalePlacement(f"layer {layer}: expert {int(strangers[0])} is not held by this worker")
+            raise StalePlacement(
+                f"layer {layer}: expert {int(strangers[0])} is not held by this worker; split again with a fresh table"
+            )
         return slots_TK
+
+
+def _check_shapes(
+    layer: int, hidden_size: int, hidden_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> None:
+    if hidden_TH.ndim != 2 or hidden_TH.shape[1] != hidden_size:
+        raise FrameError(f"layer {layer}: hidden states are {list(hidden_TH.shape)}, not [tokens, {hidden_size}]")
+    if ids_TK.ndim != 2 or ids_TK.shape != weights_TK.shape or len(ids_TK) != len(hidden_TH):
+        raise FrameError(
+            f"layer {layer}: expert ids {list(ids_TK.shape)} and weights {list(weights_TK.shape)} do not fit "
+            f"{len(hidden_TH)} tokens"
+        )
 
 
 def _slot_of(experts: LayerExperts, num_experts: int) -> torch.Tensor:

@@ -1,44 +1,51 @@
-"""Reads the routed experts of one worker, and nothing else, into the layout that `expert_compute` uses.
+"""Reads a worker's own routed experts from safetensors shards into stacked tensors, and nothing else.
 
-Legend: N held experts of a layer, H hidden size, I intermediate size.
+Each tensor's byte range is read straight into its place (`preadv`): memory peaks at the final weights plus one tensor.
+
+Legend of shape suffixes: N held experts of a layer, H hidden size, I intermediate size of one expert.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from cluster.checkpoint import CheckpointIndex, ExpertTensor, Projection, read_header
+from cluster.checkpoint import CheckpointIndex, ExpertTensor, TensorEntry, read_entries
 from cluster.errors import CheckpointError
 from cluster.model import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FILE_DTYPES = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn,
+}  # fmt: skip
+
+OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class LayerExperts:
     """The held experts of one layer. Slot n is expert `ids[n]`."""
 
-    ids: tuple[int, ...]  # ascending
-    gate_up_N2IH: torch.Tensor  # gate rows, then up rows
-    down_NHI: torch.Tensor
+    ids: tuple[int, ...]  # global ids, ascending
+    gate_up_N2IH: torch.Tensor  # [N, 2I, H]: gate rows, then up rows
+    down_NHI: torch.Tensor  # [N, H, I]
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """All experts of one worker."""
+    """What one worker holds."""
 
     layers: Mapping[int, LayerExperts]
-    num_experts: int
-    bytes_read: int
+    num_experts: int  # of the model, per layer
+    bytes_read: int  # from the shards, their headers left out
 
     @property
     def nbytes(self) -> int:
-        """Memory of the weights."""
+        """Bytes in memory."""
         return sum(layer.gate_up_N2IH.nbytes + layer.down_NHI.nbytes for layer in self.layers.values())
 
 
@@ -46,90 +53,161 @@ def load_experts(
     index: CheckpointIndex,
     spec: ModelSpec,
     assignment: Mapping[int, Sequence[int]],
-    dtype: str,
+    dtype: str | torch.dtype,
     device: str = "cpu",
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress | None = None,
 ) -> ExpertWeights:
-    """Load the experts that `assignment` (layer -> expert ids) names, in `dtype`, one tensor at a time.
+    """Experts of `assignment` (layer -> global ids) as `dtype`; FP8 is dequantised.
 
-    FP8 block weights are dequantised on the way. `on_progress` gets layers done and layers in all. Raises
-    CheckpointError if a shard is missing, truncated or corrupt, or a tensor is missing or has the wrong shape.
+    `on_progress(done_bytes, total_bytes)` is called after each tensor. Opens only the shards that it needs.
+    Raises CheckpointError if a tensor is missing or of a wrong shape or dtype, or a shard is missing or truncated.
     """
-    hidden, inter, wanted = spec.hidden_size, spec.moe_intermediate_size, DTYPES[dtype]
-    layers: dict[int, LayerExperts] = {}
-    with ExitStack() as stack:
-        reader = _Reader(index, stack)
-        for done, (layer, unsorted) in enumerate(assignment.items()):
-            ids = tuple(sorted(unsorted))
-            gate_up = torch.empty(len(ids), 2 * inter, hidden, dtype=wanted, device=device)
-            down = torch.empty(len(ids), hidden, inter, dtype=wanted, device=device)
-            for slot, expert in enumerate(ids):
-                tensors = {(t.proj, t.kind): t for t in index.expert_tensors.get((layer, expert), ())}
-                targets: dict[Projection, torch.Tensor] = {
-                    "gate": gate_up[slot, :inter], "up": gate_up[slot, inter:], "down": down[slot]
-                }  # fmt: skip
-                for proj, target in targets.items():
-                    weight = tensors.get((proj, "weight"))
-                    if weight is None:
-                        raise CheckpointError(
-                            f"{index.path}: layer {layer} expert {expert} has no {proj} projection: the checkpoint is "
-                            f"incomplete; download it again"
-                        )
-                    scale = tensors.get((proj, "scale"))
-                    target.copy_(reader.read(weight, scale, spec, tuple(target.shape)))
-            layers[layer] = LayerExperts(ids, gate_up, down)
-            on_progress(done + 1, len(assignment))
-        return ExpertWeights(layers, spec.num_experts, reader.bytes_read)
+    compute_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    inner, hidden = spec.moe_intermediate_size, spec.hidden_size
+    layers = {
+        layer: LayerExperts(
+            tuple(ids := sorted(assignment[layer])),
+            torch.empty(len(ids), 2 * inner, hidden, dtype=compute_dtype, device=device),
+            torch.empty(len(ids), hidden, inner, dtype=compute_dtype, device=device),
+        )
+        for layer in sorted(assignment)
+    }
+    reader = _Reader(index, spec, on_progress)
+    reader.read(layers)
+    return ExpertWeights(layers, spec.num_experts, reader.bytes_read)
+
+
+def dequantise(weight_RC: torch.Tensor, scale_inv: torch.Tensor, block: tuple[int, int], out_RC: torch.Tensor) -> None:
+    """out = weight x its block's scale, in float32, then rounded to out's dtype.
+
+    weight_RC: float8_e4m3fn [R, C]. scale_inv: float32 [ceil(R/rows), ceil(C/columns)]; the last blocks may be ragged.
+    """
+    rows, columns = block
+    for at, scales in enumerate(scale_inv):
+        strip = weight_RC[at * rows : (at + 1) * rows].float()
+        strip *= scales.repeat_interleave(columns)[: strip.shape[1]]
+        out_RC[at * rows : (at + 1) * rows] = strip
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One projection of one expert and the slice of the stacked tensor that it fills."""
+
+    weight: ExpertTensor
+    entry: TensorEntry
+    scale: ExpertTensor | None
+    out: torch.Tensor
 
 
 class _Reader:
-    def __init__(self, index: CheckpointIndex, stack: ExitStack) -> None:
-        self._index = index
-        self._stack = stack
-        self._open: dict[str, safe_open] = {}
-        self.bytes_read = 0
+    def __init__(self, index: CheckpointIndex, spec: ModelSpec, on_progress: OnProgress | None) -> None:
+        self._index, self._spec, self._on_progress = index, spec, on_progress
+        self._headers: dict[str, dict[str, TensorEntry]] = {}
+        self._files: dict[str, int] = {}
+        self.bytes_read = self._total = 0
 
-    def read(
-        self, weight: ExpertTensor, scale: ExpertTensor | None, spec: ModelSpec, shape: tuple[int, ...]
-    ) -> torch.Tensor:
-        tensor = self._tensor(weight)
-        if tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{weight.name} in {self._index.path / weight.shard} has shape {tuple(tensor.shape)}, not {shape} as "
-                f"config.json says: config and weights are of different models"
-            )
-        if tensor.dtype is not torch.float8_e4m3fn:
-            return tensor
-        if scale is None or spec.expert_quant is None:
-            raise CheckpointError(
-                f"{weight.name} is FP8 but has no weight_scale_inv, or config.json no quantization_config with "
-                f"weight_block_size: the checkpoint is incomplete"
-            )
-        return dequantise(tensor, self._tensor(scale), spec.expert_quant.block_shape)
-
-    def _tensor(self, wanted: ExpertTensor) -> torch.Tensor:
-        path = self._index.path / wanted.shard
+    def read(self, layers: Mapping[int, LayerExperts]) -> None:
+        jobs = [job for layer, weights in layers.items() for job in self._jobs(layer, weights)]
+        self._total = sum(job.entry.end - job.entry.begin for job in jobs)
+        self._total += sum(e.end - e.begin for job in jobs if job.scale for e in [self._entry(job.scale)])
+        jobs.sort(key=lambda job: (job.weight.shard, job.entry.begin))  # front to back, as disks like it
         try:
-            if wanted.shard not in self._open:
-                read_header(path)  # names what is wrong with a missing or truncated file
-                self._open[wanted.shard] = self._stack.enter_context(safe_open(path, framework="pt"))
-            tensor: torch.Tensor = self._open[wanted.shard].get_tensor(wanted.name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{wanted.name} cannot be read from {path} ({error}): download it again") from None
-        self.bytes_read += tensor.nbytes
-        return tensor
+            for job in jobs:
+                self._load(job)
+        finally:
+            for fd in self._files.values():
+                os.close(fd)
+
+    def _jobs(self, layer: int, weights: LayerExperts) -> list[_Job]:
+        inner, jobs = self._spec.moe_intermediate_size, []
+        for slot, expert in enumerate(weights.ids):
+            found: dict[tuple[str, str], ExpertTensor]
+            found = {(t.proj, t.kind): t for t in self._index.expert_tensors.get((layer, expert), ())}
+            places = {
+                "gate": weights.gate_up_N2IH[slot, :inner],
+                "up": weights.gate_up_N2IH[slot, inner:],
+                "down": weights.down_NHI[slot],
+            }
+            for proj, out in places.items():
+                tensor = found.get((proj, "weight"))
+                if tensor is None:
+                    raise CheckpointError(
+                        f"{self._index.path}: layer {layer}, expert {expert} has no {proj} projection in the checkpoint"
+                        f"'s index: download the checkpoint again"
+                    )
+                jobs.append(self._job(tensor, found.get((proj, "scale")), out))
+        return jobs
+
+    def _job(self, tensor: ExpertTensor, scale: ExpertTensor | None, out: torch.Tensor) -> _Job:
+        entry = self._entry(tensor)
+        self._check(tensor, entry, tuple(out.shape), set(_FILE_DTYPES))
+        if entry.dtype != "F8_E4M3":
+            return _Job(tensor, entry, None, out)
+        if self._spec.expert_quant is None or scale is None:
+            raise CheckpointError(
+                f"tensor {tensor.name} in {self._index.path / tensor.shard} is FP8 without "
+                f"{'a weight_scale_inv' if scale is None else 'quantization_config.weight_block_size in config.json'}: "
+                f"download the checkpoint again"
+            )
+        rows, columns = self._spec.expert_quant.block_shape
+        shape = (-(-out.shape[0] // rows), -(-out.shape[1] // columns))
+        self._check(scale, self._entry(scale), shape, {"F32"})
+        return _Job(tensor, entry, scale, out)
+
+    def _check(self, tensor: ExpertTensor, entry: TensorEntry, shape: tuple[int, ...], dtypes: set[str]) -> None:
+        where = f"tensor {tensor.name} in {self._index.path / tensor.shard}"
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{where} has shape {list(entry.shape)}, but config.json makes it {list(shape)}: config.json and "
+                f"weights are not of the same model; download both again"
+            )
+        if entry.dtype not in dtypes:
+            raise CheckpointError(f"{where} is {entry.dtype}: use a checkpoint in one of {', '.join(sorted(dtypes))}")
+
+    def _entry(self, tensor: ExpertTensor) -> TensorEntry:
+        shard = self._index.path / tensor.shard
+        if tensor.shard not in self._headers:
+            self._headers[tensor.shard] = read_entries(shard)
+        entry = self._headers[tensor.shard].get(tensor.name)
+        if entry is None:
+            raise CheckpointError(
+                f"tensor {tensor.name} is missing from shard {shard}, where the index has it: download this shard again"
+            )
+        return entry
+
+    def _load(self, job: _Job) -> None:
+        dtype, shape = _FILE_DTYPES[job.entry.dtype], job.entry.shape
+        if job.out.dtype == dtype and job.out.device.type == "cpu":
+            self._fill(job.weight, job.entry, job.out)
+        else:
+            stored = torch.empty(shape, dtype=dtype)
+            self._fill(job.weight, job.entry, stored)
+            if job.scale is None:
+                job.out.copy_(stored)
+            else:
+                assert self._spec.expert_quant is not None
+                entry = self._entry(job.scale)
+                scale = torch.empty(entry.shape, dtype=torch.float32)
+                self._fill(job.scale, entry, scale)
+                dequantise(stored, scale, self._spec.expert_quant.block_shape, job.out)
+        if self._on_progress is not None:
+            self._on_progress(self.bytes_read, self._total)
+
+    def _fill(self, tensor: ExpertTensor, entry: TensorEntry, out: torch.Tensor) -> None:
+        """Read the tensor's bytes into `out`, which is contiguous and on the CPU."""
+        shard = self._index.path / tensor.shard
+        if tensor.shard not in self._files:
+            self._files[tensor.shard] = os.open(shard, os.O_RDONLY)
+        buffer, done = memoryview(out.view(torch.uint8).reshape(-1).numpy()), 0  # type: ignore[arg-type]
+        while done < len(buffer):
+            got = os.preadv(self._files[tensor.shard], [buffer[done:]], entry.begin + done)
+            if got == 0:
+                raise _cut_off(shard, entry.begin + done, entry.end)
+            done += got
+        self.bytes_read += done
 
 
-def dequantise(weight: torch.Tensor, scale_inv: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """FP8 weight [R, C] times its block's scale [ceil(R/b0), ceil(C/b1)] -> float32 [R, C].
-
-    `weight_scale_inv` is multiplied, not divided by, in spite of its name (DeepSeek-V3's published weights).
-    """
-    rows, cols = weight.shape
-    if tuple(scale_inv.shape) != (-(-rows // block[0]), -(-cols // block[1])):
-        raise CheckpointError(
-            f"weight_scale_inv of shape {tuple(scale_inv.shape)} does not fit a {rows}x{cols} weight in blocks of "
-            f"{block[0]}x{block[1]}"
-        )
-    spread = scale_inv.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :cols]
-    return weight.float() * spread
+def _cut_off(shard: Path, size: int, expected: int) -> CheckpointError:
+    return CheckpointError(
+        f"shard {shard} is truncated: it ends at byte {size}, but {expected} were promised: download this shard again"
+    )
