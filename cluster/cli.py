@@ -9,10 +9,13 @@ from pathlib import Path
 
 import click
 
+from cluster.checks import check_model, load_model, plan_for, validate
 from cluster.config import Config
 from cluster.config_file import load_config
 from cluster.errors import DeepsplitError, StartupError
 from cluster.launcher import BUILDER, down, rest_url, status, up, up_detached
+from cluster.plan import to_json
+from cluster.plan_text import plan_text
 from cluster.state import ClusterState, StateFolder
 from cluster.supervisor import Stopped
 
@@ -36,8 +39,32 @@ def up_command(config_file: Path | None, detach: bool, builder: str) -> None:
     """
     path = config_file or _default_config()
     config = load_config(path)
+    check_model(config)
     start = up_detached if detach else up
     start(config, StateFolder(), _announce, builder)
+
+
+@cli.command("validate")
+@click.argument("config_file", metavar="CONFIG", type=_CONFIG)
+def validate_command(config_file: Path) -> None:
+    """Check CONFIG, the model's config.json and index, and its shards if they are there."""
+    for checked in validate(load_config(config_file)):
+        click.echo(f"ok  {checked}")
+
+
+@cli.command("plan")
+@click.argument("config_file", metavar="CONFIG", type=_CONFIG)
+@click.option("--nodes", "nodes_file", metavar="FILE", type=_CONFIG, help="YAML list of the nodes that there are.")
+@click.option("--json", "as_json", is_flag=True, help="All of it, as JSON, sizes in bytes.")
+def plan_command(config_file: Path, nodes_file: Path | None, as_json: bool) -> None:
+    """Show what CONFIG would run where, memory, traffic, and whether it fits.
+
+    Without --nodes, a local cluster is held against this machine's free memory.
+    """
+    config = load_config(config_file)
+    plan = plan_for(config, load_model(config)[0], nodes_file)
+    click.echo(to_json(plan) if as_json else plan_text(plan))
+    plan.check()
 
 
 @cli.command("status")

@@ -20,7 +20,7 @@ def node_resources(config: Config) -> dict[str, float]:
     roles = ((attention.placement, attention.replicas), (experts.placement, experts.workers))
     cpus = _CPUS_OF_SERVE + _CPUS_PER_GATEWAY * config.gateway.replicas
     cpus += attention.replicas * max(_CPUS_PER_ATTENTION, _round_up(attention.placement.num_cpus))
-    cpus += experts.workers * max(1, _round_up(experts.placement.num_cpus))
+    cpus += experts.workers * max(1, experts.threads, _round_up(experts.placement.num_cpus))
     resources = {"CPU": float(config.ray.num_cpus or cpus)}
     for placement, processes in roles:
         for name, amount in placement.resources.items():

@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.tiny_checkpoint import write_tiny_checkpoint
+
 REPO = Path(__file__).parents[2]
 START_S = 120  # on a machine that also does other things
 STOP_S = 40
@@ -37,7 +39,8 @@ class Bench:
 
     def config(self, name: str = "tiny") -> Path:
         path = self.folder / f"{name}.yaml"
-        path.write_text(f"model: {{path: {self.folder}, name: {name}}}\ngateway: {{port: {self.port}}}\n")
+        model = write_tiny_checkpoint(self.folder / "model")
+        path.write_text(f"model: {{path: {model}, name: {name}}}\ngateway: {{port: {self.port}}}\n")
         return path
 
     def up(self, *options: str, name: str = "tiny") -> subprocess.Popen[str]:
@@ -208,6 +211,16 @@ def test_port_in_use_is_found_before_anything_starts(bench: Bench) -> None:
     assert f"127.0.0.1:{bench.port} is already in use" in failed.stderr
     assert f"(pid {os.getpid()})" in failed.stderr
     assert "set gateway.port" in failed.stderr
+    bench.assert_nothing_left()
+
+
+def test_what_does_not_fit_is_not_started(bench: Bench) -> None:
+    config = bench.config()
+    config.write_text(config.read_text() + "attention: {kv_cache_gib: 1000000}\n")
+    failed = bench.run("up", str(config))
+    assert failed.returncode == 1
+    assert "the plan does not fit" in failed.stderr
+    assert "lower attention.kv_cache_gib" in failed.stderr
     bench.assert_nothing_left()
 
 
