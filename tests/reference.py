@@ -33,6 +33,14 @@ class Reference:
         """The narrowest choice of all steps. It must be well above rounding, or parity is a matter of luck."""
         return min(min(margins) for margins in self.margins)
 
+    def only(self, prompts: Sequence[int]) -> Reference:
+        """The same for some of the prompts, by index, in that order."""
+        return Reference(
+            [self.token_ids[i] for i in prompts],
+            [self.logprobs[i] for i in prompts],
+            [self.margins[i] for i in prompts],
+        )
+
     def difference(self, token_ids: Sequence[Sequence[int]]) -> str | None:
         """None if `token_ids` are the same, else where each prompt went astray, and how narrow the choice was there.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.integration.netns import Network, Node, RayCluster
+from tests.integration.netns import Network, Node, RayCluster, _ip
 
 _ECHO = """
 import socket
@@ -83,6 +86,24 @@ def test_hosts_and_their_processes_are_gone_afterwards() -> None:
     assert not network.hosts
     with Network(1) as again:  # the same names are free again
         assert again.hosts == (host,)
+
+
+def test_a_killed_run_is_cleaned_up_by_the_next_one() -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", "from tests.integration.netns import *\n"
+         "with Network(1) as n: n.popen(n.hosts[0], ['sleep', '1000'], stdout=-3); print(n.hosts[0].name, flush=True); input()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert owner.stdout is not None
+    name = owner.stdout.readline().strip()
+    owner.kill()
+    owner.communicate(timeout=10)
+    left = _ip("netns", "pids", name).split()
+    assert len(left) == 1
+    with Network(1):
+        assert name not in _ip("netns", "list")
+        assert f"dsplit{owner.pid}b" not in _ip("link")
+        assert not Path(f"/proc/{left[0]}").exists()
 
 
 @pytest.mark.slow
