@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Generator
 
 import torch
@@ -13,6 +14,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from cluster.errors import CheckpointError, StartupError
 from cluster.model import is_routed_expert, load_checkpoint_index, load_model_spec
+from deployments.parent_watch import end_with_parent
 from deployments.remote_experts import RemoteExpertsSettings, RemoteRoutedExperts
 from routing.client import ExpertClient, ExpertShape
 from routing.grpc_channel import model_id
@@ -41,7 +43,9 @@ class AttentionOnlyLoader(DefaultModelLoader):
                 f"{' in ' + local[0] if local else ''}: vLLM's extension point RoutedExperts is not in use, so this "
                 f"model cannot be split"
             )
+        end_with_parent()
         client = _client(settings, model_config.dtype)
+        _wait_for_experts(PlacementFile(settings.placement_file), settings.start_timeout_s)
         for layer in layers:
             layer.client = client
         return model
@@ -68,6 +72,18 @@ class AttentionOnlyLoader(DefaultModelLoader):
                     f"{index.path / shard} cannot be read ({error}): download this shard again"
                 ) from None
         logger.info("Read %.1f MiB of weights, no routed expert among them", bytes_read / 2**20)
+
+
+def _wait_for_experts(placement: PlacementFile, timeout_s: float) -> None:
+    """The first forward pass comes right after loading; experts of a real checkpoint load for longer than attention."""
+    deadline = time.monotonic() + timeout_s
+    while not placement.current().workers:
+        if time.monotonic() > deadline:
+            raise StartupError(
+                f"expert workers did not cover all experts within ray.start_timeout_s ({timeout_s:.0f} s): see "
+                f"`deepsplit status` and the workers' logs"
+            )
+        time.sleep(0.05)
 
 
 def _client(settings: RemoteExpertsSettings, model_dtype: torch.dtype) -> ExpertClient:

@@ -101,6 +101,7 @@ class AttentionReplica(LLMServer):
                 placement_file=Path(self._scratch.name) / "placement.json",
                 model_path=config.model.path,
                 dispatch=config.dispatch,
+                start_timeout_s=config.ray.start_timeout_s,
             )
             additional, load_format = settings.as_additional_config(), LOAD_FORMAT
             self._tasks.add(asyncio.create_task(self._follow_placement(directory, settings.placement_file)))

@@ -54,7 +54,8 @@ class ExpertWorker:
         from deployments.expert_host import ExpertHost
 
         self._host = await asyncio.to_thread(ExpertHost, config, assignment.experts)
-        address = self._host.start(config.experts.host or node)
+        # A cluster of our own is this machine alone, so nothing beyond it needs to reach the experts.
+        address = self._host.start(config.experts.host or ("127.0.0.1" if config.ray.address is None else node))
         self._member = dataclasses.replace(self._member, address=address, state="ready")
         await self._announce()
         logger.info(

@@ -40,6 +40,7 @@ class RemoteExpertsSettings(BaseModel):
     placement_file: Path  # the table, replaced atomically by the Serve replica
     model_path: Path
     dispatch: DispatchConfig
+    start_timeout_s: float = 600.0  # longest wait for the first table
 
     def as_additional_config(self) -> dict[str, Any]:
         """The mapping for vLLM's `additional_config`."""
