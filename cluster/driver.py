@@ -145,7 +145,7 @@ class _Driver:
             if app is None:
                 continue
             messages = [d.message for d in app.deployments.values()] + [app.message]
-            if app.status in ("DEPLOY_FAILED", "UNHEALTHY") or _own_error("\n".join(messages)) is not None:
+            if app.status in ("DEPLOY_FAILED", "UNHEALTHY") or any(map(_own_error, messages)):
                 raise _failure(messages)
             healthy = {name for name, d in app.deployments.items() if d.status == "HEALTHY"}
             if DIRECTORY in healthy and "experts loaded" not in done:
@@ -194,7 +194,7 @@ class _Driver:
 
     def _abandoned(self) -> None:
         if self._job.action == "serve" and not self._job.address:
-            end_all(Path(self._job.root), os.getsid(0), grace_s=0)
+            end_all(Path(self._job.root), os.getsid(0), grace_s=0, descendants=True)
             shutil.rmtree(self._job.root, ignore_errors=True)
         os._exit(1)
 
@@ -218,8 +218,9 @@ def _own_error(message: str) -> DeepsplitError | None:
 
 
 def _failure(messages: list[str]) -> DeepsplitError:
+    own = [error for error in map(_own_error, messages) if error is not None]
     text = "\n".join(dict.fromkeys(message for message in messages if message))
-    return _own_error(text) or StartupError(f"a deployment failed to start:\n{text}")
+    return own[0] if own else StartupError(f"a deployment failed to start:\n{text}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from cluster.config import Config
 from cluster.driver import Job
 from cluster.driver_process import as_error, log_tail, make_root, read_events, start_driver, token_path
 from cluster.errors import StartupError
-from cluster.preflight import check_port
+from cluster.preflight import check_port, check_versions
 from cluster.processes import end_all
 from cluster.progress import Stages
 from cluster.state import ClusterState, StateFolder
@@ -162,6 +162,7 @@ def _claim(config: Config, folder: StateFolder) -> None:
         if state is not None:
             _sweep(state)
         if config.ray.address is None:
+            check_versions(config.attention.device)
             check_port(config.gateway)
     except StartupError:
         folder.clear()

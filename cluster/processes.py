@@ -24,29 +24,30 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def members(root: Path, session: int | None) -> list[psutil.Process]:
+def members(root: Path, session: int | None, descendants: bool) -> list[psutil.Process]:
     """Live processes of the cluster with root folder `root`, this one excepted.
 
-    They are this process's descendants, the members of the driver's Unix session `session`, and whatever carries the
-    mark in its environment or the root folder in its command line. (No one sign is enough: Ray's agents overwrite
-    their environment with a title, and a process may open a session of its own.)
+    They are the members of the driver's Unix session `session`, and whatever carries the mark in its environment or the
+    root folder in its command line. (No one sign is enough: Ray's agents overwrite their environment with a title, and
+    a process may open a session of its own.) With `descendants`, all of this process's descendants count too.
     """
     me = os.getpid()
-    descendants = {child.pid for child in psutil.Process().children(recursive=True)}
+    mine = {child.pid for child in psutil.Process().children(recursive=True)} if descendants else set()
     return [
         process
         for process in psutil.process_iter()
-        if process.pid != me and (process.pid in descendants or _belongs(process, str(root), session))
+        if process.pid != me and _alive(process) and (process.pid in mine or _belongs(process, str(root), session))
     ]
 
 
-def end_all(root: Path, session: int | None, grace_s: float) -> list[int]:
+def end_all(root: Path, session: int | None, grace_s: float, descendants: bool = False) -> list[int]:
     """Wait up to `grace_s` for the members to end by themselves, then kill. Returns the pids that had to be killed."""
     killed: set[int] = set()
     deadline = time.monotonic() + grace_s
     while True:
-        _reap()
-        left = [process for process in members(root, session) if _alive(process)]
+        if descendants:
+            _reap()
+        left = members(root, session, descendants)
         if not left:
             return sorted(killed)
         if time.monotonic() >= deadline:

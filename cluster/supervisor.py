@@ -166,7 +166,7 @@ class Supervisor:
             elif self._driver.poll() is None and self._state.address and (self._state.ready or self._state.joined):
                 self._ask_to_stop(self._driver)
             # On a joined cluster only the driver is a member; the cluster's own processes are none of ours.
-            end_all(root, self._state.session, grace_s=0)
+            end_all(root, self._state.session, grace_s=0, descendants=True)
         shutil.rmtree(root, ignore_errors=True)
         if self._state.ready and self._task.leave:
             self._folder.write(replace(self._state, supervisor=0, root="", session=0))
