@@ -67,6 +67,8 @@ def up_detached(
     child.stdin.write((json.dumps(asdict(task)) + "\n").encode())
     child.stdin.close()
     _relay(read_end, child, signals)
+    if task.leave:
+        child.wait()  # it has one last record to write
     state = folder.read()
     assert state is not None
     on_ready(state)

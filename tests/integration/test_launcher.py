@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -200,6 +203,49 @@ def test_killed_supervisor_leaves_nothing(bench: Bench) -> None:
     assert "run `deepsplit down`" in refused.stderr
     assert bench.run("down").stdout == "stopped\n"
     bench.assert_nothing_left()
+
+
+@pytest.mark.slow
+def test_joined_cluster_keeps_running_without_the_application(bench: Bench) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    bench.env |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    options = ["--head", f"--port={port}", "--num-cpus=8", "--include-dashboard=false", "--block"]
+    head_env = bench.env | {"DEEPSPLIT_CLUSTER": ""}
+    with (bench.folder / "head.log").open("wb") as log:
+        head = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", "start", *options, f"--temp-dir={bench.temporary}r"],
+            env=head_env, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + START_S
+        while "Ray runtime started" not in (bench.folder / "head.log").read_text():
+            assert head.poll() is None, (bench.folder / "head.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        config = bench.config()
+        config.write_text(config.read_text() + f"ray: {{address: '127.0.0.1:{port}'}}\n")
+        up = bench.run("up", str(config), "--builder", "tests.integration.tiny_app:build", "--detach")
+        assert up.returncode == 0, up.stderr
+        assert "Ray cluster joined" in up.stderr
+        report = json.loads(bench.run("status", "--json").stdout)
+        assert (report["ray"]["joined"], report["supervisor"]["pid"], report["placement_epoch"]) == (True, None, 7)
+        second = bench.run("up", str(config), "--builder", "tests.integration.tiny_app:build")
+        assert "already running on the Ray cluster at" in second.stderr
+
+        assert bench.run("down").stdout == "stopped\n"
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(f"http://127.0.0.1:{bench.port}/", timeout=10)
+        assert head.poll() is None
+        assert list((bench.folder / "run").iterdir()) == []
+    finally:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if os.getsid(process.pid) == head.pid:
+                    process.kill()
+        head.wait()
+        shutil.rmtree(f"{bench.temporary}r", ignore_errors=True)
 
 
 def test_port_in_use_is_found_before_anything_starts(bench: Bench) -> None:
