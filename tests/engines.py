@@ -11,6 +11,7 @@ engines differ only in `engine_args` (`load_format`, `additional_config`, `specu
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -171,6 +172,8 @@ class Engine:
 
 def _serve(answers: IO[str]) -> None:
     """The child: engine arguments on the first line of stdin, then one `generate` or `score` per line."""
+    # A killed test run must not leave engines: PR_SET_PDEATHSIG = 1.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     import vllm
 
     def answer(content: Mapping[str, Any]) -> None:

@@ -77,7 +77,8 @@ class Network:
         self.close()
 
     def _add_host(self, subnet: str, number: int) -> None:
-        host = Host(f"dsplit{os.getpid()}n{number}", f"{subnet}.{number}", f"dsplit{os.getpid()}v{number}")
+        name = f"dsplit{os.getpid()}n{number}"
+        host = Host(name, f"{subnet}.{number}", _link(name))
         _ip("netns", "add", host.name)
         self.hosts += (host,)
         _ip("link", "add", host.link, "type", "veth", "peer", "name", "eth0", "netns", host.name)
@@ -217,6 +218,10 @@ def _ip(*arguments: str, check: bool = True) -> str:
     return done.stdout
 
 
+def _link(namespace: str) -> str:
+    return namespace.replace("n", "v")  # dsplit123n1 -> dsplit123v1, within the 15 characters of a link's name
+
+
 def _free_subnet() -> str:
     taken = _ip("-o", "-4", "address")
     start = os.getpid()
@@ -240,7 +245,9 @@ def _kill_all(namespace: str, timeout_s: float = 10) -> None:
 
 def _remove_namespace(name: str) -> None:
     _kill_all(name)
-    _ip("netns", "delete", name, check=False)  # takes both ends of the cable with it
+    # The kernel takes a namespace down some time after its removal: without this the cable's name stays taken.
+    _ip("link", "delete", _link(name), check=False)
+    _ip("netns", "delete", name, check=False)
 
 
 def _remove_orphans() -> None:

@@ -9,9 +9,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.integration.netns import Network, Node, RayCluster, _ip
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
 
 _ECHO = """
 import socket
@@ -21,6 +24,16 @@ while True:
     client, _ = server.accept()
     client.sendall(client.recv(100))
     client.close()
+"""
+
+_OWNER = """
+import subprocess
+from tests.integration.netns import Network
+with Network(1) as network:
+    (host,) = network.hosts
+    network.popen(host, ["sleep", "1000"], stdout=subprocess.DEVNULL)
+    print(host.name, flush=True)
+    input()
 """
 
 _PLACED = """
@@ -90,20 +103,17 @@ def test_hosts_and_their_processes_are_gone_afterwards() -> None:
 
 def test_a_killed_run_is_cleaned_up_by_the_next_one() -> None:
     owner = subprocess.Popen(
-        [sys.executable, "-c", "from tests.integration.netns import *\n"
-         "with Network(1) as n: n.popen(n.hosts[0], ['sleep', '1000'], stdout=-3); print(n.hosts[0].name, flush=True); input()"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+        [sys.executable, "-c", _OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=_REPOSITORY
+    )
     assert owner.stdout is not None
     name = owner.stdout.readline().strip()
     owner.kill()
     owner.communicate(timeout=10)
-    left = _ip("netns", "pids", name).split()
-    assert len(left) == 1
+    (left,) = _ip("netns", "pids", name).split()
     with Network(1):
         assert name not in _ip("netns", "list")
         assert f"dsplit{owner.pid}b" not in _ip("link")
-        assert not Path(f"/proc/{left[0]}").exists()
+        assert not psutil.pid_exists(int(left)) or psutil.Process(int(left)).status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.slow
