@@ -80,7 +80,9 @@ class _Driver:
         except DeepsplitError as error:
             self._send(Event("failed", str(error), type(error).__name__))
         except Exception as error:  # Ray raises many kinds; each is a start that failed
-            self._send(Event("failed", f"{type(error).__name__}: {error}", "StartupError"))
+            if "timed out during startup" in str(error):  # Ray's own bound of 30 s, which nothing can raise
+                error = TimeoutError("its node was not up after 30 s: end other work on this host and try again")
+            self._send(Event("failed", f"{type(error).__name__} from Ray: {error}", "StartupError"))
             raise
 
     # --- Ray ---
