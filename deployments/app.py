@@ -3,8 +3,6 @@
 The launcher names it by import string, `deployments.app:build`, as `serve run` and a RayService do.
 """
 
-from __future__ import annotations
-
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 

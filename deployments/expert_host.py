@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from cluster.config import Config
@@ -11,6 +12,21 @@ from deployments.expert_weights import load_experts
 from routing.grpc_channel import model_id
 from routing.server import ExpertServer
 
+logger = logging.getLogger("ray.serve")
+
+
+class _Progress:
+    """Logs every tenth of a long load."""
+
+    def __init__(self) -> None:
+        self._tenths = 0
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        tenths = 10 * done_bytes // total_bytes
+        if tenths > self._tenths:
+            self._tenths = tenths
+            logger.info("experts: %d of %d MiB read", done_bytes >> 20, total_bytes >> 20)
+
 
 class ExpertHost:
     """Loads some experts (layer -> expert ids) and serves them. Raises CheckpointError."""
@@ -19,7 +35,8 @@ class ExpertHost:
         spec = load_model_spec(config.model.path)
         chosen = (config.experts.dtype, config.model.dtype, spec.dtype)
         dtype = next(name for name in chosen if name != "auto")
-        weights = load_experts(load_checkpoint_index(config.model.path), spec, experts, dtype)
+        index = load_checkpoint_index(config.model.path)
+        weights = load_experts(index, spec, experts, dtype, config.experts.device, _Progress())
         self.bytes_read = weights.bytes_read
         self._server = ExpertServer(
             ExpertCompute(weights, config.experts.threads).forward,

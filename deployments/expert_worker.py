@@ -117,6 +117,7 @@ def expert_deployment(config: Config, directory: serve.Application) -> serve.App
         ExpertWorker,
         name=NAME,
         num_replicas=experts.workers,
+        max_replicas_per_node=experts.max_per_node,
         ray_actor_options=options,
         max_ongoing_requests=1,  # Serve sends it none
         health_check_period_s=1.0,

@@ -17,8 +17,7 @@ import ray
 from ray import serve
 
 from cluster.config import Config
-from deployments.attention import attention_deployment
-from deployments.gateway import gateway_deployment
+from deployments.app import BuildArgs, build
 
 MODEL = "tiny"
 MAX_MODEL_LEN = 256
@@ -52,7 +51,7 @@ def rest_server(checkpoint: Path) -> Iterator[RestServer]:
             runtime_env={"env_vars": {"PYTHONPATH": str(_REPOSITORY)}},
         )  # fmt: skip
         serve.start(http_options={"host": config.gateway.host, "port": config.gateway.port})
-        serve.run(gateway_deployment(config, attention_deployment(config, None), None, None), route_prefix="/")
+        serve.run(build(BuildArgs(config=config.model_dump_json())), route_prefix="/")
         yield RestServer(f"http://{config.gateway.host}:{config.gateway.port}", MODEL)
     finally:
         serve.shutdown()

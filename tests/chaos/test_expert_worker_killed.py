@@ -1,0 +1,91 @@
+"""The whole product on the demo model, as `make serve` runs it: what a killed expert worker does to it (nothing)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.cli import Cli, complete, free_port, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leftovers")]
+
+PROMPT = "def read_lines(path):\n"
+
+
+@pytest.fixture(scope="module")
+def cli(no_leftovers: None, demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
+    with tempfile.TemporaryDirectory(prefix="dsplit-", dir="/tmp") as short:
+        made = Cli(tmp_path_factory.mktemp("user"), Path(short))
+        config: dict[str, Any] = {
+            "model": {"path": str(demo_model), "name": "demo"},
+            "attention": {"kv_cache_gib": 0.25, "speculative_tokens": 1, "max_model_len": 1024},
+            "experts": {"workers": 2},
+            "gateway": {"port": free_port()},
+        }
+        made.up(made.write_config(config))
+        yield made
+        made.down()
+        assert list(Path(short).iterdir()) == []
+
+
+def ready_workers(cli: Cli) -> list[dict[str, Any]]:
+    return [worker for worker in cli.status()["experts"] if worker["state"] == "ready"]
+
+
+def test_status_says_who_holds_what(cli: Cli) -> None:
+    report = cli.status()
+    assert report["model"] == "demo"
+    assert report["placement_epoch"] >= 1
+    assert [replica["state"] for replica in report["attention"]] == ["ready"]
+    held = [worker["experts"]["1"] for worker in report["experts"]]
+    assert sorted(expert for ids in held for expert in ids) == list(range(len(held[0]) + len(held[1])))
+    for process in report["attention"] + report["experts"]:
+        assert psutil.pid_exists(process["pid"])
+
+
+def test_experts_listen_on_loopback_only(cli: Cli) -> None:
+    assert {worker["address"].rsplit(":", 1)[0] for worker in cli.status()["experts"]} == {"127.0.0.1"}
+
+
+def test_a_second_up_is_refused_with_the_way_out(cli: Cli) -> None:
+    again = cli.run("up", cli.folder / "deepsplit.yaml")
+    assert again.returncode != 0
+    assert "deepsplit down" in again.stderr
+
+
+def test_killed_between_two_requests(cli: Cli) -> None:
+    before = cli.status()
+    url = before["gateway"]["rest"]
+    expected = complete(url, "demo", PROMPT, 24)
+    victim = before["experts"][0]["pid"]
+    os.kill(victim, signal.SIGKILL)
+    assert complete(url, "demo", PROMPT, 24) == expected
+    wait_until("a new worker", lambda: len(ready_workers(cli)) == 2, 60)
+    after = cli.status()
+    assert after["attention"] == before["attention"]  # same process, never touched
+    assert victim not in [worker["pid"] for worker in after["experts"]]
+    assert after["placement_epoch"] > before["placement_epoch"]
+    assert complete(url, "demo", PROMPT, 24) == expected
+
+
+def test_killed_in_the_middle_of_a_request(cli: Cli) -> None:
+    report = cli.status()
+    url = report["gateway"]["rest"]
+    expected = complete(url, "demo", PROMPT, 400)
+    got: list[list[int]] = []
+    request = threading.Thread(target=lambda: got.append(complete(url, "demo", PROMPT, 400)))
+    request.start()
+    time.sleep(0.5)
+    os.kill(report["experts"][1]["pid"], signal.SIGKILL)
+    request.join(120)
+    assert got == [expected]
+    assert cli.status()["attention"] == report["attention"]
