@@ -93,8 +93,8 @@ class ExpertsConfig(_Section):
     host: str | None = Field(None, description="Address that workers listen on; loopback on a local cluster, "
                                                "the node's own address on a joined one, if not set.")
     placement: NodeSelector = Field(default_factory=NodeSelector, description="Which nodes expert workers run on.")
-    max_per_node: int | None = Field(None, ge=1, description="Most expert workers on one node; Ray spreads them over the "
-                                                             "nodes as evenly as it can if not set.")
+    max_per_node: int | None = Field(None, ge=1, description="Most expert workers on one node; Ray spreads them over "
+                                                             "the nodes as evenly as it can if not set.")
     heartbeat_interval_s: float = Field(1.0, gt=0, description="How often a worker reports to the directory.")
     heartbeat_timeout_s: float = Field(5.0, gt=0, description="Silence after which a worker is taken as lost.")
 
