@@ -16,10 +16,8 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
 from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackConfig
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm import LLMConfig, LLMServer, ModelLoadingConfig
 from ray.util.placement_group import PlacementGroup
@@ -34,12 +32,10 @@ from cluster.config import Config
 from cluster.errors import StartupError
 from deployments.asgi import call_asgi
 from deployments.attention import EngineStats, ResponseHead
-from deployments.directory import AttentionMember
 from deployments.engine_args import engine_args, engine_env
+from deployments.placement_follower import PlacementFollower
 from deployments.remote_experts import LOAD_FORMAT, RemoteExpertsSettings, check_installed
-from routing.placement import PlacementTable
-
-DIRECTORY_RETRY_S = 0.5
+from routing.placement import PlacementFile
 
 logger = logging.getLogger("ray.serve")
 
@@ -88,7 +84,7 @@ class AttentionReplica(LLMServer):
         # What the engine leaves behind in its temporary folder (sockets, rendezvous files) goes away with ours.
         cluster_folder = Path(ray._private.worker._global_node.get_session_dir_path()).parent
         self._scratch = tempfile.TemporaryDirectory(prefix="attention-", dir=cluster_folder)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._follower: PlacementFollower | None = None
         config = Config.model_validate_json(config_json)
         tempfile.tempdir = self._scratch.name
         os.environ.update(engine_env(config) | {"TMPDIR": self._scratch.name})  # inherited by the engine's processes
@@ -104,34 +100,14 @@ class AttentionReplica(LLMServer):
                 start_timeout_s=config.ray.start_timeout_s,
             )
             additional, load_format = settings.as_additional_config(), LOAD_FORMAT
-            self._tasks.add(asyncio.create_task(self._follow_placement(directory, settings.placement_file)))
+            replica_id = serve.get_replica_context().replica_id.unique_id
+            file = PlacementFile(settings.placement_file)
+            self._follower = PlacementFollower(directory, file, replica_id, lambda: self._state)
         args = engine_args(config, additional, load_format, CompilationConfig._attention_ops)
         self._start_timeout_s = config.ray.start_timeout_s
         await super().__init__(llm_config(config, args), engine_cls=LocalEngine)
         self._app: ASGIApp = await self.__serve_build_asgi_app__()
         self._state = "ready"
-
-    async def _follow_placement(self, directory: DeploymentHandle, path: Path) -> None:
-        """Keep `path` at the directory's latest placement table, for the engine's processes, which are not in Ray.
-
-        Each write is atomic. A directory that is away leaves the last table in force.
-        """
-        replica_id = serve.get_replica_context().replica_id.unique_id
-        node = ray.util.get_node_ip_address()
-        epoch = -1
-        while True:
-            member = AttentionMember(replica_id, os.getpid(), node, self._state)
-            try:
-                table: str | None = await directory.table.remote(epoch, member)
-            except (RayError, RayServeException) as error:
-                logger.warning("the directory is away (%s); placement epoch %d stays", type(error).__name__, epoch)
-                await asyncio.sleep(DIRECTORY_RETRY_S)
-                continue
-            if table is not None:
-                epoch = PlacementTable.from_json(table).epoch
-                fresh = path.with_suffix(".new")
-                fresh.write_text(table)
-                fresh.replace(path)
 
     async def start(self) -> None:
         """Start the engine. Unlike the base class, sends no telemetry, which would start one more Ray actor."""
@@ -177,9 +153,9 @@ class AttentionReplica(LLMServer):
         )
 
     async def __del__(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        engine = getattr(self, "engine", None)  # absent if the constructor failed early
+        if (follower := getattr(self, "_follower", None)) is not None:  # absent if the constructor failed early
+            follower.stop()
+        engine = getattr(self, "engine", None)
         if engine is not None and engine._engine_client is not None:
             engine._engine_client.shutdown()
         await super().__del__()

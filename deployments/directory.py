@@ -145,6 +145,7 @@ def directory_deployment(config: Config) -> serve.Application:
         num_replicas=1,
         max_ongoing_requests=10_000,  # long polls and heartbeats of the whole cluster
         ray_actor_options={"num_cpus": 0},
+        logging_config={"enable_access_log": False},  # a line per heartbeat helps nobody
         health_check_period_s=1.0,
         graceful_shutdown_timeout_s=1.0,
         graceful_shutdown_wait_loop_s=0.1,

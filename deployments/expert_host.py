@@ -12,18 +12,20 @@ from deployments.expert_weights import load_experts
 from routing.grpc_channel import model_id
 from routing.server import ExpertServer
 
+_LONG_LOAD_BYTES = 1 << 30
+
 logger = logging.getLogger("ray.serve")
 
 
 class _Progress:
-    """Logs every tenth of a long load."""
+    """Logs every tenth of a load that takes long enough to wonder about."""
 
     def __init__(self) -> None:
         self._tenths = 0
 
     def __call__(self, done_bytes: int, total_bytes: int) -> None:
         tenths = 10 * done_bytes // total_bytes
-        if tenths > self._tenths:
+        if tenths > self._tenths and total_bytes > _LONG_LOAD_BYTES:
             self._tenths = tenths
             logger.info("experts: %d of %d MiB read", done_bytes >> 20, total_bytes >> 20)
 
