@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from corpus import encode_stream, read_corpus
 from model import DemoModel, load_checkpoint
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, logging
 
 WINDOW_T = 256
+# No white space at the end: the tokenizer joins it to what follows.
 SAMPLE_PROMPTS = (
-    "def __init__(self, ",
-    "import os\nimport sys\n\n\ndef main():\n    ",
-    "class Error(Exception):\n    ",
+    "def read(self, size=-1):",
+    "import os\nimport sys\n\n\nclass",
+    "    for name in names:\n        if",
 )
 
 
@@ -110,14 +111,16 @@ def load_table(loads: dict[int, torch.Tensor], mtp_index: int) -> list[str]:
     return lines
 
 
-def samples(model: DemoModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[str]:
-    """Greedy completions of 64 tokens, the prompt included, as Markdown code blocks."""
+def samples(
+    model: DemoModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], temperature: float
+) -> list[str]:
+    """Completions of 64 tokens, the prompt included, as Markdown code blocks; greedy at temperature 0."""
+    drawn = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     lines: list[str] = []
     for prompt in prompts:
+        torch.manual_seed(0)
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        made = model.main.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False
-        )
+        made = model.main.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, **drawn)
         text = tokenizer.decode(made[0], skip_special_tokens=True)
         lines += [f"Prompt `{json.dumps(prompt)}`:", "", "```python", text.rstrip("\n"), "```", ""]
     return lines
@@ -131,14 +134,16 @@ def main() -> None:
         "--windows", type=int, default=10_000, help="at most so many held-out windows of 256 tokens"
     )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--prompt", action="append", help="sample this beginning instead (may be repeated)")
+    parser.add_argument("--prompt", action="append", help="only complete this beginning (may be repeated)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the completions; 0 is greedy")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    logging.set_verbosity_error()  # transformers reports the MTP module's tensors as unexpected
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = load_checkpoint(arguments.model)
     if arguments.prompt:
-        print("\n".join(samples(model, tokenizer, arguments.prompt)))
+        print("\n".join(samples(model, tokenizer, arguments.prompt, arguments.temperature)))
         return
     held_out = read_corpus().held_out
     stream = encode_stream(tokenizer, held_out)
@@ -161,7 +166,7 @@ def main() -> None:
     print("\n".join(table) + "\n")
     if (arguments.model / "train.log").exists():
         print("\n".join(loss_curve(arguments.model / "train.log")) + "\n")
-    print("\n".join(samples(model, tokenizer, SAMPLE_PROMPTS)))
+    print("\n".join(samples(model, tokenizer, SAMPLE_PROMPTS, arguments.temperature)))
 
 
 if __name__ == "__main__":

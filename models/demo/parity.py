@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROMPTS = (
-    "def read(self, size=-1):\n    ",
-    "import os\nimport sys\n",
-    "class Error(Exception):\n",
-    "    for name in names:\n        if ",
-    '"""This module provides ',
+    "def read(self, size=-1):",
+    "import os\nimport sys",
+    "class Error(Exception):",
+    "    for name in names:\n        if",
+    '"""This module provides',
 )
 
 
