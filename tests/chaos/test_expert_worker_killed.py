@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import tempfile
@@ -89,3 +90,32 @@ def test_killed_in_the_middle_of_a_request(cli: Cli) -> None:
     request.join(120)
     assert got == [expected]
     assert cli.status()["attention"] == report["attention"]
+
+
+def test_killed_directory_stops_nothing(cli: Cli) -> None:
+    before = cli.status()
+    url = before["gateway"]["rest"]
+    expected = complete(url, "demo", PROMPT, 24)
+    driver = psutil.Process(before["supervisor"]["pid"])
+    (directory,) = [p for p in driver.children(recursive=True) if "ServeReplica:deepsplit:Directory" in _title(p)]
+    directory.kill()
+    assert complete(url, "demo", PROMPT, 24) == expected
+
+    def recovered() -> bool:
+        done = cli.run("status", "--json", timeout_s=90)
+        if done.returncode != 0:
+            return False
+        after = json.loads(done.stdout)
+        return after["placement_epoch"] > before["placement_epoch"] and len(after["experts"]) == 2
+
+    wait_until("a new directory that knows all workers", recovered, 90)
+    after = cli.status()
+    assert {w["pid"] for w in after["experts"]} == {w["pid"] for w in before["experts"]}
+    assert complete(url, "demo", PROMPT, 24) == expected
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
