@@ -75,7 +75,7 @@ workers: 3
         ("gateway: {port: 70000}", "gateway.port: must be at most 65535, but is 70000"),
         ("gateway: {host: [a]}", "gateway.host: must be text, but is a list"),
         ("experts: {placement: {num_cpus: many}}", "experts.placement.num_cpus: must be a number, but is 'many'"),
-        ("experts: {spread: 7}", "experts.spread: must be true or false, but is 7"),
+        ("experts: {max_per_node: many}", "experts.max_per_node: must be a whole number"),
         ("experts: {threads:}", "experts.threads: must be a whole number, but is empty"),
         ("zzz: 1", "zzz: unknown key; valid here: attention, dispatch, experts, gateway, model, ray"),
     ],
