@@ -13,8 +13,8 @@ from cluster.errors import FrameError, StalePlacement
 from deployments.expert_kernels import Rows, add_torch, add_vllm, pack, vllm_fits
 from deployments.expert_weights import ExpertWeights, LayerExperts
 
-# Weights up to this size are held in both layouts: a small model's decode step is then up to 11x faster, and its memory
-# does not matter. A large model's is 1.5x faster: not worth twice the memory (benchmarks/expert_kernels.py).
+# Weights up to this size are held in both layouts: a small model's decode step is then about 10x faster, and its memory
+# does not matter. A large model gains 1.5x at best: not worth twice the memory (benchmarks/expert_kernels.py).
 _BOTH_BYTES = 256 << 20
 _VLLM_ROWS = 32  # mean rows per expert up to which vLLM's kernel is used; same benchmark
 

@@ -1,8 +1,8 @@
 """The two kernels of an expert worker: per-expert GEMMs of torch, and on CPU vLLM's fused MoE kernel.
 
-Measured by benchmarks/expert_kernels.py: with few rows
-vLLM's is 1.5x faster on experts of DeepSeek-V3's size and 5-11x on those of a small model, where calls cost more
-than arithmetic; with many, torch (oneDNN, AMX) is up to 5x faster. vLLM's needs weights in a layout of its own.
+Measured by benchmarks/expert_kernels.py: on experts of a small
+model, where calls cost more than arithmetic, vLLM's is 6-18x faster. On those of DeepSeek-V3's size it gains up to 1.5x
+with one or two rows (`vec`), nothing with AMX, and loses with many. It needs weights in a layout of its own.
 
 Legend: T tokens, P rows (pairs of token and expert), N held experts, H hidden size, I
 intermediate size.
@@ -21,7 +21,6 @@ from deployments.expert_weights import LayerExperts
 
 # Row counts from which MKL's float32 GEMM gives a row the same bits whatever the rows beside it (one thread).
 _STABLE_ROWS = 16
-_ISA = "vec"  # vLLM's portable vector kernel; its weights have rows in groups of 16
 _ALIGNMENT = 32  # hidden and intermediate sizes must be multiples of it
 
 
@@ -66,7 +65,7 @@ def add_vllm(packed: LayerExperts, hidden_TH: torch.Tensor, rows: Rows, output_T
     ones_P1 = torch.ones(len(hidden_PH), 1)
     slots_P1 = rows.slots_P[:, None].to(torch.int32)
     torch.ops._C.cpu_fused_moe(
-        out_PH, hidden_PH, packed.gate_up_N2IH, packed.down_NHI, None, None, ones_P1, slots_P1, False, "silu", _ISA
+        out_PH, hidden_PH, packed.gate_up_N2IH, packed.down_NHI, None, None, ones_P1, slots_P1, False, "silu", _isa()
     )
     output_TH.index_add_(0, rows.tokens_P, out_PH.float() * rows.scale_P[:, None])
 
@@ -85,9 +84,15 @@ def vllm_fits(experts: LayerExperts) -> bool:
 def pack(experts: LayerExperts) -> LayerExperts:
     """A copy in the layout of `add_vllm`."""
     packed = LayerExperts(experts.ids, torch.empty_like(experts.gate_up_N2IH), torch.empty_like(experts.down_NHI))
-    torch.ops._C.prepack_moe_weight(experts.gate_up_N2IH, packed.gate_up_N2IH, _ISA)
-    torch.ops._C.prepack_moe_weight(experts.down_NHI, packed.down_NHI, _ISA)
+    isa = _isa()
+    torch.ops._C.prepack_moe_weight(experts.gate_up_N2IH, packed.gate_up_N2IH, isa)
+    torch.ops._C.prepack_moe_weight(experts.down_NHI, packed.down_NHI, isa)
     return packed
+
+
+def _isa() -> str:
+    """vLLM's kernel for this processor; asking also gets the operating system's leave to use AMX tiles."""
+    return "amx" if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() else "vec"
 
 
 def load_vllm_operators() -> bool:

@@ -23,6 +23,9 @@ _FILE_DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 
+_SIGN_AND_LOW_BITS = ~0x4000  # of a float16 made from a sign-extended E4M3
+_NAN_CODE = 0x7F
+
 OnProgress = Callable[[int, int], None]
 
 
@@ -81,12 +84,24 @@ def dequantise(weight_RC: torch.Tensor, scale_inv: torch.Tensor, block: tuple[in
     """out = weight x its block's scale, in float32, then rounded to out's dtype.
 
     weight_RC: float8_e4m3fn [R, C]. scale_inv: float32 [ceil(R/rows), ceil(C/columns)]; the last blocks may be ragged.
+
+    torch's own conversion from float8 is 7x slower than moving bits: the seven lower bits of E4M3, shifted into place,
+    are a float16 (bias 15 for 7, subnormals too) that is 2**8 times too small. Only NaN comes out finite.
     """
     rows, columns = block
+    codes = weight_RC.view(torch.int8)
+    half = torch.empty(rows, codes.shape[1], dtype=torch.int16)
+    full = torch.empty(rows, codes.shape[1], dtype=torch.float32)
     for at, scales in enumerate(scale_inv):
-        strip = weight_RC[at * rows : (at + 1) * rows].float()
-        strip *= scales.repeat_interleave(columns)[: strip.shape[1]]
-        out_RC[at * rows : (at + 1) * rows] = strip
+        strip = codes[at * rows : (at + 1) * rows]
+        bits, values = half[: len(strip)], full[: len(strip)]
+        bits.copy_(strip)  # extends the sign
+        bits.bitwise_left_shift_(7).bitwise_and_(_SIGN_AND_LOW_BITS)
+        values.copy_(bits.view(torch.float16))
+        values *= (scales * 256).repeat_interleave(columns)[: strip.shape[1]]
+        if int(strip.bitwise_and(127).max()) == _NAN_CODE:
+            values[strip.bitwise_and(127) == _NAN_CODE] = torch.nan
+        out_RC[at * rows : (at + 1) * rows] = values
 
 
 @dataclass(frozen=True)
