@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from cluster.errors import FrameError, StalePlacement
-from deployments.expert_kernels import Rows, add_torch, add_vllm, pack, vllm_fits
+from deployments.expert_kernels import Rows, add_grouped, add_torch, add_vllm, pack, vllm_fits
 from deployments.expert_weights import ExpertWeights, LayerExperts
 
 # Weights up to this size are held in both layouts: a small model's decode step is then about 10x faster, and its memory
@@ -53,6 +53,8 @@ class ExpertCompute:
         packed = self._packed.get(layer)
         if packed is not None and rows.per_expert <= _VLLM_ROWS and len(rows.tokens_P):
             add_vllm(packed, hidden_TH, rows, output_TH)
+        elif device.type == "cuda" and dtype is torch.bfloat16 and len(rows.tokens_P):
+            add_grouped(experts, hidden_TH, rows, output_TH)
         else:
             add_torch(experts, hidden_TH, rows, output_TH)
         return output_TH.cpu()

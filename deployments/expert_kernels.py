@@ -1,4 +1,4 @@
-"""The two kernels of an expert worker: per-expert GEMMs of torch, and on CPU vLLM's fused MoE kernel.
+"""The kernels of an expert worker: torch's GEMMs per expert, grouped on GPUs, and on CPU vLLM's fused MoE kernel.
 
 Measured by benchmarks/expert_kernels.py: on experts of a small
 model, where calls cost more than arithmetic, vLLM's is 6-18x faster. On those of DeepSeek-V3's size it gains up to 1.5x
@@ -56,6 +56,15 @@ def add_torch(experts: LayerExperts, hidden_TH: torch.Tensor, rows: Rows, output
         out_PH = functional.linear(functional.silu(gate_PI) * up_PI, experts.down_NHI[slot])[:count]
         output_TH.index_add_(0, tokens, out_PH.float() * rows.scale_P[start : start + count, None])
         start += count
+
+
+def add_grouped(experts: LayerExperts, hidden_TH: torch.Tensor, rows: Rows, output_TH: torch.Tensor) -> None:
+    """The same in two grouped GEMMs over all experts: bfloat16 on GPUs, where a call per expert costs too much."""
+    ends_N = torch.tensor(rows.counts_N).cumsum(0).to(output_TH.device, torch.int32)
+    x_PH = hidden_TH[rows.tokens_P]
+    gate_PI, up_PI = functional.grouped_mm(x_PH, experts.gate_up_N2IH.transpose(1, 2), offs=ends_N).chunk(2, dim=-1)
+    out_PH = functional.grouped_mm(functional.silu(gate_PI) * up_PI, experts.down_NHI.transpose(1, 2), offs=ends_N)
+    output_TH.index_add_(0, rows.tokens_P, out_PH.float() * rows.scale_P[:, None])
 
 
 def add_vllm(packed: LayerExperts, hidden_TH: torch.Tensor, rows: Rows, output_TH: torch.Tensor) -> None:

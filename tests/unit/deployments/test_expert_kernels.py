@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deployments.expert_compute import ExpertCompute
-from deployments.expert_kernels import vllm_fits
+from deployments.expert_kernels import Rows, add_grouped, add_torch, vllm_fits
 from deployments.expert_weights import ExpertWeights, LayerExperts
 
 HIDDEN, EXPERTS = 128, 12
@@ -39,6 +39,19 @@ def test_both_kernels_agree(tokens: int) -> None:
     assert (auto_TH - torch_TH).abs().max() < 0.02 * torch_TH.abs().max()
     # Above _VLLM_ROWS per expert the two are one and the same.
     assert torch.equal(auto_TH, torch_TH) == (tokens == 200)
+
+
+def test_grouped_gemms_agree_with_gemms_per_expert() -> None:
+    """What GPUs run, with torch's CPU implementation of it. The expert in slot 1 has no rows."""
+    experts = weights_of().layers[3]
+    slots_P = torch.tensor([0, 0, 2, 3, 3, 3, 4])
+    rows = Rows(torch.tensor([0, 1, 0, 0, 1, 2, 2]), slots_P, torch.rand(7), torch.bincount(slots_P).tolist())
+    hidden_TH = torch.randn(3, HIDDEN).bfloat16()
+    grouped_TH, single_TH = torch.zeros(3, HIDDEN), torch.zeros(3, HIDDEN)
+    add_grouped(experts, hidden_TH, rows, grouped_TH)
+    add_torch(experts, hidden_TH, rows, single_TH)
+    assert single_TH.abs().max() > 0.1
+    assert (grouped_TH - single_TH).abs().max() < 0.02 * single_TH.abs().max()
 
 
 def test_no_rows_at_all() -> None:
