@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.leftovers import Leftovers
+
+# Read by OpenMP when torch is loaded, here and in every process that a test starts: waiting threads that spin take the
+# cores of the processes they wait for.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
