@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.platforms import current_platform
 
 from cluster.errors import CheckpointError, StartupError
 from cluster.model import is_routed_expert, load_checkpoint_index, load_model_spec
@@ -34,6 +35,11 @@ class AttentionOnlyLoader(DefaultModelLoader):
         if raw is None:
             raise StartupError("load_format=deepsplit needs additional_config['deepsplit']; start through `deepsplit`")
         settings = RemoteExpertsSettings.model_validate(raw)
+        if current_platform.is_cpu() and not model_config.enforce_eager:
+            raise StartupError(
+                "on CPU vLLM would compile the dispatch into its graph, which cannot be: leave "
+                "attention.engine_args.enforce_eager at true"
+            )
         model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
         local = [layer.layer_name for layer in layers if not isinstance(layer, RemoteRoutedExperts)]

@@ -26,10 +26,12 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from cluster.config import DispatchConfig
 from cluster.errors import StartupError
+from deployments.cpu_router_ops import define_missing
 from routing.client import ExpertClient
 
 TESTED_VLLM = ("0.29.0",)
 PLUGIN, LOAD_FORMAT = "deepsplit", "deepsplit"
+_ROUTER_OPS = torch.library.Library("_moe_C", "FRAGMENT")  # ops live as long as their library object
 
 
 class RemoteExpertsSettings(BaseModel):
@@ -61,6 +63,7 @@ def register() -> None:
 
     from deployments.attention_loader import AttentionOnlyLoader
 
+    define_missing(_ROUTER_OPS)
     if op_registry_oot.get(RoutedExperts.__name__) is not RemoteRoutedExperts:
         RoutedExperts.register_oot(RemoteRoutedExperts)
         register_model_loader(LOAD_FORMAT)(AttentionOnlyLoader)
