@@ -176,7 +176,7 @@ def main() -> None:
     while progress < 1.0:
         elapsed_s = elapsed_before_s + time.monotonic() - start
         progress = min(
-            1.0, step / arguments.steps if arguments.steps else elapsed_s / (60.0 * arguments.minutes)
+            1.0, (step + 1) / arguments.steps if arguments.steps else elapsed_s / (60.0 * arguments.minutes)
         )
         lr = learning_rate(progress, arguments.peak_lr)
         main_loss, mtp_loss = train_step(model, windows.batch(step, arguments.batch))
