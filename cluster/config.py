@@ -135,11 +135,12 @@ class DispatchConfig(_Section):
     keepalive_timeout_s: float = Field(2.0, gt=0, description="Silence after a probe that makes a worker lost "
                                                               "(hung, or cut off).")
     lost_worker_pause_s: float = Field(10.0, gt=0, description="How long a lost worker gets no rows while others hold "
-                                                               "its experts; a new placement ends the pause.")
+                                                               "its experts.")
     reconnect_interval_s: float = Field(0.2, gt=0, description="How often a lost worker is tried again while nobody "
                                                                "else holds its experts.")
     on_uncovered: Literal["wait", "fail"] = Field(
-        "wait", description="When no live worker holds an expert: wait for one, or fail the request.")
+        "wait", description="When no live worker holds an expert: wait for one, or fail at once (the engine's requests "
+                            "fail, and it restarts).")
     uncovered_timeout_s: float = Field(60.0, ge=0, description="Longest wait for a holder to come back.")
 
 
@@ -147,7 +148,7 @@ class GatewayConfig(_Section):
     """The one door for clients."""
 
     host: str = Field("127.0.0.1", description="Address that REST listens on.")
-    port: int = Field(8000, ge=0, le=65535, description="REST port.")
+    port: int = Field(8000, ge=1, le=65535, description="REST port.")
     replicas: int = Field(1, ge=1, description="Number of gateway replicas.")
     max_body_mib: int = Field(8, ge=1, description="Largest request body, in MiB.")
     max_ongoing_requests: int = Field(256, ge=1, description="Most requests in flight per gateway replica.")

@@ -117,7 +117,11 @@ class _Driver:
         target = serve.RunTarget(_build(self._job.builder, self._job.config), name=APP, route_prefix="/")
         # `serve.run` would block without saying anything until all is well or all is lost.
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        self._await_ready()
+        try:
+            self._await_ready()
+        except Exception:
+            self._delete()  # a joined cluster would keep it
+            raise
         if not self._stop.is_set():
             self._send(Event("ready", ""))
             self._stop.wait()

@@ -18,7 +18,7 @@ from typing import Literal
 from cluster.config import Config
 from cluster.driver import Job
 from cluster.driver_process import as_error, log_tail, make_root, read_events, start_driver, token_path
-from cluster.errors import StartupError
+from cluster.errors import DeepsplitError, StartupError
 from cluster.preflight import check_port, check_versions
 from cluster.processes import end_all
 from cluster.progress import Stages
@@ -118,7 +118,10 @@ def down(folder: StateFolder) -> bool:
     left = folder.read()
     if left is not None and left.root == state.root:
         if state.joined and state.address:
-            _ask("delete", state)
+            try:
+                _ask("delete", state)
+            except DeepsplitError as error:
+                print(f"deepsplit: Ray at {state.address} cannot be asked ({error}); forgetting it", file=sys.stderr)
         _sweep(left)
         folder.clear()
     return True

@@ -51,4 +51,5 @@ def check_versions(device: str) -> None:
         except metadata.PackageNotFoundError:
             found = "not installed"
         if found.partition("+")[0] != wanted:
-            raise StartupError(f"{name} {wanted} is needed, but is {found}: pip install 'deepsplit[{extra}]'")
+            fix = f"run `make env`, or pip install -e '.[{extra}]', in a checkout"
+            raise StartupError(f"{name} {wanted} is needed, but is {found}: {fix}")

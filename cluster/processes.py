@@ -36,7 +36,9 @@ def members(root: Path, session: int | None, descendants: bool) -> list[psutil.P
     return [
         process
         for process in psutil.process_iter()
-        if process.pid != me and _alive(process) and (process.pid in mine or _belongs(process, str(root), session))
+        if process.pid != me
+        and _alive(process)
+        and (process.pid in mine or (_own(process) and _belongs(process, str(root), session)))
     ]
 
 
@@ -53,7 +55,7 @@ def end_all(root: Path, session: int | None, grace_s: float, descendants: bool =
         if time.monotonic() >= deadline:
             # Again and again: a process may have started a child between the listing and the kill.
             for process in left:
-                with contextlib.suppress(psutil.NoSuchProcess):
+                with contextlib.suppress(psutil.Error):
                     process.kill()
                     killed.add(process.pid)
         time.sleep(0.05)
@@ -64,6 +66,12 @@ def _belongs(process: psutil.Process, root: str, session: int | None) -> bool:
         if session is not None and os.getsid(process.pid) == session:
             return True
         return process.environ().get(MARK) == root or any(root in word for word in process.cmdline())
+    return False
+
+
+def _own(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(process.uids().real == os.getuid())
     return False
 
 

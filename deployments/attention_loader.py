@@ -19,7 +19,7 @@ from deployments.parent_watch import end_with_parent
 from deployments.remote_experts import RemoteExpertsSettings, RemoteRoutedExperts
 from routing.client import ExpertClient, ExpertShape
 from routing.grpc_channel import model_id
-from routing.placement import PlacementFile
+from routing.placement import UNCOVERED, PlacementFile
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class AttentionOnlyLoader(DefaultModelLoader):
             )
         end_with_parent()
         client = _client(settings, model_config.dtype)
-        _wait_for_experts(PlacementFile(settings.placement_file), settings.start_timeout_s)
+        _wait_for_experts(settings, sorted(layer.layer_index for layer in layers))
         for layer in layers:
             layer.client = client
         return model
@@ -80,22 +80,23 @@ class AttentionOnlyLoader(DefaultModelLoader):
         logger.info("Read %.1f MiB of weights, no routed expert among them", bytes_read / 2**20)
 
 
-def _wait_for_experts(placement: PlacementFile, timeout_s: float) -> None:
+def _wait_for_experts(settings: RemoteExpertsSettings, layers: list[int]) -> None:
     """The first forward pass comes right after loading; experts of a real checkpoint load for longer than attention."""
-    deadline = time.monotonic() + timeout_s
-    while not placement.current().workers:
+    placement, num_experts = PlacementFile(settings.placement_file), load_model_spec(settings.model_path).num_experts
+    deadline = time.monotonic() + settings.start_timeout_s
+    while any((placement.current().route(layer, num_experts) == UNCOVERED).any() for layer in layers):
         if time.monotonic() > deadline:
             raise StartupError(
-                f"expert workers did not cover all experts within ray.start_timeout_s ({timeout_s:.0f} s): see "
-                f"`deepsplit status` and the workers' logs"
+                f"expert workers did not cover all experts within ray.start_timeout_s ({settings.start_timeout_s:.0f} "
+                f"s): see `deepsplit status` and the workers' logs"
             )
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 def _client(settings: RemoteExpertsSettings, model_dtype: torch.dtype) -> ExpertClient:
     spec = load_model_spec(settings.model_path)
     shape = ExpertShape(
-        model_id(spec.architecture, spec.hidden_size, spec.num_experts, spec.moe_layers),
+        model_id((settings.model_path / "config.json").read_bytes(), spec.moe_layers),
         spec.hidden_size,
         spec.num_experts,
     )

@@ -1,7 +1,7 @@
 """The directory: one small Serve replica that knows who holds which experts and publishes the placement table.
 
 Off the hot path. When it dies, serving goes on with the last table, and its successor learns everything from the
-workers, who say `ready` again.
+workers, who announce themselves again.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class Directory:
         slot = self._membership.join(worker_id, pid, node, time.monotonic())
         return None if slot is None else Assignment(slot, self._slots[slot])
 
-    async def ready(self, member: Member, seen_epoch: int) -> bool:
-        """See `Membership.ready`."""
-        accepted = self._membership.ready(member, seen_epoch, time.monotonic())
+    async def announce(self, member: Member, seen_epoch: int) -> bool:
+        """See `Membership.announce`."""
+        accepted = self._membership.announce(member, seen_epoch, time.monotonic())
         self._wake()
         return accepted
 
@@ -92,6 +92,7 @@ class Directory:
 
     async def table(self, after_epoch: int, member: AttentionMember | None = None) -> str | None:
         """The placement table as JSON once its epoch is above `after_epoch`; None after LONG_POLL_S (ask again)."""
+        self._membership.saw(after_epoch)
         deadline = time.monotonic() + LONG_POLL_S
         while True:
             now = time.monotonic()

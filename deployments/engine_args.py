@@ -57,10 +57,11 @@ def engine_env(config: Config) -> dict[str, str]:
     leaves all but one thread per physical core idle. They sleep while they wait, for the same reason. Called on the
     replica's own node, whose cores it counts.
     """
+    ready = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.ray.start_timeout_s))}
     if config.attention.device != "cpu":
-        return {}
+        return ready
     threads = config.attention.threads or len(os.sched_getaffinity(0))
-    return {
+    return ready | {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",

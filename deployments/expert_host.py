@@ -43,7 +43,7 @@ class ExpertHost:
         self._server = ExpertServer(
             ExpertCompute(weights, config.experts.threads).forward,
             spec.hidden_size,
-            model_id(spec.architecture, spec.hidden_size, spec.num_experts, spec.moe_layers),
+            model_id((config.model.path / "config.json").read_bytes(), spec.moe_layers),
             config.dispatch,
         )
 

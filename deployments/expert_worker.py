@@ -12,7 +12,8 @@ import logging
 import os
 import time
 import uuid
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -24,8 +25,13 @@ from cluster.config import Config
 from deployments.directory import Assignment, Standing
 from routing.membership import Member
 
+if TYPE_CHECKING:
+    from deployments.expert_host import ExpertHost
+
 NAME = "experts"
 JOIN_RETRY_S = 0.25
+CALL_TIMEOUT_S = 5.0
+DIRECTORY_AWAY = (RayError, RayServeException, TimeoutError)
 
 logger = logging.getLogger("ray.serve")
 
@@ -51,13 +57,12 @@ class ExpertWorker:
         self._member = Member(worker_id, assignment.slot, os.getpid(), node, "", "loading", 0.0)
         self._beating = asyncio.create_task(self._beat())
 
-        from deployments.expert_host import ExpertHost
-
-        self._host = await asyncio.to_thread(ExpertHost, config, assignment.experts)
+        self._host = await asyncio.to_thread(_load, config, assignment.experts)
         # A cluster of our own is this machine alone, so nothing beyond it needs to reach the experts.
         address = self._host.start(config.experts.host or ("127.0.0.1" if config.ray.address is None else node))
         self._member = dataclasses.replace(self._member, address=address, state="ready")
-        await self._announce()
+        with contextlib.suppress(*DIRECTORY_AWAY):  # the next heartbeat will announce it
+            await self._announce()
         logger.info(
             "expert worker %s ready at %s after %.1f s: slot %d, %.1f MiB read", worker_id, address,
             time.monotonic() - started, assignment.slot, self._host.bytes_read / 2**20,
@@ -65,28 +70,34 @@ class ExpertWorker:
 
     async def _join(self, worker_id: str, pid: int, node: str) -> Assignment:
         while True:
-            assignment: Assignment | None = await self._directory.join.remote(worker_id, pid, node)
-            if assignment is not None:
-                return assignment
+            with contextlib.suppress(*DIRECTORY_AWAY):
+                answer = self._directory.join.remote(worker_id, pid, node)
+                assignment: Assignment | None = await asyncio.wait_for(answer, CALL_TIMEOUT_S)
+                if assignment is not None:
+                    return assignment
             await asyncio.sleep(JOIN_RETRY_S)
 
     async def _announce(self) -> None:
-        if not await self._directory.ready.remote(self._member, self._seen_epoch):
+        answer = self._directory.announce.remote(self._member, self._seen_epoch)
+        if not await asyncio.wait_for(answer, CALL_TIMEOUT_S):
             self._failure = f"slot {self._member.slot} was given to another worker while this one was not heard of"
 
     async def _beat(self) -> None:
         while self._failure is None:
             await asyncio.sleep(self._heartbeat_interval_s)
             try:
-                standing: Standing = await self._directory.heartbeat.remote(self._member.worker_id)
+                answer = self._directory.heartbeat.remote(self._member.worker_id)
+                standing: Standing = await asyncio.wait_for(answer, CALL_TIMEOUT_S)
                 self._seen_epoch = max(self._seen_epoch, standing.epoch)
-                if not standing.known and self._member.state == "ready":
+                if not standing.known:
                     await self._announce()
-            except (RayError, RayServeException) as error:
+            except DIRECTORY_AWAY as error:
                 logger.warning("the directory is away (%s); serving goes on", type(error).__name__)
 
     async def check_health(self) -> None:
         """Serve replaces a worker whose check raises."""
+        if self._failure is None and self._beating.done():
+            self._failure = f"heartbeats ended: {self._beating.exception()!r}"
         if self._failure is not None:
             raise RuntimeError(self._failure)
 
@@ -94,12 +105,19 @@ class ExpertWorker:
         beating = getattr(self, "_beating", None)
         if beating is not None:
             beating.cancel()
+        if hasattr(self, "_member"):
+            with contextlib.suppress(*DIRECTORY_AWAY):
+                await asyncio.wait_for(self._directory.leave.remote(self._member.worker_id), 1.0)
         host = getattr(self, "_host", None)
         if host is not None:
-            # A directory that is away will miss the heartbeats.
-            with contextlib.suppress(RayError, RayServeException, TimeoutError):
-                await asyncio.wait_for(self._directory.leave.remote(self._member.worker_id), 1.0)
             await asyncio.to_thread(host.stop, 1.0)
+
+
+def _load(config: Config, experts: Mapping[int, tuple[int, ...]]) -> ExpertHost:
+    """In a thread, import of torch included: the event loop must go on with heartbeats."""
+    from deployments.expert_host import ExpertHost
+
+    return ExpertHost(config, experts)
 
 
 def expert_deployment(config: Config, directory: serve.Application) -> serve.Application:
@@ -124,6 +142,6 @@ def expert_deployment(config: Config, directory: serve.Application) -> serve.App
         health_check_timeout_s=10.0,
         graceful_shutdown_timeout_s=3.0,
         graceful_shutdown_wait_loop_s=0.1,
-        max_constructor_retry_count=2,
+        max_constructor_retry_count=2 * experts.workers,  # Serve counts over all replicas
     )
     return deployment.bind(config.model_dump_json(), directory)

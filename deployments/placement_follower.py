@@ -50,11 +50,10 @@ class PlacementFollower:
             member = AttentionMember(self._replica_id, os.getpid(), node, self._state())
             try:
                 text: str | None = self._directory.table.remote(epoch, member).result(timeout_s=_ANSWER_TIMEOUT_S)
-            except (RayError, RayServeException, TimeoutError) as error:
-                logger.warning("the directory is away (%s); placement epoch %d stays", type(error).__name__, epoch)
+                if text is not None and not self._stop.is_set():
+                    table = PlacementTable.from_json(text)
+                    self._file.write(table)
+                    epoch = table.epoch
+            except (RayError, RayServeException, TimeoutError, OSError) as error:
+                logger.warning("placement epoch %d stays: %s: %s", epoch, type(error).__name__, error)
                 self._stop.wait(RETRY_S)
-                continue
-            if text is not None and not self._stop.is_set():
-                table = PlacementTable.from_json(text)
-                self._file.write(table)
-                epoch = table.epoch

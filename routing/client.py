@@ -219,7 +219,7 @@ class ExpertClient:
         for position, sent in enumerate(outstanding):
             try:
                 reply_RH = self._receive_part(sent, dispatch.deadline)
-            except (WorkerLost, StalePlacement) as error:
+            except (WorkerLost, StalePlacement, DispatchTimeout) as error:
                 lost = error
                 self._lose(sent.worker_id, error)
                 continue

@@ -18,13 +18,12 @@ warnings.filterwarnings("ignore", message="The given buffer is not writable")
 SERVICE = "deepsplit.experts.v1.Experts"
 METHOD = "Dispatch"
 METHOD_PATH = f"/{SERVICE}/{METHOD}"
-MODEL_KEY = "deepsplit-model"  # metadata key: both ends must serve the same checkpoint shape
+MODEL_KEY = "deepsplit-model"  # metadata key: both ends must serve the same config.json
 
 
-def model_id(architecture: str, hidden_size: int, num_experts: int, moe_layers: tuple[int, ...]) -> str:
-    """A short name of the shape that must agree on both ends of a stream."""
-    text = f"{architecture}/{hidden_size}/{num_experts}/{','.join(map(str, moe_layers))}"
-    return sha256(text.encode()).hexdigest()[:16]
+def model_id(config_json: bytes, moe_layers: tuple[int, ...]) -> str:
+    """A short name of what must agree on both ends of a stream: the checkpoint's config.json, and its MoE layers."""
+    return sha256(config_json + repr(moe_layers).encode()).hexdigest()[:16]
 
 
 def channel_options(settings: DispatchConfig) -> list[tuple[str, int]]:

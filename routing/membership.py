@@ -1,8 +1,8 @@
 """Who is alive and who holds what: the directory's decisions, as plain functions of events and a clock.
 
 A cluster has a fixed number of slots; a slot is a share of the experts. A worker process takes a free slot, loads its
-experts, and is in the placement table from `ready` until it leaves or falls silent. Every change of the table is a new
-epoch.
+experts, and is in the placement table from the moment it announces itself ready until it leaves or falls silent. Every
+change of the table is a new epoch.
 """
 
 from __future__ import annotations
@@ -55,22 +55,32 @@ class Membership:
         self._members[worker_id] = Member(worker_id, free[0], pid, node, "", "loading", now_s)
         return free[0]
 
-    def ready(self, member: Member, seen_epoch: int, now_s: float) -> bool:
-        """A worker that holds its slot's experts and listens. Also how a new directory learns of old workers, whose
-        `seen_epoch` (newest published epoch they know, 0 for none) keeps epochs growing. False if another worker has
-        the slot: the caller must end itself.
+    def announce(self, member: Member, seen_epoch: int, now_s: float) -> bool:
+        """A worker tells its state: `ready` once it holds its slot's experts and listens. Also how a new directory
+        learns of old workers, whose `seen_epoch` (newest published epoch they know, 0 for none) keeps epochs growing.
+
+        False if another worker has the slot, and then the caller must end itself; but one that is ready displaces one
+        that only loads.
         """
         self.expire(now_s)
+        self.saw(seen_epoch)
         rival = next((m for m in self._members.values() if m.slot == member.slot), None)
         if rival is not None and rival.worker_id != member.worker_id:
-            return False
-        self._members[member.worker_id] = replace(member, state="ready", heard_s=now_s)
-        self._seen_epoch = max(self._seen_epoch, seen_epoch)
-        self._epoch = max(self._epoch, seen_epoch) + 1
+            if not (member.state == "ready" and rival.state == "loading"):
+                return False
+            del self._members[rival.worker_id]
+        self._members[member.worker_id] = replace(member, heard_s=now_s)
+        if member.state == "ready":
+            self._epoch += 1
         return True
 
+    def saw(self, epoch: int) -> None:
+        """Somebody knows an epoch that a former directory published: ours go on from there."""
+        if epoch > self._epoch:
+            self._epoch = self._seen_epoch = epoch
+
     def heartbeat(self, worker_id: str, now_s: float) -> bool:
-        """False if the worker is not known (any more): it must say `ready` again."""
+        """False if the worker is not known (any more): it must announce itself again."""
         self.expire(now_s)
         if worker_id not in self._members:
             return False

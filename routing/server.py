@@ -11,13 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import grpc
 import torch
 
 from cluster.config import DispatchConfig
-from cluster.errors import DeepsplitError, DispatchTimeout, FrameError, StartupError
+from cluster.errors import DeepsplitError, DispatchTimeout, FrameError, StartupError, WorkerLost
 from routing.grpc_channel import METHOD, MODEL_KEY, SERVICE, channel_options
 from routing.wire import Reply, Request, decode_request, encode_error, encode_reply, peek_request_id
 
@@ -31,7 +31,7 @@ Experts = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 class _Work:
     request: Request
     expires: float  # monotonic seconds
-    done: threading.Event = field(default_factory=threading.Event)
+    done: bool = False  # written and read under the batcher's lock
     output_TH: torch.Tensor | None = None
     error: DeepsplitError | None = None
     compute_us: int = 0
@@ -53,13 +53,10 @@ class LayerBatcher:
         """Compute one request, possibly together with others. Errors are in the result."""
         work = _Work(request, time.monotonic() + request.deadline_ms / 1000)
         self._waiting.append(work)
-        # Whoever queued while another thread computed is picked up by that thread's next look at the queue.
-        while self._waiting and self._computing.acquire(blocking=False):
-            try:
+        # Whoever gets the lock computes for all that queued before it, so most find their work done when they get it.
+        with self._computing:
+            if not work.done:
                 self._compute_waiting()
-            finally:
-                self._computing.release()
-        work.done.wait()
         return work
 
     def _compute_waiting(self) -> None:
@@ -68,7 +65,7 @@ class LayerBatcher:
             work = self._waiting.popleft()
             if time.monotonic() > work.expires:
                 work.error = DispatchTimeout("the caller's deadline passed before the experts were free")
-                work.done.set()
+                work.done = True
             else:
                 key = (work.request.layer, work.request.hidden_TH.dtype, work.request.expert_ids_TK.shape[1])
                 by_layer.setdefault(key, []).append(work)
@@ -77,7 +74,7 @@ class LayerBatcher:
             for work in group:
                 # One bad request must not fail those that shared its batch.
                 work.error = self._compute(layer, [work]) if error and len(group) > 1 else error
-                work.done.set()
+                work.done = True
 
     def _compute(self, layer: int, group: list[_Work]) -> DeepsplitError | None:
         started = time.monotonic()
@@ -93,7 +90,7 @@ class LayerBatcher:
             return error
         except Exception as error:  # the worker lives on, whatever a kernel raises
             logger.exception("expert computation failed")
-            return FrameError(f"expert computation failed: {error!r}")
+            return WorkerLost(f"expert computation failed: {error!r}")
         compute_us = int((time.monotonic() - started) * 1e6)
         for work, piece in zip(group, output_TH.split([len(r.hidden_TH) for r in requests]), strict=True):
             work.output_TH, work.compute_us = piece, compute_us

@@ -46,13 +46,14 @@ class WorkerLink:
         self._deadline = time.monotonic() + timeout_s
         try:
             while request_id not in self._replies:
-                frame = next(self._call)
-                reply = decode_reply(frame)
+                reply = decode_reply(next(self._call))
                 self._replies[reply.request_id] = reply
         except StopIteration:
             raise WorkerLost(f"expert worker {self.address} closed the stream") from None
         except grpc.RpcError as error:
             raise self._explain(error, timeout_s) from None
+        except FrameError as error:
+            raise WorkerLost(f"expert worker {self.address} sent a broken reply: {error}") from None
         finally:
             self._deadline = float("inf")
         reply = self._replies.pop(request_id)

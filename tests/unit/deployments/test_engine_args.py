@@ -86,4 +86,9 @@ def test_an_unreadable_checkpoint_is_named(tmp_path: Path, content: str | None) 
 
 def test_threads_are_counted_on_cpu_only(tmp_path: Path) -> None:
     assert engine_env(make(tmp_path, MLA, threads=3))["OMP_NUM_THREADS"] == "3"
-    assert engine_env(make(tmp_path, MLA, device="cuda")) == {}
+    assert "OMP_NUM_THREADS" not in engine_env(make(tmp_path, MLA, device="cuda"))
+
+
+def test_vllm_waits_for_its_engine_as_long_as_we_do(tmp_path: Path) -> None:
+    for device in ("cpu", "cuda"):
+        assert engine_env(make(tmp_path, MLA, device=device))["VLLM_ENGINE_READY_TIMEOUT_S"] == "600"

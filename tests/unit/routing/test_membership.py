@@ -16,8 +16,8 @@ def make(now_s: float = 0.0) -> Membership:
 def start(membership: Membership, name: str, now_s: float, seen_epoch: int = 0) -> Member:
     slot = membership.join(name, 100, "10.0.0.1", now_s)
     assert slot is not None
-    member = Member(name, slot, 100, "10.0.0.1", f"10.0.0.1:{slot}", "loading", now_s)
-    assert membership.ready(member, seen_epoch, now_s)
+    member = Member(name, slot, 100, "10.0.0.1", f"10.0.0.1:{slot}", "ready", now_s)
+    assert membership.announce(member, seen_epoch, now_s)
     return member
 
 
@@ -67,18 +67,18 @@ def test_a_worker_that_was_given_up_too_early_comes_back_unless_replaced() -> No
     membership = make()
     member = start(membership, "a", 0.0)
     assert not membership.heartbeat("a", 9.0)
-    assert membership.ready(member, 1, 9.0)
+    assert membership.announce(member, 1, 9.0)
     start(membership, "b", 9.0)
     assert not membership.heartbeat("a", 20.0)
-    assert membership.join("c", 1, "n", 20.0) == 0
-    assert not membership.ready(member, 2, 20.0)
+    assert start(membership, "c", 20.0).slot == 0
+    assert not membership.announce(member, 2, 20.0)
 
 
 def test_a_new_directory_learns_from_its_workers_and_epochs_keep_growing() -> None:
     membership = make(now_s=50.0)
     member = Member("a", 1, 100, "n", "n:1", "ready", 0.0)
     assert not membership.heartbeat("a", 50.0)
-    assert membership.ready(member, 17, 50.0)
+    assert membership.announce(member, 17, 50.0)
     assert membership.table(50.0) is None  # the other worker may still be alive
     for now_s in (52.0, 54.0):
         assert membership.heartbeat("a", now_s)
@@ -99,3 +99,22 @@ def test_leaving_in_good_order_is_seen_at_once() -> None:
     assert table is not None
     assert table.epoch == 3
     assert membership.members() == [replace(membership.members()[0], worker_id="b")]
+
+
+def test_a_ready_worker_keeps_its_slot_from_one_that_only_loads() -> None:
+    membership = make(now_s=50.0)  # a new directory: a joiner comes before the old worker is heard
+    assert membership.join("new", 1, "n", 50.0) == 0
+    assert membership.announce(Member("old", 0, 2, "n", "n:1", "ready", 0.0), 7, 50.5)
+    assert [member.worker_id for member in membership.members()] == ["old"]
+    assert not membership.heartbeat("new", 51.0)
+    assert not membership.announce(Member("new", 0, 1, "n", "", "loading", 0.0), 7, 51.0)
+
+
+def test_epochs_go_on_from_what_attention_replicas_know() -> None:
+    membership = make()
+    membership.saw(40)
+    start(membership, "a", 0.0)
+    start(membership, "b", 0.0)
+    table = membership.table(0.0)
+    assert table is not None
+    assert table.epoch == 42
