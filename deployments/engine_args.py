@@ -65,6 +65,8 @@ def engine_env(config: Config) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",
+        # Some of vLLM's functions are compiled even in eager mode: 40 s of C++ compiler on the first request.
+        "TORCH_COMPILE_DISABLE": "1",
     }
 
 

@@ -87,7 +87,9 @@ class Engine:
                 self._args["speculative_config"] = {"attention_backend": _MLA_BACKEND, **drafter}
         self._environment = {
             **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind", **(environment or {}),
+            "OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            **({"TORCH_COMPILE_DISABLE": "1"} if eager else {}),  # as engine_args.engine_env does
+            **(environment or {}),
         }
         self._start_timeout_s = start_timeout_s
         self.start_s = 0.0

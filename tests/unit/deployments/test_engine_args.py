@@ -86,6 +86,7 @@ def test_an_unreadable_checkpoint_is_named(tmp_path: Path, content: str | None) 
 
 def test_threads_are_counted_on_cpu_only(tmp_path: Path) -> None:
     assert engine_env(make(tmp_path, MLA, threads=3))["OMP_NUM_THREADS"] == "3"
+    assert engine_env(make(tmp_path, MLA))["TORCH_COMPILE_DISABLE"] == "1"
     assert "OMP_NUM_THREADS" not in engine_env(make(tmp_path, MLA, device="cuda"))
 
 
