@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -71,6 +71,20 @@ def _echo(address: str) -> bytes:
         return client.recv(100)
 
 
+def _reachable(address: str) -> bool:
+    try:
+        return _echo(address) == b"hello"
+    except OSError:
+        return False
+
+
+def _wait_for(happened: Callable[[], bool], timeout_s: float = 10) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline, f"did not happen within {timeout_s} s"
+        time.sleep(0.1)
+
+
 @contextlib.contextmanager
 def _killed_at_exit(process: subprocess.Popen[str]) -> Iterator[None]:
     """Popen's own exit waits for the process, for ever if a test fails before it ends it."""
@@ -98,21 +112,15 @@ def test_a_cut_cable_stops_traffic_until_it_is_restored(network: Network) -> Non
 
         network.restore(there)
         # Neighbours that were given up while the cable was out are asked for again after a while.
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                assert _echo(there.address) == b"hello"
-                break
-            except OSError:
-                assert time.monotonic() < deadline, "no traffic 20 s after the cable was put back"
-                time.sleep(0.2)
+        _wait_for(lambda: _reachable(there.address), timeout_s=20)
+        assert _echo(there.address) == b"hello"
 
 
 def test_hosts_and_their_processes_are_gone_afterwards() -> None:
     with Network(1) as network:
         (host,) = network.hosts
         process = network.popen(host, ["sleep", "1000"])
-        assert process.pid in network.pids(host)
+        _wait_for(lambda: process.pid in network.pids(host))
     assert process.wait(5) == -9
     assert not network.hosts
     with Network(1) as again:  # the same names are free again
@@ -125,6 +133,7 @@ def test_a_killed_run_is_cleaned_up_by_the_next_one() -> None:
     )
     assert owner.stdout is not None
     name = owner.stdout.readline().strip()
+    _wait_for(lambda: bool(_ip("netns", "pids", name).split()))  # it enters the namespace after it was started
     owner.kill()
     owner.communicate(timeout=10)
     (left,) = _ip("netns", "pids", name).split()
