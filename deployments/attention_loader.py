@@ -15,15 +15,14 @@ from vllm.platforms import current_platform
 
 from cluster.errors import CheckpointError, StartupError
 from cluster.model import is_routed_expert, load_checkpoint_index, load_model_spec
+from deployments.expert_weights import DTYPES
 from deployments.parent_watch import end_with_parent
-from deployments.remote_experts import RemoteExpertsSettings, RemoteRoutedExperts
+from deployments.remote_experts import RemoteExpertsSettings, RemoteRoutedExperts, settings_of
 from routing.client import ExpertClient, ExpertShape
 from routing.grpc_channel import model_id
 from routing.placement import UNCOVERED, PlacementFile
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class AttentionOnlyLoader(DefaultModelLoader):
@@ -31,10 +30,9 @@ class AttentionOnlyLoader(DefaultModelLoader):
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> torch.nn.Module:
         """Build and load the model (main or MTP), then connect its MoE layers to the expert plane."""
-        raw = (vllm_config.additional_config or {}).get("deepsplit")
-        if raw is None:
+        settings = settings_of(vllm_config)
+        if settings is None:
             raise StartupError("load_format=deepsplit needs additional_config['deepsplit']; start through `deepsplit`")
-        settings = RemoteExpertsSettings.model_validate(raw)
         if current_platform.is_cpu() and not model_config.enforce_eager:
             raise StartupError(
                 "on CPU vLLM would compile the dispatch into its graph, which cannot be: leave "

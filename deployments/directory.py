@@ -57,7 +57,7 @@ class Directory:
         config = Config.model_validate_json(config_json)
         spec = load_model_spec(config.model.path)
         experts = config.experts
-        held = split_shares(spec.num_experts, experts.shares or [1.0] * experts.workers, experts.replicas_per_expert)
+        held = split_shares(spec.num_experts, experts.worker_shares(), experts.replicas_per_expert)
         self._slots = [dict.fromkeys(spec.moe_layers, ids) for ids in held]
         self._model = config.model.name or config.model.path.name
         self._membership = Membership(self._slots, experts.heartbeat_timeout_s, time.monotonic())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import vllm
 from pydantic import BaseModel, ConfigDict
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -51,7 +51,12 @@ class RemoteExpertsSettings(BaseModel):
 
 def current_settings() -> RemoteExpertsSettings | None:
     """Settings of the engine that is being built; None if it is not split."""
-    additional = get_current_vllm_config().additional_config
+    return settings_of(get_current_vllm_config())
+
+
+def settings_of(vllm_config: VllmConfig) -> RemoteExpertsSettings | None:
+    """Our part of an engine's `additional_config`; None if it is not split."""
+    additional = vllm_config.additional_config
     raw = additional.get(PLUGIN) if isinstance(additional, dict) else None
     return None if raw is None else RemoteExpertsSettings.model_validate(raw)
 
