@@ -7,7 +7,7 @@ here. Nothing in deepsplit is tuned by a loose environment variable.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -17,6 +17,12 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def section_type(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field of this type holds, optional or not; None if it holds a value."""
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
 
 
 def _conflict(field: str, message: str) -> PydanticCustomError:
@@ -144,15 +150,63 @@ class DispatchConfig(_Section):
     uncovered_timeout_s: float = Field(60.0, ge=0, description="Longest wait for a holder to come back.")
 
 
-class GatewayConfig(_Section):
-    """The one door for clients."""
+class ServerTls(_Section):
+    """The certificate that a server shows its clients. Files that change are read again for new connections."""
 
-    host: str = Field("127.0.0.1", description="Address that REST listens on.")
+    cert_file: Path = Field(description="Certificate chain, PEM.")
+    key_file: Path = Field(description="Private key, PEM.")
+
+
+class GatewayConfig(_Section):
+    """The one door for clients: REST and gRPC."""
+
+    host: str = Field("127.0.0.1", description="Address that REST and gRPC listen on.")
     port: int = Field(8000, ge=1, le=65535, description="REST port.")
-    replicas: int = Field(1, ge=1, description="Number of gateway replicas.")
+    grpc_port: int | None = Field(9000, ge=1, le=65535, description="gRPC port; null turns gRPC off.")
+    replicas: int = Field(1, ge=1, description="Number of gateway replicas; those on one node share its ports.")
+    tls: ServerTls | None = Field(None, description="Serve REST and gRPC over TLS.")
+    keys_file: Path | None = Field(None, description="Tenants and the hashes of their API keys (docs/operations.md); "
+                                                     "read again when it changes. Without it there are no keys.")
+    allow_anonymous: bool = Field(False, description="Listen beyond loopback without API keys.")
     max_body_mib: int = Field(8, ge=1, description="Largest request body, in MiB.")
-    max_ongoing_requests: int = Field(256, ge=1, description="Most requests in flight per gateway replica.")
+    max_prompt_tokens: int | None = Field(None, ge=1, description="Longest prompt, in tokens; the engine's own bound "
+                                                                  "if not set.")
+    max_streams: int = Field(1024, ge=1, description="Most requests in flight per gateway replica, waiting ones "
+                                                     "included.")
     request_timeout_s: float = Field(600.0, gt=0, description="Longest life of one request.")
+    drain_timeout_s: float = Field(30.0, ge=0, description="How long a stopping gateway lets running requests end "
+                                                           "before it ends them with an error.")
+    max_resends: int = Field(2, ge=0, description="How often one request may be sent to another attention replica "
+                                                  "after the one that had it was lost.")
+
+
+class ClassObjective(_Section):
+    """What a priority class is promised. A request that would miss it is refused at once."""
+
+    ttft_s: float = Field(gt=0, description="Longest time to first token, in seconds.")
+    tpot_s: float = Field(gt=0, description="Longest mean time per further token, in seconds.")
+
+
+class AdmissionConfig(_Section):
+    """Load shedding: what is admitted, in which order, and what is refused before it costs anything."""
+
+    mode: Literal["enforce", "shadow", "off"] = Field(
+        "enforce", description="`shadow` admits everything within the hard bounds and counts what it would have "
+                               "refused; `off` predicts nothing.")
+    system: ClassObjective = Field(ClassObjective(ttft_s=10.0, tpot_s=1.0), description="Highest priority.")
+    interactive: ClassObjective = Field(ClassObjective(ttft_s=5.0, tpot_s=0.5), description="The default class.")
+    batch: ClassObjective = Field(ClassObjective(ttft_s=60.0, tpot_s=2.0), description="Lowest priority.")
+    max_waiting: int = Field(512, ge=0, description="Most requests that wait for an attention replica, fleet-wide.")
+
+
+class InternalTlsConfig(_Section):
+    """Mutual TLS between gateway, attention replicas and expert workers. Changed files serve new connections."""
+
+    cert_file: Path = Field(description="This cluster's certificate, PEM; every process shows it, as server and "
+                                        "as client.")
+    key_file: Path = Field(description="Its private key, PEM.")
+    ca_file: Path = Field(description="Authorities that peers' certificates must come from, PEM.")
+    server_name: str = Field("deepsplit", description="DNS name in the certificate, which every peer must show.")
 
 
 class RayConfig(_Section):
@@ -174,4 +228,7 @@ class Config(_Section):
     experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
     dispatch: DispatchConfig = Field(default_factory=DispatchConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
+    internal_tls: InternalTlsConfig | None = Field(
+        None, description="Mutual TLS inside the cluster; plain TCP if not set.")
     ray: RayConfig = Field(default_factory=RayConfig)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from cluster.config import Config
+from cluster.config import Config, section_type
 from cluster.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
 
 
 def load_config(path: Path) -> Config:
-    """The configuration in the YAML file `path`, with `model.path` made absolute (relative to the file's folder).
+    """The configuration in the YAML file `path`, with relative paths taken from the file's folder.
 
     Raises ConfigError that lists every problem as `line N: dotted.key: what is wrong and what would be right`.
     """
@@ -35,13 +36,23 @@ def load_config(path: Path) -> Config:
         ordered = sorted(set(problems))
         listed = "\n".join(f"  line {line}: {message}" if line else f"  {message}" for line, message in ordered)
         raise ConfigError(f"{path} is not a valid configuration:\n{listed}")
-    model = config.model.model_copy(update={"path": _absolute(path, config.model.path)})
-    return config.model_copy(update={"model": model})
+    return _absolute(config, path.absolute().parent)
 
 
-def _absolute(config_file: Path, model: Path) -> Path:
-    # Not resolve(): the name of a symlink to a model is the name that the operator chose.
-    return config_file.absolute().parent.joinpath(model.expanduser())
+_Section = TypeVar("_Section", bound=BaseModel)
+
+
+def _absolute(section: _Section, folder: Path) -> _Section:
+    """`section` with every relative path taken from `folder`."""
+    changed: dict[str, object] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Path):
+            # Not resolve(): the name of a symlink to a model is the name that the operator chose.
+            changed[name] = folder.joinpath(value.expanduser())
+        elif isinstance(value, BaseModel):
+            changed[name] = _absolute(value, folder)
+    return section.model_copy(update=changed)
 
 
 # --- YAML --------------------------------------------------------------------------------------------------
@@ -155,8 +166,8 @@ def _unknown(location: KeyPath) -> str:
 def _all_keys(section: type[BaseModel], prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     for name, field in section.model_fields.items():
         yield (*prefix, name)
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        inner = section_type(field.annotation)
+        if inner is not None:
             yield from _all_keys(inner, (*prefix, name))
 
 
@@ -164,8 +175,8 @@ def _section(*path: str) -> type[BaseModel] | None:
     section: type[BaseModel] = Config
     for name in path:
         field = section.model_fields.get(name)
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        inner = section_type(field.annotation) if field else None
+        if inner is None:
             return None
         section = inner
     return section

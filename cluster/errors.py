@@ -5,7 +5,10 @@ Exceptions are for other people's mistakes (input, peers, machines); our own mis
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+Plane = Literal["quota", "gateway", "attention", "kv_cache", "experts"]
 
 
 class DeepsplitError(Exception):
@@ -105,6 +108,22 @@ class RequestTooLarge(DeepsplitError):
     outcome = "too_large"
 
 
+class Unauthenticated(DeepsplitError):
+    """No API key, or one that nobody was given."""
+
+    http_status = 401
+    grpc_status = "UNAUTHENTICATED"
+    outcome = "unauthenticated"
+
+
+class PermissionDenied(DeepsplitError):
+    """The key's tenant may not use this model or this priority class."""
+
+    http_status = 403
+    grpc_status = "PERMISSION_DENIED"
+    outcome = "forbidden"
+
+
 class RequestTimeout(DeepsplitError):
     """The request was not answered within its deadline, and its generation was aborted."""
 
@@ -127,3 +146,72 @@ class ReplicaUnavailable(DeepsplitError):
     http_status = 503
     grpc_status = "UNAVAILABLE"
     outcome = "replica_unavailable"
+
+
+class StreamLost(DeepsplitError):
+    """The attention replica of a running stream died, and the stream cannot be continued exactly elsewhere."""
+
+    http_status = 502
+    grpc_status = "ABORTED"
+    outcome = "stream_lost"
+
+
+@dataclass(frozen=True)
+class RateLimits:
+    """Where a tenant's budgets stand, for `x-ratelimit-*` headers. None: no such limit."""
+
+    limit_requests: int | None = None
+    remaining_requests: int | None = None
+    reset_requests_s: float = 0.0  # seconds until the budget is whole again
+    limit_tokens: int | None = None
+    remaining_tokens: int | None = None
+    reset_tokens_s: float = 0.0
+
+
+class Refusal(DeepsplitError):
+    """A valid request that is not served now; trying again after `retry_after_s` is worth it.
+
+    `plane` names what limits: quota, gateway, attention, kv_cache or experts. `reason` is a short, bounded word for
+    metrics.
+    """
+
+    http_status = 429
+    grpc_status = "RESOURCE_EXHAUSTED"
+    outcome = "refused"
+
+    def __init__(
+        self, message: str, *, retry_after_s: float, plane: Plane, reason: str, limits: RateLimits | None = None
+    ) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.plane = plane
+        self.reason = reason
+        self.limits = limits
+
+
+class QuotaExceeded(Refusal):
+    """The tenant's own budget (requests, tokens or streams) is used up."""
+
+    outcome = "quota"
+
+
+class Overloaded(Refusal):
+    """The cluster would miss the request's deadline or its class's objective, or a bound of the gateway is reached."""
+
+    outcome = "overloaded"
+
+
+class Draining(Refusal):
+    """This gateway is being stopped: another one, or this one restarted, will answer."""
+
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+    outcome = "draining"
+
+
+class NoCapacity(Refusal):
+    """No attention replica is ready, or no expert worker holds some experts."""
+
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+    outcome = "no_capacity"

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from cluster.config import Config
+from cluster.config import Config, section_type
 
 _HEAD = """# Configuration
 
@@ -30,24 +30,27 @@ def reference() -> str:
 
 def _sections() -> Iterator[str]:
     for name, field in Config.model_fields.items():
-        section = field.annotation
-        assert isinstance(section, type)
-        assert issubclass(section, BaseModel)
+        section = section_type(field.annotation)
+        assert section is not None
         yield f"## `{name}`\n"
-        yield f"{section.__doc__}\n"
+        yield f"{section.__doc__}{'' if field.default_factory or field.is_required() else ' Off if not set.'}\n"
         yield "| key | type | default | meaning |"
         yield "|---|---|---|---|"
         yield from _rows(section, name)
         yield ""
 
 
-def _rows(section: type[BaseModel], prefix: str) -> Iterator[str]:
+def _nested_defaults(field: FieldInfo, inner: type[BaseModel]) -> BaseModel | None:
+    return field.default if isinstance(field.default, inner) else None
+
+
+def _rows(section: type[BaseModel], prefix: str, defaults: BaseModel | None = None) -> Iterator[str]:
     for name, field in section.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _rows(inner, f"{prefix}.{name}")
+        inner = section_type(field.annotation)
+        if inner is not None:
+            yield from _rows(inner, f"{prefix}.{name}", _nested_defaults(field, inner))
         else:
-            cells = (f"`{prefix}.{name}`", _type(field), _default(field), field.description or "")
+            cells = (f"`{prefix}.{name}`", _type(field), _default(field, name, defaults), field.description or "")
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -76,7 +79,9 @@ def _type_name(annotation: Any) -> str:
     return {int: "whole number", float: "number", bool: "true or false", str: "text", Path: "path"}[annotation]
 
 
-def _default(field: FieldInfo) -> str:
+def _default(field: FieldInfo, name: str, defaults: BaseModel | None) -> str:
+    if defaults is not None:
+        return f"`{json.dumps(getattr(defaults, name))}`"
     if field.is_required():
         return "**required**"
     value = field.get_default(call_default_factory=True, validated_data={})

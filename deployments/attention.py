@@ -63,7 +63,7 @@ def attention_deployment(config: Config, directory: serve.Application | None) ->
         placement_group_strategy="STRICT_PACK",
         placement_group_bundle_label_selector=[labels] * len(bundles) if labels else None,
         # The engine queues what does not fit into its batch; admission in front of it bounds the queue.
-        max_ongoing_requests=config.gateway.max_ongoing_requests * config.gateway.replicas,
+        max_ongoing_requests=config.gateway.max_streams * config.gateway.replicas,
         graceful_shutdown_timeout_s=config.ray.stop_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=2.0,

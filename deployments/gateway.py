@@ -86,7 +86,7 @@ def gateway_deployment(
         Gateway,
         name=NAME,
         num_replicas=config.gateway.replicas,
-        max_ongoing_requests=config.gateway.max_ongoing_requests,
+        max_ongoing_requests=config.gateway.max_streams,
         graceful_shutdown_timeout_s=config.ray.stop_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
     )

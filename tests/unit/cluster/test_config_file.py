@@ -77,7 +77,7 @@ workers: 3
         ("experts: {placement: {num_cpus: many}}", "experts.placement.num_cpus: must be a number, but is 'many'"),
         ("experts: {max_per_node: many}", "experts.max_per_node: must be a whole number"),
         ("experts: {threads:}", "experts.threads: must be a whole number, but is empty"),
-        ("zzz: 1", "zzz: unknown key; valid here: attention, dispatch, experts, gateway, model, ray"),
+        ("zzz: 1", "zzz: unknown key; valid here: admission, attention, dispatch, experts, gateway, internal_tls, model, ray"),
     ],
 )
 def test_wording(tmp_path: Path, section: str, expected: str) -> None:
