@@ -6,6 +6,7 @@ here. Nothing in deepsplit is tuned by a loose environment variable.
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -178,6 +179,23 @@ class GatewayConfig(_Section):
                                                            "before it ends them with an error.")
     max_resends: int = Field(2, ge=0, description="How often one request may be sent to another attention replica "
                                                   "after the one that had it was lost.")
+
+    @model_validator(mode="after")
+    def _is_not_open_to_the_world(self) -> Self:
+        if not (self.keys_file or self.allow_anonymous or _is_loopback(self.host)):
+            raise _conflict("host", f"{self.host} can be reached from other machines, but there are no API keys: set "
+                                    "gateway.keys_file (`deepsplit key new` makes a key), or "
+                                    "gateway.allow_anonymous: true if everybody may use it")
+        if self.grpc_port == self.port:
+            raise _conflict("grpc_port", f"is gateway.port ({self.port}) too; each needs a port of its own")
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class ClassObjective(_Section):

@@ -1,0 +1,263 @@
+"""The gateway's `Door`: tenant, bounds, admission, relay; draining at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from types import TracebackType
+
+from cluster.config import GatewayConfig
+from cluster.errors import (
+    Draining,
+    ModelNotFound,
+    NoCapacity,
+    Overloaded,
+    PermissionDenied,
+    ReplicaUnavailable,
+    RequestError,
+    RequestTimeout,
+    RequestTooLarge,
+)
+from deployments.attention import ResponseHead
+from deployments.continuation import StreamTap
+from deployments.deadline import Deadline
+from deployments.door import Answer, Call
+from deployments.gate import Gate
+from deployments.peek import Peek, model_of, parse, peek
+from deployments.rate_limits import rate_limit_headers
+from deployments.relay import Relay
+from deployments.replicas import Replicas
+from routing.prefix_index import prefix_hashes
+from routing.prompt_size import PromptSize
+from routing.request import Ask, Priority, Tenant
+from routing.tenants import TenantsFile
+
+GENERATES = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"})
+PASSED_ON = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
+_RETRY_DRAINING_S = 2.0
+_RETRY_NO_REPLICA_S = 5.0
+_DRAIN_POLL_S = 0.05
+
+logger = logging.getLogger("ray.serve")
+
+
+class GatewayDoor:
+    """See `deployments.door.Door`."""
+
+    def __init__(
+        self,
+        model: str,
+        config: GatewayConfig,
+        tenants: TenantsFile,
+        gate: Gate,
+        replicas: Replicas,
+        tokenize: Callable[[bytes], Awaitable[int]],
+    ) -> None:
+        """`tokenize` counts a prompt's tokens exactly; asked only when the bound could be reached."""
+        self._model = model
+        self._config = config
+        self._tenants = tenants
+        self._gate = gate
+        self._replicas = replicas
+        self._tokenize = tokenize
+        self._prompt_size = PromptSize()
+        self._open: set[Deadline] = set()
+        self._draining = False
+
+    def ready(self) -> Mapping[str, bool]:
+        """See Door."""
+        return {self._model: not self._draining and bool(self._replicas.loads())}
+
+    @property
+    def open_requests(self) -> int:
+        """Requests in flight, waiting ones included."""
+        return len(self._open)
+
+    def identify(self, key: str | None) -> Tenant:
+        """Whose key it is. Raises Unauthenticated."""
+        return self._tenants.current().identify(key)
+
+    async def answer(self, call: Call) -> Answer:
+        """See Door."""
+        tenant = self.identify(call.key)
+        if self._draining:
+            raise Draining(
+                "this gateway is stopping: send the request again", retry_after_s=_RETRY_DRAINING_S, plane="gateway",
+                reason="draining",
+            )  # fmt: skip
+        if len(call.body) > self._config.max_body_mib * 2**20:
+            raise RequestTooLarge(f"the request is larger than {self._config.max_body_mib} MiB, this server's limit")
+        if len(self._open) >= self._config.max_streams:
+            raise Overloaded(
+                f"this gateway holds {self._config.max_streams} requests, its limit (gateway.max_streams)",
+                retry_after_s=1.0 + random.random(), plane="gateway", reason="max_streams",
+            )  # fmt: skip
+        deadline = self._deadline(call)
+        self._open.add(deadline)
+        try:
+            if call.path in GENERATES:
+                return await self._generate(call, tenant, deadline)
+            return await self._pass_on(call, tenant, deadline)
+        except BaseException:
+            self._open.discard(deadline)
+            raise
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse what is new, let what runs end for `grace_s` seconds, then end it with an error."""
+        self._draining = True
+        loop = asyncio.get_running_loop()
+        until = loop.time() + grace_s
+        while self._open and loop.time() < until:
+            await asyncio.sleep(_DRAIN_POLL_S)
+        for deadline in list(self._open):
+            deadline.cut(
+                Draining(
+                    f"the gateway stopped and this request was not done within {grace_s:g} s: send it again",
+                    retry_after_s=_RETRY_DRAINING_S, plane="gateway", reason="draining",
+                )
+            )  # fmt: skip
+        until = loop.time() + 1.0
+        while self._open and loop.time() < until:
+            await asyncio.sleep(_DRAIN_POLL_S)
+
+    # --- generation ---
+
+    async def _generate(self, call: Call, tenant: Tenant, deadline: Deadline) -> Answer:
+        outline = peek(call.path, parse(call.body))
+        self._check_model(tenant, outline.model)
+        ask = self._ask(call, tenant, outline)
+        await self._check_prompt(outline)
+        grant = await deadline.wait(self._gate.admit(ask))
+        tap = StreamTap(call.path, outline.fields, call.body)
+        relay = Relay(tap, self._gate, self._replicas, call.request_id, self._config.max_resends)
+
+        def ended() -> None:
+            self._open.discard(deadline)
+            if tap.prompt_tokens is not None and not outline.prompt_ids:
+                self._prompt_size.learn(len(outline.prompt_text), tap.prompt_tokens)
+
+        headers = rate_limit_headers(grant.limits) | {"x-request-id": call.request_id}
+        return await _open(relay.run(grant), deadline, headers, ended)
+
+    def _ask(self, call: Call, tenant: Tenant, outline: Peek) -> Ask:
+        priority = _priority(call.priority, tenant)
+        return Ask(
+            ticket=uuid.uuid4().hex,
+            tenant=tenant,
+            priority=priority,
+            prompt_tokens=self._prompt_size.estimate(len(outline.prompt_text), outline.prompt_ids),
+            max_new_tokens=outline.max_new_tokens,
+            sequences=outline.sequences,
+            prefix_hashes=prefix_hashes(outline.prompt_text),
+            deadline_s=min((s for s in (call.ttft_s, call.timeout_s) if s is not None), default=None),
+        )
+
+    async def _check_prompt(self, outline: Peek) -> None:
+        most = self._config.max_prompt_tokens
+        if most is None:
+            return
+        tokens = outline.prompt_ids
+        if not tokens and len(outline.prompt_text) > most:  # a token is at least a byte
+            tokens = await self._tokenize(outline.prompt_text)
+        if tokens > most:
+            raise RequestError(f"the prompt has {tokens} tokens, this server's limit is {most}")
+
+    # --- all else ---
+
+    async def _pass_on(self, call: Call, tenant: Tenant, deadline: Deadline) -> Answer:
+        if call.body:
+            self._check_model(tenant, model_of(parse(call.body)))
+        headers = {"x-request-id": call.request_id}
+        tried: set[str] = set()
+        while True:
+            left = [load.replica_id for load in self._replicas.loads() if load.replica_id not in tried]
+            if not left or len(tried) > self._config.max_resends:
+                raise NoCapacity(
+                    "no attention replica is ready", retry_after_s=_RETRY_NO_REPLICA_S, plane="attention",
+                    reason="no_replica",
+                )  # fmt: skip
+            replica_id = random.choice(left)
+            answer = self._replicas.send(replica_id, call.method, call.path, call.body, call.request_id)
+            try:
+                return await _open(answer, deadline, headers, lambda: self._open.discard(deadline))
+            except ReplicaUnavailable as error:
+                logger.warning("request %s goes on elsewhere: %s", call.request_id, error)
+                tried.add(replica_id)
+
+    def _check_model(self, tenant: Tenant, model: str | None) -> None:
+        if model is not None and model != self._model:
+            raise ModelNotFound(f"the model {model!r} does not exist; this server has {self._model!r}")
+        if tenant.models is not None and self._model not in tenant.models:
+            raise PermissionDenied(f"tenant {tenant.name} may not use {self._model!r}: see `models` in the keys file")
+
+    def _deadline(self, call: Call) -> Deadline:
+        seconds = min(self._config.request_timeout_s, call.timeout_s or self._config.request_timeout_s)
+        at_s = asyncio.get_running_loop().time() + seconds
+        return Deadline(at_s, RequestTimeout(f"the request took longer than {seconds:g} s and was aborted"))
+
+
+class _Chunks(AsyncGenerator[bytes, None]):
+    """What is left of an answer after its head, each wait bounded. A class, because a generator that was never begun
+    runs no `finally`: a client that goes away right after the head must not leave its ticket behind.
+    """
+
+    def __init__(
+        self, answer: AsyncGenerator[ResponseHead | bytes, None], deadline: Deadline, ended: Callable[[], None]
+    ) -> None:
+        self._answer = answer
+        self._deadline = deadline
+        self._ended = ended
+
+    async def asend(self, value: None) -> bytes:
+        try:
+            chunk = await self._deadline.wait(anext(self._answer))
+        except BaseException:
+            await self.aclose()
+            raise
+        assert isinstance(chunk, bytes)
+        return chunk
+
+    async def athrow(
+        self,
+        typ: type[BaseException] | BaseException,
+        val: BaseException | object = None,
+        tb: TracebackType | None = None,
+    ) -> bytes:
+        await self.aclose()
+        raise typ
+
+    async def aclose(self) -> None:
+        try:
+            await self._answer.aclose()
+        finally:
+            self._ended()
+
+
+async def _open(
+    answer: AsyncGenerator[ResponseHead | bytes, None],
+    deadline: Deadline,
+    headers: Mapping[str, str],
+    ended: Callable[[], None],
+) -> Answer:
+    chunks = _Chunks(answer, deadline, ended)
+    try:
+        head = await deadline.wait(anext(answer))
+        assert isinstance(head, ResponseHead)
+    except BaseException:
+        await answer.aclose()
+        raise
+    return Answer(head.status, head.content_type, headers, chunks)
+
+
+def _priority(asked: str | None, tenant: Tenant) -> Priority:
+    if asked is None:
+        return tenant.default_class
+    by_label = {priority.label: priority for priority in Priority}
+    if asked not in by_label:
+        raise RequestError(f"unknown priority class {asked!r}: one of {', '.join(by_label)}")
+    if by_label[asked] not in tenant.classes:
+        raise PermissionDenied(f"tenant {tenant.name} may not use the class {asked!r}: see `classes` in the keys file")
+    return by_label[asked]

@@ -1,0 +1,124 @@
+"""Everything of a gateway replica but Ray: servers, door, admission, connections to the attention replicas.
+
+One event loop holds it all. `deployments.gateway` wraps it in a Serve replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from importlib.metadata import version
+
+from tokenizers import Tokenizer
+
+from cluster.config import Config
+from cluster.errors import NoCapacity, ReplicaUnavailable
+from deployments.attention import ReplicaEndpoint, ResponseHead
+from deployments.gate import TICK_S, Gate, LocalAdmission
+from deployments.gateway_door import GatewayDoor
+from deployments.grpc_api import GrpcServer
+from deployments.http_server import HttpServer
+from deployments.openapi import gateway_document
+from deployments.replicas import Replicas
+from deployments.rest import GET_PATHS, POST_PATHS, RestApi
+from routing.tenants import TenantsFile
+from routing.tls import server_ssl_context
+
+_OWN_PATHS = {
+    "/health": "This process is alive.",
+    "/ready": "Whether a request would find a replica, per model; 503 if not.",
+    "/openapi.json": "This document.",
+    "/v1/deepsplit/status": "State of both planes, of the engine and of admission.",
+}
+
+ClusterStatus = Callable[[], Awaitable[Mapping[str, object]]]
+
+
+class GatewayServer:
+    """One gateway. Raises ConfigError or StartupError."""
+
+    def __init__(self, config: Config, cluster_status: ClusterStatus) -> None:
+        """Must be made inside the event loop that it will run on."""
+        gateway = config.gateway
+        self.model = config.model.name or config.model.path.name
+        self._config = config
+        self._cluster_status = cluster_status
+        self._tenants = TenantsFile(gateway.keys_file)
+        self.gate = Gate(time.monotonic)
+        self._local = LocalAdmission(config.admission, time.monotonic, self.gate.decided)
+        self.gate.decide_by(self._local)
+        self._replicas = Replicas(config.internal_tls, self._on_loads)
+        self._tokenizer: Tokenizer | None = None
+        self.door = GatewayDoor(self.model, gateway, self._tenants, self.gate, self._replicas, self._count_tokens)
+        rest = RestApi(self.door, gateway.max_body_mib * 2**20, self._status, self._openapi)
+        self._http = HttpServer(rest.app, server_ssl_context(gateway.tls) if gateway.tls else None)
+        self._grpc = None if gateway.grpc_port is None else GrpcServer(gateway, self.model, self.door)
+        self._document: bytes | None = None
+        self._ticking: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Listen on both ports, which replicas on one node share."""
+        gateway = self._config.gateway
+        await self._http.start(gateway.host, gateway.port, "gateway.port", share_port=True)
+        if self._grpc is not None:
+            await self._grpc.start()
+        self._ticking = asyncio.create_task(self._tick())
+
+    def set_endpoints(self, endpoints: Sequence[ReplicaEndpoint]) -> None:
+        """The attention replicas that there are."""
+        self._replicas.set_endpoints(endpoints)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse what is new, let what runs end within the grace, end the rest with an error, close everything."""
+        await self.door.drain(grace_s)
+        if self._grpc is not None:
+            await self._grpc.stop(1.0)
+        await self._http.stop(1.0)
+        if self._ticking is not None:
+            self._ticking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._ticking
+        await self._replicas.close()
+
+    def _on_loads(self) -> None:
+        self.gate.fleet(self._replicas.loads())
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._local.tick()
+
+    async def _status(self) -> Mapping[str, object]:
+        replicas = [
+            {
+                "id": load.replica_id, "running": load.running, "waiting": load.waiting,
+                "kv_cache_usage": load.kv_cache_usage, "experts_queue_s": load.experts_queue_s,
+            }
+            for load in self._replicas.loads()
+        ]  # fmt: skip
+        cluster = await self._cluster_status()
+        gateway = {"open_requests": self.door.open_requests, "tickets": self.gate.open_tickets(), "replicas": replicas}
+        return {"model": self.model, **cluster, "gateway": gateway}
+
+    async def _openapi(self) -> bytes:
+        if self._document is None:
+            engine = await self._get("/openapi.json")
+            self._document = gateway_document(engine, version("deepsplit"), (*POST_PATHS, *GET_PATHS), _OWN_PATHS)
+        return self._document
+
+    async def _get(self, path: str) -> bytes:
+        for load in self._replicas.loads():
+            with contextlib.suppress(ReplicaUnavailable):
+                items = [item async for item in self._replicas.send(load.replica_id, "GET", path, b"", "openapi")]
+                if isinstance(items[0], ResponseHead) and items[0].status == 200:
+                    return b"".join(item for item in items if isinstance(item, bytes))
+        raise NoCapacity("no attention replica is ready", retry_after_s=5.0, plane="attention", reason="no_replica")
+
+    async def _count_tokens(self, text: bytes) -> int:
+        if self._tokenizer is None:
+            file = self._config.model.path / "tokenizer.json"
+            self._tokenizer = await asyncio.to_thread(Tokenizer.from_file, str(file))
+        encoded = await asyncio.to_thread(self._tokenizer.encode, text.decode("utf-8", "replace"))
+        return len(encoded.ids)

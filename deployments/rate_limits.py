@@ -1,0 +1,41 @@
+"""A tenant's budgets and a refusal's advice as headers: HTTP headers, and gRPC metadata of the same names."""
+
+from __future__ import annotations
+
+import math
+
+from cluster.errors import DeepsplitError, RateLimits, Refusal, RequestTimeout
+
+
+def rate_limit_headers(limits: RateLimits | None) -> dict[str, str]:
+    """`x-ratelimit-*` as OpenAI sends them: limit, what is left, and when it is whole again, such as `1.5s`."""
+    headers: dict[str, str] = {}
+    if limits is None:
+        return headers
+    facts: tuple[tuple[str, int | None, int | None, float], ...] = (
+        ("requests", limits.limit_requests, limits.remaining_requests, limits.reset_requests_s),
+        ("tokens", limits.limit_tokens, limits.remaining_tokens, limits.reset_tokens_s),
+    )
+    for what, limit, remaining, reset_s in facts:
+        if limit is not None:
+            headers |= {
+                f"x-ratelimit-limit-{what}": str(limit),
+                f"x-ratelimit-remaining-{what}": str(max(0, remaining or 0)),
+                f"x-ratelimit-reset-{what}": f"{reset_s:.1f}s",
+            }
+    return headers
+
+
+def retry_headers(error: DeepsplitError) -> dict[str, str]:
+    """When to ask again: `retry-after` for everybody, and what OpenAI's clients prefer to it.
+
+    `x-should-retry: false` where their rule (again after 429 and 5xx) would only do harm.
+    """
+    if isinstance(error, Refusal):
+        if math.isinf(error.retry_after_s):
+            return rate_limit_headers(error.limits) | {"x-should-retry": "false"}
+        return rate_limit_headers(error.limits) | {
+            "retry-after": str(max(1, math.ceil(error.retry_after_s))),
+            "retry-after-ms": str(math.ceil(error.retry_after_s * 1000)),
+        }
+    return {"x-should-retry": "false"} if isinstance(error, RequestTimeout) else {}
