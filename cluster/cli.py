@@ -13,7 +13,7 @@ from cluster.checks import check_model, load_model, plan_for, validate
 from cluster.config import Config
 from cluster.config_file import load_config
 from cluster.errors import DeepsplitError, StartupError
-from cluster.launcher import BUILDER, down, rest_url, status, up, up_detached
+from cluster.launcher import BUILDER, down, grpc_target, rest_url, status, up, up_detached
 from cluster.plan import to_json
 from cluster.plan_text import plan_text
 from cluster.state import ClusterState, StateFolder
@@ -94,12 +94,15 @@ def _announce(state: ClusterState) -> None:
     config = state.parsed_config()
     url = rest_url(config)
     body = {"model": model_name(config), "prompt": "def fibonacci(n):", "max_tokens": 48, "temperature": 0}
-    click.echo(f"\nREST      {url}/v1\nRay       {state.address}")
+    click.echo(f"\nREST      {url}/v1")
+    if (target := grpc_target(config)) is not None:
+        click.echo(f"gRPC      {target}")
+    click.echo(f"Ray       {state.address}")
     if state.root:
         click.echo(f"logs      {state.root}/session_latest/logs")
-    click.echo(
-        f"\n  curl -s {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}\n"
-    )
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.gateway.keys_file else ""
+    json_type = "-H 'Content-Type: application/json'"
+    click.echo(f"\n  curl -s {url}/v1/completions{key} {json_type} -d {shlex.quote(json.dumps(body))}\n")
     sys.stdout.flush()
 
 

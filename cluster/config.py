@@ -165,6 +165,8 @@ class GatewayConfig(_Section):
     port: int = Field(8000, ge=1, le=65535, description="REST port.")
     grpc_port: int | None = Field(9000, ge=1, le=65535, description="gRPC port; null turns gRPC off.")
     replicas: int = Field(1, ge=1, description="Number of gateway replicas; those on one node share its ports.")
+    placement: NodeSelector = Field(default_factory=NodeSelector, description="Which nodes gateway replicas run on; "
+                                                                              "Ray's head node if not set.")
     tls: ServerTls | None = Field(None, description="Serve REST and gRPC over TLS.")
     keys_file: Path | None = Field(None, description="Tenants and the hashes of their API keys (docs/operations.md); "
                                                      "read again when it changes. Without it there are no keys.")
@@ -235,7 +237,8 @@ class RayConfig(_Section):
     num_cpus: int | None = Field(None, ge=1, description="Logical CPUs of a local cluster; what the processes ask for "
                                                          "if not set.")
     start_timeout_s: float = Field(600.0, gt=0, description="Longest wait until everything is ready.")
-    stop_timeout_s: float = Field(20.0, gt=0, description="Longest wait for a clean stop before processes are killed.")
+    stop_timeout_s: float = Field(20.0, gt=0, description="Longest wait for a clean stop, once requests have drained, "
+                                                          "before processes are killed.")
 
 
 class Config(_Section):
@@ -250,3 +253,8 @@ class Config(_Section):
     internal_tls: InternalTlsConfig | None = Field(
         None, description="Mutual TLS inside the cluster; plain TCP if not set.")
     ray: RayConfig = Field(default_factory=RayConfig)
+
+    @property
+    def stop_within_s(self) -> float:
+        """Longest clean stop, draining included."""
+        return self.gateway.drain_timeout_s + self.ray.stop_timeout_s

@@ -15,8 +15,7 @@ import os
 import shutil
 import sys
 import threading
-import urllib.error
-import urllib.request
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_type_hints
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
 APP = "deepsplit"  # Serve application
 DIRECTORY = "Directory"  # Serve deployment that knows both planes
+GATEWAY = "gateway"  # Serve deployment that clients talk to
 _POLL_S = 0.5
 _CALL_TIMEOUT_S = 10.0
 # The object store carries only Serve's requests between processes; Ray's own floor is 75 MiB.
@@ -73,6 +73,7 @@ class _Driver:
             if self._job.action == "status":
                 self._send(Event("result", self._directory_status()))
             elif self._job.action == "delete":
+                self._drain()
                 self._delete()
                 self._send(Event("result", ""))
             else:
@@ -112,8 +113,7 @@ class _Driver:
     def _serve(self) -> None:
         from ray import serve
 
-        gateway = self._config.gateway
-        serve.start(http_options={"host": gateway.host, "port": gateway.port})
+        serve.start(proxy_location="Disabled")  # gateways listen themselves
         target = serve.RunTarget(_build(self._job.builder, self._job.config), name=APP, route_prefix="/")
         # `serve.run` would block without saying anything until all is well or all is lost.
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
@@ -125,9 +125,22 @@ class _Driver:
         if not self._stop.is_set():
             self._send(Event("ready", ""))
             self._stop.wait()
+            self._drain()
         self._delete()
         if not self._job.address:
             serve.shutdown()
+
+    def _drain(self) -> None:
+        """Every gateway refuses what is new and ends what runs, so that nothing behind them is in use any more."""
+        from ray import serve
+
+        handle = serve.get_deployment_handle(DIRECTORY, APP)
+        grace_s = self._config.gateway.drain_timeout_s
+        deadline = time.monotonic() + grace_s + _CALL_TIMEOUT_S
+        # A directory that is gone has nobody to tell; the gateways then drain when Serve stops them.
+        with contextlib.suppress(Exception):
+            while handle.drain.remote().result(timeout_s=_CALL_TIMEOUT_S) > 0 and time.monotonic() < deadline:
+                time.sleep(_POLL_S / 5)
 
     def _delete(self) -> None:
         from ray import serve
@@ -163,7 +176,7 @@ class _Driver:
                     self._send(Event("progress", f"experts loaded on {loaded} of {wanted} workers"))
             if "attention" in healthy:
                 reached("engine ready")
-            if app.status == "RUNNING" and self._gateway_answers():
+            if app.status == "RUNNING" and self._gateway_ready():
                 reached("gateway ready")
                 return
 
@@ -173,16 +186,11 @@ class _Driver:
         handle = serve.get_deployment_handle(DIRECTORY, APP)
         return str(handle.status.remote().result(timeout_s=_CALL_TIMEOUT_S))
 
-    def _gateway_answers(self) -> bool:
-        host, port = self._config.gateway.host, self._config.gateway.port
-        host = "127.0.0.1" if host in ("0.0.0.0", "") else host
-        try:
-            with urllib.request.urlopen(f"http://{host}:{port}/v1/models", timeout=_CALL_TIMEOUT_S):
-                return True
-        except urllib.error.HTTPError as error:
-            return error.code < 500
-        except OSError:
-            return False
+    def _gateway_ready(self) -> bool:
+        from ray import serve
+
+        handle = serve.get_deployment_handle(GATEWAY, APP)
+        return bool(handle.ready.remote().result(timeout_s=_CALL_TIMEOUT_S))
 
     # --- the supervisor ---
 

@@ -19,7 +19,7 @@ from cluster.config import Config
 from cluster.driver import Job
 from cluster.driver_process import as_error, log_tail, make_root, read_events, start_driver, token_path
 from cluster.errors import DeepsplitError, StartupError
-from cluster.preflight import check_port, check_versions
+from cluster.preflight import check_ports, check_versions
 from cluster.processes import end_all
 from cluster.progress import Stages
 from cluster.state import ClusterState, StateFolder
@@ -110,7 +110,7 @@ def down(folder: StateFolder) -> bool:
     if supervisor is not None:
         supervisor.send_signal(signal.SIGTERM)
         # Draining, then a while for the kills.
-        deadline = time.monotonic() + state.parsed_config().ray.stop_timeout_s + 10
+        deadline = time.monotonic() + state.parsed_config().stop_within_s + 10
         while state.supervisor_process() is not None and time.monotonic() < deadline:
             time.sleep(_TICK_S)
         if state.supervisor_process() is not None:
@@ -137,7 +137,7 @@ def status(folder: StateFolder) -> dict[str, object]:
     report: dict[str, object] = {
         "state": "ready" if state.ready else "starting",
         "model": config.model.name or config.model.path.name,
-        "gateway": {"rest": rest_url(config)},
+        "gateway": {"rest": rest_url(config), "grpc": grpc_target(config)},
         "ray": {"address": state.address, "joined": state.joined},
         "supervisor": {"pid": state.supervisor or None},
         "attention": [],
@@ -149,8 +149,18 @@ def status(folder: StateFolder) -> dict[str, object]:
 
 def rest_url(config: Config) -> str:
     """Base URL of the REST gateway, as this machine reaches it."""
-    host = "127.0.0.1" if config.gateway.host in ("0.0.0.0", "::", "") else config.gateway.host
-    return f"http://[{host}]:{config.gateway.port}" if ":" in host else f"http://{host}:{config.gateway.port}"
+    return f"{'https' if config.gateway.tls else 'http'}://{_reachable(config.gateway.host)}:{config.gateway.port}"
+
+
+def grpc_target(config: Config) -> str | None:
+    """host:port of the gRPC API, as this machine reaches it; None when it is off."""
+    port = config.gateway.grpc_port
+    return None if port is None else f"{_reachable(config.gateway.host)}:{port}"
+
+
+def _reachable(host: str) -> str:
+    host = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+    return f"[{host}]" if ":" in host else host
 
 
 def _claim(config: Config, folder: StateFolder) -> None:
@@ -168,7 +178,7 @@ def _claim(config: Config, folder: StateFolder) -> None:
             _sweep(state)
         if config.ray.address is None:
             check_versions(config.attention.device)
-            check_port(config.gateway)
+            check_ports(config.gateway)
     except StartupError:
         folder.clear()
         raise

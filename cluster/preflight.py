@@ -14,28 +14,32 @@ RAY_VERSION = "2.60.0"
 VLLM_VERSION = "0.29.0"
 
 
-def check_port(gateway: GatewayConfig) -> None:
+def check_ports(gateway: GatewayConfig) -> None:
     """Raises StartupError when the gateway could not listen."""
-    if gateway.port == 0:
-        return
-    family = socket.AF_INET6 if ":" in gateway.host else socket.AF_INET
+    for key, port in (("port", gateway.port), ("grpc_port", gateway.grpc_port)):
+        if port is not None:
+            _check_port(gateway.host, port, f"gateway.{key}")
+
+
+def _check_port(host: str, port: int, key: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # As servers do, so that connections of an earlier run that linger in TIME_WAIT are no obstacle.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((gateway.host, gateway.port))
+            probe.bind((host, port))
         except OSError as error:
-            raise StartupError(_reason(gateway, error)) from error
+            raise StartupError(_reason(host, port, key, error)) from error
 
 
-def _reason(gateway: GatewayConfig, error: OSError) -> str:
-    where = f"{gateway.host}:{gateway.port}"
+def _reason(host: str, port: int, key: str, error: OSError) -> str:
+    where = f"{host}:{port}"
     if error.errno == errno.EADDRINUSE:
-        holders = ", ".join(f"{process.name()} (pid {process.pid})" for process in listeners(gateway.port))
+        holders = ", ".join(f"{process.name()} (pid {process.pid})" for process in listeners(port))
         by = f" by {holders}" if holders else ""
-        return f"{where} is already in use{by}: set gateway.port to a free port, or end that process"
+        return f"{where} is already in use{by}: set {key} to a free port, or end that process"
     if error.errno == errno.EACCES:
-        return f"{where} needs privileges that this user lacks: set gateway.port to 1024 or above"
+        return f"{where} needs privileges that this user lacks: set {key} to 1024 or above"
     return f"cannot listen on {where} ({error.strerror}): set gateway.host to an address of this machine"
 
 

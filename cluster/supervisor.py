@@ -160,7 +160,9 @@ class Supervisor:
         root = Path(self._state.root)
         if self._driver is not None:
             if not (self._state.ready and self._task.leave):
-                self._stages.say("stopping")
+                grace_s = self._config.gateway.drain_timeout_s
+                again = f"; running requests have {grace_s:g} s, a second signal ends them" if self._state.ready else ""
+                self._stages.say(f"stopping{again}")
             if self._state.ready and self._task.leave:
                 self._driver.kill()
             elif self._driver.poll() is None and self._state.address and (self._state.ready or self._state.joined):
@@ -180,7 +182,7 @@ class Supervisor:
             driver.stdin.write(b"stop\n")
             driver.stdin.flush()
         signals_so_far = len(self._signals.received)
-        deadline = time.monotonic() + self._config.ray.stop_timeout_s
+        deadline = time.monotonic() + self._config.stop_within_s
         while driver.poll() is None and time.monotonic() < deadline:
             if len(self._signals.received) > max(1, signals_so_far):
                 return

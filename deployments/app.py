@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve
 
 from cluster.config import Config
+from deployments.admission_service import admission_deployment
 from deployments.attention import attention_deployment
 from deployments.directory import directory_deployment
 from deployments.expert_worker import expert_deployment
@@ -22,9 +23,12 @@ class BuildArgs(BaseModel):
 
 
 def build(args: BuildArgs) -> serve.Application:
-    """gateway -> attention -> directory <- experts."""
+    """gateway -> attention -> directory <- experts; several gateways share one admission."""
     config = Config.model_validate_json(args.config)
     directory = directory_deployment(config)
     experts = expert_deployment(config, directory)
     attention = attention_deployment(config, directory)
-    return gateway_deployment(config, attention, directory, experts)
+    others = [experts]
+    if config.gateway.replicas > 1:
+        others.append(admission_deployment(config, directory))
+    return gateway_deployment(config, directory, attention, *others)

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Mapping
 
 from starlette.types import ASGIApp, Message, Scope
 
-from deployments.attention import ResponseHead
+from deployments.fleet import ResponseHead
 
 DISCONNECT_GRACE_S = 5.0
 

@@ -18,14 +18,6 @@ REPLICA_CLASS = "deployments.attention_replica.AttentionReplica"
 
 
 @dataclass(frozen=True)
-class ResponseHead:
-    """First item of a replica's answer to a REST request; chunks of the body (bytes) follow."""
-
-    status: int
-    content_type: str
-
-
-@dataclass(frozen=True)
 class EngineStats:
     """One engine's state and counters since its start. Token counters are 0 while MTP drafting is off."""
 

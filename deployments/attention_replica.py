@@ -31,8 +31,9 @@ from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
 from cluster.config import Config
 from cluster.errors import StartupError
 from deployments.asgi import call_asgi
-from deployments.attention import EngineStats, ResponseHead
+from deployments.attention import EngineStats
 from deployments.engine_args import engine_args, engine_env
+from deployments.fleet import ResponseHead
 from deployments.placement_follower import PlacementFollower
 from deployments.remote_experts import LOAD_FORMAT, RemoteExpertsSettings, check_installed
 from routing.placement import PlacementFile

@@ -1,4 +1,5 @@
-"""The directory: one small Serve replica that knows who holds which experts and publishes the placement table.
+"""The directory: one small Serve replica that knows who is there. It publishes the placement table to attention
+replicas and the attention replicas to gateways.
 
 Off the hot path. When it dies, serving goes on with the last table, and its successor learns everything from the
 workers, who announce themselves again.
@@ -7,16 +8,18 @@ workers, who announce themselves again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray import serve
 
 from cluster.config import Config
 from cluster.model import load_model_spec
 from cluster.shares import split_shares
+from deployments.fleet import AdmissionEndpoint, FleetView, GatewayMember, ReplicaEndpoint
 from routing.membership import Member, Membership
 
 NAME = "Directory"
@@ -31,7 +34,9 @@ class AttentionMember:
     replica_id: str
     pid: int
     node: str
-    state: str
+    state: str  # starting, ready (it takes requests at `url`) or draining
+    url: str = ""
+    token: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,11 @@ class Directory:
         self._membership = Membership(self._slots, experts.heartbeat_timeout_s, time.monotonic())
         self._attention: dict[str, tuple[AttentionMember, float]] = {}
         self._changed = asyncio.Event()
+        self._gateways: dict[str, tuple[GatewayMember, float]] = {}
+        self._admission: AdmissionEndpoint | None = None
+        self._draining = False
+        self._view = FleetView(0, (), None, False)
+        self._viewed = asyncio.Event()
 
     # --- expert workers ---
 
@@ -98,6 +108,7 @@ class Directory:
             now = time.monotonic()
             if member is not None:
                 self._attention[member.replica_id] = (member, now)
+                self._look()
             for lost in self._membership.expire(now):
                 print(f"expert worker {lost.worker_id} (pid {lost.pid} on {lost.node}) fell silent", flush=True)
             table = self._membership.table(now)
@@ -116,8 +127,7 @@ class Directory:
         now = time.monotonic()
         self._membership.expire(now)
         table = self._membership.table(now)
-        alive = [m for m, heard in self._attention.values() if now - heard < _POLLS_UNTIL_LOST * LONG_POLL_S]
-        self._attention = {m.replica_id: self._attention[m.replica_id] for m in alive}
+        alive = self._live_attention(now)
         return json.dumps(
             {
                 "model": self._model,
@@ -132,6 +142,58 @@ class Directory:
                 ],
             }
         )  # fmt: skip
+
+    # --- gateways ---
+
+    async def gateway(self, member: GatewayMember, after_version: int) -> FleetView | None:
+        """The fleet once its version is not `after_version`; None after LONG_POLL_S (ask again). While draining: at
+        once, so that `drain` sees each gateway's progress.
+        """
+        self._gateways[member.gateway_id] = (member, time.monotonic())
+        return self._view if self._draining else await self._next_view(after_version)
+
+    async def admission(self, endpoint: AdmissionEndpoint, after_version: int) -> FleetView | None:
+        """As `gateway`, for the common admission, which says where it listens."""
+        self._admission = endpoint
+        self._look()
+        return await self._next_view(after_version)
+
+    async def drain(self) -> int:
+        """Have every gateway refuse new requests; returns how many they still hold. Ask again until it is 0."""
+        self._draining = True
+        self._look()
+        now = time.monotonic()
+        live = [m for m, heard in self._gateways.values() if now - heard < _POLLS_UNTIL_LOST * LONG_POLL_S]
+        return sum(m.open_requests if m.draining else max(1, m.open_requests) for m in live)
+
+    async def _next_view(self, after_version: int) -> FleetView | None:
+        deadline = time.monotonic() + LONG_POLL_S
+        while self._look() == after_version:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                return None
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._viewed.wait(), left_s)
+        return self._view
+
+    def _look(self) -> int:
+        """Bring the view up to date; returns its version."""
+        endpoints = tuple(
+            ReplicaEndpoint(m.replica_id, m.url, m.token, m.pid, m.node)
+            for m in self._live_attention(time.monotonic())
+            if m.state == "ready"
+        )
+        view = FleetView(self._view.version, endpoints, self._admission, self._draining)
+        if view != self._view:
+            self._view = replace(view, version=view.version + 1)
+            self._viewed.set()
+            self._viewed = asyncio.Event()
+        return self._view.version
+
+    def _live_attention(self, now_s: float) -> list[AttentionMember]:
+        alive = [m for m, heard in self._attention.values() if now_s - heard < _POLLS_UNTIL_LOST * LONG_POLL_S]
+        self._attention = {m.replica_id: self._attention[m.replica_id] for m in alive}
+        return alive
 
     def _wake(self) -> None:
         self._changed.set()

@@ -1,97 +1,130 @@
-"""The one door for clients: a Serve ingress that stays light, without vLLM or torch, in front of attention replicas."""
+"""The gateway as a Serve replica: it listens itself, and Serve only places, watches, drains and restarts it."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import json
-from collections.abc import AsyncGenerator, Mapping
+import logging
+import os
+import uuid
+from collections.abc import Mapping
 
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from starlette.types import ASGIApp
 
 from cluster.config import Config
 from cluster.errors import ReplicaUnavailable
-from deployments.attention import EngineStats, ResponseHead
-from deployments.rest import RestApi
+from deployments.attention import EngineStats
+from deployments.fleet import FleetView, GatewayMember
+from deployments.gateway_server import GatewayServer
 
 NAME = "gateway"
+# Serve's own head node: clients of a cluster whose gateways were not placed otherwise find them there.
+_HEAD_NODE = "node:__internal_head__"
+_RETRY_S = 0.5
+_DRAIN_POLL_S = 0.1
+_STATUS_TIMEOUT_S = 5.0
+_AWAY = (RayError, RayServeException, TimeoutError)
+
+logger = logging.getLogger("ray.serve")
 
 
-class AttentionPlane:
-    """The attention replicas, reached through Serve. Serve picks the replica: the one with fewer requests of two."""
-
-    def __init__(self, attention: DeploymentHandle, directory: DeploymentHandle | None) -> None:
-        self._attention = attention
-        self._directory = directory
-
-    async def http(
-        self, method: str, path: str, body: bytes, request_id: str
-    ) -> AsyncGenerator[ResponseHead | bytes, None]:
-        """See `rest.Plane.http`."""
-        answer = self._attention.options(stream=True).http.remote(method, path, body, request_id)
-        ended = False
-        try:
-            async for item in answer:
-                yield item
-            ended = True
-        except (RayError, RayServeException) as error:
-            raise ReplicaUnavailable(f"the attention replica failed, please retry: {_first_line(error)}") from error
-        finally:
-            if not ended:
-                answer.cancel()
-
-    async def status(self) -> Mapping[str, object]:
-        """Counters of one attention replica's engine, and what the directory knows of both planes."""
-        try:
-            stats: EngineStats = await self._attention.engine_stats.remote()
-            cluster = {} if self._directory is None else json.loads(await self._directory.status.remote())
-        except (RayError, RayServeException) as error:
-            raise ReplicaUnavailable(f"the cluster is not ready: {_first_line(error)}") from error
-        engine = dataclasses.asdict(stats) | {"spec_acceptance": stats.spec_acceptance}
-        return {**cluster, "engine": engine}
-
-
-@serve.ingress()
 class Gateway:
-    """The Serve replica that holds the REST application. Serve's proxy listens; this answers."""
+    """Serve replica. Serve routes no requests to it: clients reach its own ports."""
 
-    def __init__(
-        self,
-        config_json: str,
-        attention: DeploymentHandle,
-        directory: DeploymentHandle | None,
-        experts: DeploymentHandle | None,
+    # Serve awaits an async constructor.
+    async def __init__(  # type: ignore[misc]
+        self, config_json: str, directory: DeploymentHandle, attention: DeploymentHandle, *_others: DeploymentHandle
     ) -> None:
-        """`experts` is never called: Serve deploys what the ingress is bound to."""
+        """`_others` are never called: Serve deploys what the ingress is bound to."""
         config = Config.model_validate_json(config_json)
-        name = config.model.name or config.model.path.name
-        self._rest = RestApi(name, config.gateway, AttentionPlane(attention, directory))
+        self._directory = directory
+        self._attention = attention
+        self._drain_timeout_s = config.gateway.drain_timeout_s
+        self._draining: asyncio.Task[None] | None = None
+        self._server = GatewayServer(config, self._cluster_status)
+        await self._server.start()
+        self._following = asyncio.create_task(self._follow())
 
-    async def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Called by Serve after the constructor."""
-        return self._rest.app
+    async def ready(self) -> bool:
+        """Whether a request would find an attention replica."""
+        return all(self._server.door.ready().values())
+
+    async def check_health(self) -> None:
+        """Serve replaces a gateway whose check raises."""
+        if self._following.done():
+            raise RuntimeError(f"the gateway no longer follows the directory: {self._following.exception()!r}")
+
+    async def _follow(self) -> None:
+        """Keeps up with the directory, by long poll; one that is away leaves everything as it is."""
+        gateway_id, version = f"gateway-{uuid.uuid4().hex[:8]}", -1
+        while True:
+            door = self._server.door
+            member = GatewayMember(gateway_id, os.getpid(), door.open_requests, self._draining is not None)
+            try:
+                view: FleetView | None = await self._directory.gateway.remote(member, version)
+                if view is not None:
+                    version = view.version
+                    self._take(view)
+                if self._draining is not None:
+                    await asyncio.sleep(_DRAIN_POLL_S)
+            except _AWAY as error:
+                logger.warning("the directory is away (%s); serving goes on", type(error).__name__)
+                await asyncio.sleep(_RETRY_S)
+
+    def _take(self, view: FleetView) -> None:
+        self._server.set_endpoints(view.endpoints)
+        if view.admission is not None:
+            self._server.set_admission(view.admission)
+        if view.draining and self._draining is None:
+            self._draining = asyncio.create_task(self._server.door.drain(self._drain_timeout_s))
+
+    async def _cluster_status(self) -> Mapping[str, object]:
+        """What the directory knows of both planes, and the counters of one attention replica's engine."""
+        try:
+            async with asyncio.timeout(_STATUS_TIMEOUT_S):
+                cluster = json.loads(await self._directory.status.remote())
+                stats: EngineStats = await self._attention.engine_stats.remote()
+        except _AWAY as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ReplicaUnavailable(f"the cluster is not ready: {reason}") from error
+        return {**cluster, "engine": dataclasses.asdict(stats) | {"spec_acceptance": stats.spec_acceptance}}
+
+    async def __del__(self) -> None:
+        following = getattr(self, "_following", None)  # absent if the constructor failed early
+        if following is not None:
+            following.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await following
+        server = getattr(self, "_server", None)
+        if server is not None:
+            await server.stop(self._drain_timeout_s)
 
 
 def gateway_deployment(
-    config: Config,
-    attention: serve.Application,
-    directory: serve.Application | None,
-    experts: serve.Application | None,
+    config: Config, directory: serve.Application, attention: serve.Application, *others: serve.Application
 ) -> serve.Application:
-    """The application's ingress, bound to the deployments behind it. Without directory and experts: unsplit."""
+    """The application's ingress, bound to the deployments behind it."""
+    placement = config.gateway.placement
+    resources = dict(placement.resources)
+    options = {"num_cpus": placement.num_cpus or 0}
+    if placement.labels:
+        options["label_selector"] = dict(placement.labels)
+    elif not resources:
+        resources[_HEAD_NODE] = 0.001
     deployment = serve.deployment(
         Gateway,
         name=NAME,
         num_replicas=config.gateway.replicas,
-        max_ongoing_requests=config.gateway.max_streams,
-        graceful_shutdown_timeout_s=config.ray.stop_timeout_s,
-        graceful_shutdown_wait_loop_s=0.5,
+        ray_actor_options=options | {"resources": resources},
+        health_check_period_s=1.0,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_timeout_s=config.gateway.drain_timeout_s + 5.0,
+        graceful_shutdown_wait_loop_s=0.1,
+        logging_config={"enable_access_log": False},
     )
-    return deployment.bind(config.model_dump_json(), attention, directory, experts)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return deployment.bind(config.model_dump_json(), directory, attention, *others)

@@ -21,10 +21,10 @@ from cluster.errors import (
     RequestTimeout,
     RequestTooLarge,
 )
-from deployments.attention import ResponseHead
 from deployments.continuation import StreamTap
 from deployments.deadline import Deadline
 from deployments.door import Answer, Call
+from deployments.fleet import ResponseHead
 from deployments.gate import Gate
 from deployments.peek import Peek, model_of, parse, peek
 from deployments.rate_limits import rate_limit_headers

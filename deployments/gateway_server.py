@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 
 from cluster.config import Config
 from cluster.errors import NoCapacity, ReplicaUnavailable
-from deployments.attention import ReplicaEndpoint, ResponseHead
+from deployments.fleet import AdmissionEndpoint, ReplicaEndpoint, ResponseHead
+from deployments.fleet_admission import FleetAdmission
 from deployments.gate import TICK_S, Gate, LocalAdmission
 from deployments.gateway_door import GatewayDoor
 from deployments.grpc_api import GrpcServer
@@ -47,8 +48,12 @@ class GatewayServer:
         self._cluster_status = cluster_status
         self._tenants = TenantsFile(gateway.keys_file)
         self.gate = Gate(time.monotonic)
-        self._local = LocalAdmission(config.admission, time.monotonic, self.gate.decided)
-        self.gate.decide_by(self._local)
+        self._local = self._decide_alone()
+        self._fleet: FleetAdmission | None = None
+        if gateway.replicas > 1:
+            self._fleet = FleetAdmission(self.gate, self._decide_alone, config.internal_tls)
+        else:
+            self.gate.decide_by(self._local)
         self._replicas = Replicas(config.internal_tls, self._on_loads)
         self._tokenizer: Tokenizer | None = None
         self.door = GatewayDoor(self.model, gateway, self._tenants, self.gate, self._replicas, self._count_tokens)
@@ -70,6 +75,11 @@ class GatewayServer:
         """The attention replicas that there are."""
         self._replicas.set_endpoints(endpoints)
 
+    def set_admission(self, endpoint: AdmissionEndpoint) -> None:
+        """Where the common admission of several gateways listens."""
+        if self._fleet is not None:
+            self._fleet.set_server(endpoint.address, endpoint.token)
+
     async def stop(self, grace_s: float) -> None:
         """Refuse what is new, let what runs end within the grace, end the rest with an error, close everything."""
         await self.door.drain(grace_s)
@@ -80,7 +90,14 @@ class GatewayServer:
             self._ticking.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._ticking
+        if self._fleet is not None:
+            await self._fleet.close()
         await self._replicas.close()
+
+    def _decide_alone(self) -> LocalAdmission:
+        share = 1 / self._config.gateway.replicas
+        self._local = LocalAdmission(self._config.admission, time.monotonic, self.gate.decided, share)
+        return self._local
 
     def _on_loads(self) -> None:
         self.gate.fleet(self._replicas.loads())

@@ -8,8 +8,8 @@ from contextlib import aclosing
 from typing import Protocol
 
 from cluster.errors import ReplicaUnavailable, StreamLost
-from deployments.attention import ResponseHead
 from deployments.continuation import StreamTap
+from deployments.fleet import ResponseHead
 from deployments.gate import Gate
 from routing.request import Grant, Usage
 

@@ -11,7 +11,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from deployments.asgi import call_asgi
-from deployments.attention import ResponseHead
+from deployments.fleet import ResponseHead
 
 
 async def collect(app: Starlette, path: str, body: bytes = b"") -> list[ResponseHead | bytes]:

@@ -1,0 +1,116 @@
+"""What gateways and the common admission say to each other: one msgpack message per gRPC message, nothing pickled."""
+
+from __future__ import annotations
+
+import msgspec
+
+from cluster.errors import NoCapacity, Overloaded, Plane, QuotaExceeded, RateLimits, Refusal
+from routing.admission import Admitted, Decision, Refused
+from routing.request import Ask, Grant, Usage
+
+SERVICE = "deepsplit.admission.v1.Admission"
+METHOD = "Decide"
+TOKEN_KEY = "deepsplit-admission-token"
+
+_REFUSALS: dict[str, type[Refusal]] = {kind.__name__: kind for kind in (QuotaExceeded, Overloaded, NoCapacity)}
+
+
+class Offer(msgspec.Struct, frozen=True, tag=True):
+    """A new request."""
+
+    ask: Ask
+
+
+class Adopt(msgspec.Struct, frozen=True, tag=True):
+    """A request that already runs; the sender was alone until now."""
+
+    ask: Ask
+    replica_id: str
+
+
+class Withdraw(msgspec.Struct, frozen=True, tag=True):
+    """A waiting client went away."""
+
+    ticket: str
+
+
+class FirstToken(msgspec.Struct, frozen=True, tag=True):
+    """The first token came."""
+
+    ticket: str
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """Tokens generated so far."""
+
+    ticket: str
+    generated_tokens: int
+
+
+class Move(msgspec.Struct, frozen=True, tag=True):
+    """The request's replica was lost."""
+
+    ticket: str
+
+
+class Finish(msgspec.Struct, frozen=True, tag=True):
+    """The request ended."""
+
+    ticket: str
+    usage: Usage | None
+
+
+class Granted(msgspec.Struct, frozen=True, tag=True):
+    """Leave to run."""
+
+    grant: Grant
+
+
+class Denied(msgspec.Struct, frozen=True, tag=True):
+    """A refusal."""
+
+    ticket: str
+    kind: str
+    message: str
+    retry_after_s: float
+    plane: Plane
+    reason: str
+    limits: RateLimits | None
+
+
+Event = Offer | Adopt | Withdraw | FirstToken | Progress | Move | Finish
+_events = msgspec.msgpack.Decoder(Event)
+_answers = msgspec.msgpack.Decoder(Granted | Denied)
+encode_event = msgspec.msgpack.Encoder().encode
+
+
+def decode_event(message: bytes) -> Event:
+    """Raises msgspec.DecodeError."""
+    event: Event = _events.decode(message)
+    return event
+
+
+def encode_decision(decision: Decision) -> bytes:
+    """A decision on its way to its gateway."""
+    if isinstance(decision, Admitted):
+        return encode_event(Granted(decision.grant))
+    refusal = decision.refusal
+    return encode_event(
+        Denied(
+            decision.ticket, type(refusal).__name__, str(refusal), refusal.retry_after_s, refusal.plane,
+            refusal.reason, refusal.limits,
+        )
+    )  # fmt: skip
+
+
+def decode_decision(message: bytes) -> Decision:
+    """Raises msgspec.DecodeError."""
+    answer: Granted | Denied = _answers.decode(message)
+    if isinstance(answer, Granted):
+        return Admitted(answer.grant)
+    kind = _REFUSALS.get(answer.kind, Overloaded)
+    refusal = kind(
+        answer.message, retry_after_s=answer.retry_after_s, plane=answer.plane, reason=answer.reason,
+        limits=answer.limits,
+    )  # fmt: skip
+    return Refused(answer.ticket, refusal)

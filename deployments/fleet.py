@@ -1,0 +1,52 @@
+"""Who is who behind the gateways: what replicas, gateways and the directory tell each other. Plain data, no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AdmissionEndpoint:
+    """Where the common admission of several gateways listens, and the token that it wants."""
+
+    address: str  # host:port
+    token: str
+
+
+@dataclass(frozen=True)
+class GatewayMember:
+    """One gateway replica, as it introduces itself with every long poll."""
+
+    gateway_id: str
+    pid: int
+    open_requests: int
+    draining: bool
+
+
+@dataclass(frozen=True)
+class ReplicaEndpoint:
+    """An attention replica that takes requests."""
+
+    replica_id: str
+    url: str  # http://host:port, or https
+    token: str  # bearer token that its private port wants
+    pid: int
+    node: str
+
+
+@dataclass(frozen=True)
+class FleetView:
+    """What gateways and the common admission need to know of all others."""
+
+    version: int  # grows with every change
+    endpoints: tuple[ReplicaEndpoint, ...]
+    admission: AdmissionEndpoint | None
+    draining: bool  # the whole application is about to stop
+
+
+@dataclass(frozen=True)
+class ResponseHead:
+    """First item of a replica's answer; chunks of the body (bytes) follow."""
+
+    status: int
+    content_type: str
