@@ -71,7 +71,7 @@ class Directory:
         self._gateways: dict[str, tuple[GatewayMember, float]] = {}
         self._admission: AdmissionEndpoint | None = None
         self._draining = False
-        self._view = FleetView(0, (), None, False)
+        self._view = FleetView(time.time_ns(), (), None, False)  # never a version of an earlier directory
         self._viewed = asyncio.Event()
 
     # --- expert workers ---

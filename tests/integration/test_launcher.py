@@ -20,6 +20,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.cli import free_port
+from tests.integration.tiny_app import DRAIN_S
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 REPO = Path(__file__).parents[2]
@@ -33,9 +35,7 @@ class Bench:
     def __init__(self, folder: Path, short: Path) -> None:
         self.folder = folder
         self.temporary = short
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port, self.grpc_port = free_port(), free_port()
         self.env = os.environ | {"XDG_RUNTIME_DIR": str(folder / "run"), "TMPDIR": str(short), "PYTHONPATH": str(REPO)}
         self.started: list[subprocess.Popen[str]] = []
         (folder / "run").mkdir()
@@ -43,7 +43,8 @@ class Bench:
     def config(self, name: str = "tiny") -> Path:
         path = self.folder / f"{name}.yaml"
         model = write_tiny_checkpoint(self.folder / "model")
-        path.write_text(f"model: {{path: {model}, name: {name}}}\ngateway: {{port: {self.port}}}\n")
+        ports = f"{{port: {self.port}, grpc_port: {self.grpc_port}}}"
+        path.write_text(f"model: {{path: {model}, name: {name}}}\ngateway: {ports}\n")
         return path
 
     def up(self, *options: str, name: str = "tiny") -> subprocess.Popen[str]:
@@ -123,7 +124,7 @@ def test_whole_life(bench: Bench) -> None:
 
     report = json.loads(bench.run("status", "--json").stdout)
     assert report["model"] == "tiny"
-    assert report["gateway"] == {"rest": f"http://127.0.0.1:{bench.port}"}
+    assert report["gateway"] == {"rest": f"http://127.0.0.1:{bench.port}", "grpc": f"127.0.0.1:{bench.grpc_port}"}
     assert report["placement_epoch"] == 7
     assert [worker["experts"] for worker in report["experts"]] == [{"1": [0, 1]}, {"1": [2, 3]}]
 
@@ -182,13 +183,25 @@ def test_detached_then_down(bench: Bench) -> None:
     assert "gateway ready" in err
     assert "curl -s" in out
     with urllib.request.urlopen(f"http://127.0.0.1:{bench.port}/", timeout=10) as answer:
-        assert json.load(answer)["model"] == "tiny"
+        assert answer.read() == b"tiny"
     assert bench.processes() != []
 
     down = bench.run("down")
     assert (down.returncode, down.stdout) == (0, "stopped\n")
     bench.assert_nothing_left()
     assert bench.run("down").stdout == "nothing is running\n"
+
+
+@pytest.mark.slow
+def test_running_requests_are_drained_before_anything_stops(bench: Bench) -> None:
+    process = bench.up(name="busy")
+    wait_for_line(process, "gateway ready")
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert "running requests have 30 s" in wait_for_line(process, "stopping")
+    process.communicate(timeout=STOP_S)
+    assert time.monotonic() - began >= DRAIN_S
+    bench.assert_nothing_left()
 
 
 @pytest.mark.slow
@@ -235,7 +248,7 @@ def test_joined_cluster_keeps_running_without_the_application(bench: Bench) -> N
         assert "already running on the Ray cluster at" in second.stderr
 
         assert bench.run("down").stdout == "stopped\n"
-        with pytest.raises(urllib.error.HTTPError):
+        with pytest.raises(urllib.error.URLError):
             urllib.request.urlopen(f"http://127.0.0.1:{bench.port}/", timeout=10)
         assert head.poll() is None
         assert list((bench.folder / "run").iterdir()) == []
@@ -248,15 +261,17 @@ def test_joined_cluster_keeps_running_without_the_application(bench: Bench) -> N
         shutil.rmtree(f"{bench.temporary}r", ignore_errors=True)
 
 
-def test_port_in_use_is_found_before_anything_starts(bench: Bench) -> None:
+@pytest.mark.parametrize("key", ["port", "grpc_port"])
+def test_port_in_use_is_found_before_anything_starts(bench: Bench, key: str) -> None:
+    port = getattr(bench, key)
     with socket.socket() as other:
-        other.bind(("127.0.0.1", bench.port))
+        other.bind(("127.0.0.1", port))
         other.listen()
         failed = bench.run("up", str(bench.config()))
     assert failed.returncode == 1
-    assert f"127.0.0.1:{bench.port} is already in use" in failed.stderr
+    assert f"127.0.0.1:{port} is already in use" in failed.stderr
     assert f"(pid {os.getpid()})" in failed.stderr
-    assert "set gateway.port" in failed.stderr
+    assert f"set gateway.{key}" in failed.stderr
     bench.assert_nothing_left()
 
 

@@ -56,7 +56,8 @@ workers: 3
         "  line 8: experts.workers: set twice; the first is on line 7, keep one",
         "  line 9: experts.device: must be one of cpu or cuda, but is 'tpu'",
         "  line 10: gateway: must be a section of `key: value` lines, but is 8000",
-        "  line 11: dispatch.placement: unknown key; did you mean attention.placement or experts.placement?",
+        "  line 11: dispatch.placement: unknown key; did you mean attention.placement or experts.placement "
+        "or gateway.placement?",
         "  line 12: workers: unknown key; did you mean experts.workers?",
     ]
 
@@ -77,7 +78,10 @@ workers: 3
         ("experts: {placement: {num_cpus: many}}", "experts.placement.num_cpus: must be a number, but is 'many'"),
         ("experts: {max_per_node: many}", "experts.max_per_node: must be a whole number"),
         ("experts: {threads:}", "experts.threads: must be a whole number, but is empty"),
-        ("zzz: 1", "zzz: unknown key; valid here: admission, attention, dispatch, experts, gateway, internal_tls, model, ray"),
+        ("zzz: 1", "zzz: unknown key; valid here: admission, attention, dispatch, experts, gateway, internal_tls, "),
+        ("gateway: {host: 0.0.0.0}", "gateway.host: 0.0.0.0 can be reached from other machines, but there are no API"),
+        ("gateway: {grpc_port: 8000}", "gateway.grpc_port: is gateway.port (8000) too"),
+        ("gateway: {tls: {cert_file: a}}", "gateway.tls.key_file: missing; it must be set"),
     ],
 )
 def test_wording(tmp_path: Path, section: str, expected: str) -> None:
@@ -123,3 +127,14 @@ def test_file_not_text(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not UTF-8"):
         load_config(tmp_path / "x.yaml")
+
+
+def test_relative_paths_are_taken_from_the_files_folder(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "model: {path: m}\n"
+        "gateway: {host: 0.0.0.0, keys_file: keys.yaml, tls: {cert_file: tls/c.pem, key_file: /abs/k.pem}}\n"
+    )
+    config = load_config(tmp_path / "c.yaml")
+    assert config.gateway.keys_file == tmp_path / "keys.yaml"
+    assert config.gateway.tls is not None
+    assert (config.gateway.tls.cert_file, config.gateway.tls.key_file) == (tmp_path / "tls/c.pem", Path("/abs/k.pem"))

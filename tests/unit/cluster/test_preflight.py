@@ -7,7 +7,7 @@ import pytest
 
 from cluster.config import GatewayConfig
 from cluster.errors import StartupError
-from cluster.preflight import RAY_VERSION, VLLM_VERSION, check_port, check_versions
+from cluster.preflight import RAY_VERSION, VLLM_VERSION, check_ports, check_versions
 
 
 def test_port_in_use_names_port_holder_and_key() -> None:
@@ -16,16 +16,24 @@ def test_port_in_use_names_port_holder_and_key() -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(StartupError) as caught:
-            check_port(GatewayConfig(port=port))
+            check_ports(GatewayConfig(port=port, grpc_port=None))
     assert f"127.0.0.1:{port} is already in use" in str(caught.value)
     assert f"(pid {os.getpid()})" in str(caught.value)
     assert "set gateway.port to a free port" in str(caught.value)
-    check_port(GatewayConfig(port=port))  # free again
+    check_ports(GatewayConfig(port=port, grpc_port=None))  # free again
+
+
+def test_grpc_port_in_use_names_its_own_key() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(StartupError, match=r"set gateway\.grpc_port to a free port"):
+            check_ports(GatewayConfig(port=45671, grpc_port=other.getsockname()[1]))
 
 
 def test_address_of_another_machine() -> None:
     with pytest.raises(StartupError, match=r"set gateway\.host to an address of this machine"):
-        check_port(GatewayConfig(host="192.0.2.77", port=45671))
+        check_ports(GatewayConfig(host="192.0.2.77", port=45671, allow_anonymous=True))
 
 
 def test_versions_are_those_of_the_project_file() -> None:
