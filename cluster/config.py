@@ -16,7 +16,9 @@ from pydantic_core import PydanticCustomError
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a file that operators write. Unknown keys are errors."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
@@ -26,12 +28,12 @@ def section_type(annotation: Any) -> type[BaseModel] | None:
     return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
 
 
-def _conflict(field: str, message: str) -> PydanticCustomError:
-    """Error about `field` of the section that is being validated, because of another key."""
+def conflict(field: str | tuple[str | int, ...], message: str) -> PydanticCustomError:
+    """Error about `field` (or the path to it) of the section that is being validated, because of another key."""
     return PydanticCustomError("conflict", "{message}", {"field": field, "message": message})
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which checkpoint is served, and as what."""
 
     path: Path = Field(description="Directory with config.json, safetensors shards (and index) and the tokenizer. "
@@ -41,7 +43,7 @@ class ModelConfig(_Section):
         "auto", description="Dtype of activations and unquantised weights; `auto` takes the checkpoint's.")
 
 
-class NodeSelector(_Section):
+class NodeSelector(Section):
     """Where processes of one role may run, in Ray's terms."""
 
     resources: dict[str, float] = Field(
@@ -61,7 +63,7 @@ _ENGINE_ARGS_WITH_A_KEY = {
 }
 
 
-class AttentionConfig(_Section):
+class AttentionConfig(Section):
     """Attention replicas: vLLM engines with everything but the routed experts."""
 
     replicas: int = Field(1, ge=1, description="Number of attention replicas.")
@@ -82,11 +84,11 @@ class AttentionConfig(_Section):
     def _engine_args_set_nothing_that_has_its_own_key(self) -> Self:
         for name, ours in _ENGINE_ARGS_WITH_A_KEY.items():
             if name in self.engine_args:
-                raise _conflict("engine_args", f"{name} cannot be set here: {ours}")
+                raise conflict("engine_args", f"{name} cannot be set here: {ours}")
         return self
 
 
-class ExpertsConfig(_Section):
+class ExpertsConfig(Section):
     """Expert workers: routed experts only, stateless between calls."""
 
     workers: int = Field(2, ge=1, description="Number of expert workers.")
@@ -108,15 +110,15 @@ class ExpertsConfig(_Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.replicas_per_expert > self.workers:
-            raise _conflict("replicas_per_expert", f"{self.replicas_per_expert} copies of each expert need as many "
+            raise conflict("replicas_per_expert", f"{self.replicas_per_expert} copies of each expert need as many "
                                                    f"workers, but experts.workers is {self.workers}")
         if self.shares is not None and len(self.shares) != self.workers:
-            raise _conflict("shares", f"has {len(self.shares)} entries, but experts.workers is {self.workers}: "
+            raise conflict("shares", f"has {len(self.shares)} entries, but experts.workers is {self.workers}: "
                                       f"give one share per worker")
         if self.shares is not None and min(self.shares) <= 0:
-            raise _conflict("shares", f"every share must be above 0, but they are {list(self.shares)}")
+            raise conflict("shares", f"every share must be above 0, but they are {list(self.shares)}")
         if self.heartbeat_timeout_s <= self.heartbeat_interval_s:
-            raise _conflict("heartbeat_timeout_s", f"must be above experts.heartbeat_interval_s "
+            raise conflict("heartbeat_timeout_s", f"must be above experts.heartbeat_interval_s "
                                                    f"({self.heartbeat_interval_s}), or every worker is always lost")
         return self
 
@@ -125,7 +127,7 @@ class ExpertsConfig(_Section):
         return self.shares if self.shares is not None else (1.0,) * self.workers
 
 
-class DispatchConfig(_Section):
+class DispatchConfig(Section):
     """The token dispatcher between the two halves."""
 
     dispatch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -151,14 +153,14 @@ class DispatchConfig(_Section):
     uncovered_timeout_s: float = Field(60.0, ge=0, description="Longest wait for a holder to come back.")
 
 
-class ServerTls(_Section):
+class ServerTls(Section):
     """The certificate that a server shows its clients. Files that change are read again for new connections."""
 
     cert_file: Path = Field(description="Certificate chain, PEM.")
     key_file: Path = Field(description="Private key, PEM.")
 
 
-class GatewayConfig(_Section):
+class GatewayConfig(Section):
     """The one door for clients: REST and gRPC."""
 
     host: str = Field("127.0.0.1", description="Address that REST and gRPC listen on.")
@@ -185,11 +187,11 @@ class GatewayConfig(_Section):
     @model_validator(mode="after")
     def _is_not_open_to_the_world(self) -> Self:
         if not (self.keys_file or self.allow_anonymous or _is_loopback(self.host)):
-            raise _conflict("host", f"{self.host} can be reached from other machines, but there are no API keys: set "
+            raise conflict("host", f"{self.host} can be reached from other machines, but there are no API keys: set "
                                     "gateway.keys_file (`deepsplit key new` makes a key), or "
                                     "gateway.allow_anonymous: true if everybody may use it")
         if self.grpc_port == self.port:
-            raise _conflict("grpc_port", f"is gateway.port ({self.port}) too; each needs a port of its own")
+            raise conflict("grpc_port", f"is gateway.port ({self.port}) too; each needs a port of its own")
         return self
 
 
@@ -200,14 +202,14 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class ClassObjective(_Section):
+class ClassObjective(Section):
     """What a priority class is promised. A request that would miss it is refused at once."""
 
     ttft_s: float = Field(gt=0, description="Longest time to first token, in seconds.")
     tpot_s: float = Field(gt=0, description="Longest mean time per further token, in seconds.")
 
 
-class AdmissionConfig(_Section):
+class AdmissionConfig(Section):
     """Load shedding: what is admitted, in which order, and what is refused before it costs anything."""
 
     mode: Literal["enforce", "shadow", "off"] = Field(
@@ -219,7 +221,7 @@ class AdmissionConfig(_Section):
     max_waiting: int = Field(512, ge=0, description="Most requests that wait for an attention replica, fleet-wide.")
 
 
-class InternalTlsConfig(_Section):
+class InternalTlsConfig(Section):
     """Mutual TLS between gateway, attention replicas and expert workers. Changed files serve new connections."""
 
     cert_file: Path = Field(description="This cluster's certificate, PEM; every process shows it, as server and "
@@ -229,7 +231,7 @@ class InternalTlsConfig(_Section):
     server_name: str = Field("deepsplit", description="DNS name in the certificate, which every peer must show.")
 
 
-class RayConfig(_Section):
+class RayConfig(Section):
     """The Ray cluster that everything runs on."""
 
     address: str | None = Field(None, description="Existing cluster to join, such as `auto` or host:port; "
@@ -241,7 +243,7 @@ class RayConfig(_Section):
                                                           "before processes are killed.")
 
 
-class Config(_Section):
+class Config(Section):
     """A whole deployment."""
 
     model: ModelConfig

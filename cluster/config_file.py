@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel
 
-from cluster.config import Config, section_type
-from cluster.errors import ConfigError
+from cluster.config import Config
+from cluster.yaml_file import parse_yaml, read_text
 
-KeyPath = tuple[str | int, ...]
+_LEAST = "  model:\n    path: <folder of the checkpoint>"
 
 
 def load_config(path: Path) -> Config:
@@ -22,21 +18,8 @@ def load_config(path: Path) -> Config:
 
     Raises ConfigError that lists every problem as `line N: dotted.key: what is wrong and what would be right`.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"cannot read the configuration file {path}: {reason}") from error
-    data, lines, problems = _parse(path, text)
-    try:
-        config = Config.model_validate(data)
-    except ValidationError as error:
-        problems += [_explain(detail, lines) for detail in error.errors(include_url=False)]
-    if problems:
-        ordered = sorted(set(problems))
-        listed = "\n".join(f"  line {line}: {message}" if line else f"  {message}" for line, message in ordered)
-        raise ConfigError(f"{path} is not a valid configuration:\n{listed}")
-    return _absolute(config, path.absolute().parent)
+    kind = "configuration file"
+    return _absolute(parse_yaml(path, read_text(path, kind), Config, kind, _LEAST), path.absolute().parent)
 
 
 _Section = TypeVar("_Section", bound=BaseModel)
@@ -53,151 +36,3 @@ def _absolute(section: _Section, folder: Path) -> _Section:
         elif isinstance(value, BaseModel):
             changed[name] = _absolute(value, folder)
     return section.model_copy(update=changed)
-
-
-# --- YAML --------------------------------------------------------------------------------------------------
-
-Problem = tuple[int, str]  # line (0: the whole file) and message
-
-
-def _parse(path: Path, text: str) -> tuple[dict[str, object], dict[KeyPath, int], list[Problem]]:
-    """The file's mapping, the line of every key, and duplicate keys."""
-    loader = yaml.SafeLoader(text)
-    try:
-        node = loader.get_single_node()
-        data = None if node is None else loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        hint = " (indent with spaces)" if "\\t" in str(error.problem) else ""
-        raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}{hint}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    finally:
-        loader.dispose()
-    if node is None or data is None:
-        raise ConfigError(f"{path} is empty: it needs at least\n  model:\n    path: <folder of the checkpoint>")
-    if not isinstance(data, dict):
-        found = f"{path}:{node.start_mark.line + 1}"
-        raise ConfigError(f"{found}: expected sections such as `model:`, found a {_kind(data)}")
-    lines: dict[KeyPath, int] = {}
-    problems: list[Problem] = []
-    for key_path, line in _keys(node, ()):
-        if key_path in lines:
-            problems.append((line, f"{_dotted(key_path)}: set twice; the first is on line {lines[key_path]}, keep one"))
-        else:
-            lines[key_path] = line
-    # A section whose keys are all commented out reads as null: take it as a section without keys.
-    filled = {str(key): {} if value is None and _section(str(key)) else value for key, value in data.items()}
-    return filled, lines, problems
-
-
-def _keys(node: yaml.Node, prefix: KeyPath) -> Iterator[tuple[KeyPath, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                yield (*prefix, key.value), key.start_mark.line + 1
-                yield from _keys(value, (*prefix, key.value))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield (*prefix, index), value.start_mark.line + 1
-            yield from _keys(value, (*prefix, index))
-
-
-# --- pydantic's errors in an operator's words --------------------------------------------------------------
-
-
-def _explain(detail: ErrorDetails, lines: Mapping[KeyPath, int]) -> Problem:
-    location: KeyPath = detail["loc"]
-    context = detail.get("ctx", {})
-    if detail["type"] == "conflict":  # raised by cluster.config about one field of a section
-        location = (*location, str(context["field"]))
-    return _line(location, lines), f"{_dotted(location)}: {_wording(detail, location)}"
-
-
-def _wording(detail: ErrorDetails, location: KeyPath) -> str:
-    kind, context, given = detail["type"], detail.get("ctx", {}), detail["input"]
-    bounds = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
-    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-    wanted: str
-    if kind == "extra_forbidden":
-        return _unknown(location)
-    if kind == "missing":
-        return "missing; it must be set"
-    if kind == "conflict":
-        return detail["msg"]
-    if kind in bounds:
-        wanted = f"{words[bounds[kind]]} {context[bounds[kind]]}"
-    elif kind == "literal_error":
-        wanted = f"one of {str(context['expected']).replace(chr(39), '')}"
-    elif kind.startswith("int"):
-        wanted = "a whole number"
-    elif kind.startswith(("float", "finite")):
-        wanted = "a finite number" if kind == "finite_number" else "a number"
-    elif kind.startswith("bool"):
-        wanted = "true or false"
-    elif kind.startswith(("string", "path")):
-        wanted = "text"
-    elif kind.startswith(("tuple", "list")):
-        wanted = "a list, such as [3, 1]"
-    elif kind.startswith(("model", "dict", "mapping")):
-        wanted = "a section of `key: value` lines"
-    else:
-        return detail["msg"]
-    shown = "empty" if given is None else f"a {_kind(given)}" if isinstance(given, (dict, list)) else repr(given)
-    return f"must be {wanted}, but is {shown}"
-
-
-def _unknown(location: KeyPath) -> str:
-    """What an unknown key was most likely meant to be."""
-    *parents, key = (str(part) for part in location)
-    section = _section(*parents)
-    siblings = sorted(section.model_fields) if section else []
-    close = difflib.get_close_matches(key, siblings, n=1)
-    if close:
-        return f"unknown key; did you mean {_dotted((*parents, close[0]))}?"
-    everywhere = {".".join(path): path[-1] for path in _all_keys(Config, ())}
-    same = [dotted for dotted, last in everywhere.items() if last == key]
-    near = same or difflib.get_close_matches(_dotted(location), list(everywhere), n=1)
-    valid = f"valid here: {', '.join(siblings)}"
-    return f"unknown key; did you mean {' or '.join(near)}?" if near else f"unknown key; {valid}"
-
-
-def _all_keys(section: type[BaseModel], prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    for name, field in section.model_fields.items():
-        yield (*prefix, name)
-        inner = section_type(field.annotation)
-        if inner is not None:
-            yield from _all_keys(inner, (*prefix, name))
-
-
-def _section(*path: str) -> type[BaseModel] | None:
-    section: type[BaseModel] = Config
-    for name in path:
-        field = section.model_fields.get(name)
-        inner = section_type(field.annotation) if field else None
-        if inner is None:
-            return None
-        section = inner
-    return section
-
-
-def _line(location: KeyPath, lines: Mapping[KeyPath, int]) -> int:
-    """Line of the key, else of the nearest section around it, else 0."""
-    for end in range(len(location), 0, -1):
-        if location[:end] in lines:
-            return lines[location[:end]]
-    return 0
-
-
-def _dotted(location: KeyPath) -> str:
-    text = ""
-    for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, dict):
-        return "section"
-    return "text" if isinstance(value, str) else type(value).__name__
