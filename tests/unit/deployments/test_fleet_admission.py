@@ -1,0 +1,166 @@
+"""Several gateways, one admission: real gRPC, the real admission, and a server that goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from grpc import aio
+
+from cluster.config import AdmissionConfig
+from cluster.errors import QuotaExceeded
+from deployments.admission_messages import METHOD, SERVICE, TOKEN_KEY
+from deployments.fleet_admission import AdmissionServer, FleetAdmission
+from deployments.gate import Gate, LocalAdmission
+from routing.request import Ask, Priority, ReplicaLoad, Tenant, Usage
+
+TOKEN = "t" * 64
+CONFIG = AdmissionConfig()
+SLOTS = 4
+LOADS = [ReplicaLoad("r0", max_num_seqs=SLOTS, kv_cache_tokens=100_000)]
+FREE = Tenant("free")
+
+
+def ask(ticket: str, tenant: Tenant = FREE) -> Ask:
+    return Ask(ticket, tenant, Priority.BATCH, 10, 10, 1, (), None)
+
+
+class GatewayEnd:
+    """One gateway's gate and its stream."""
+
+    def __init__(self, share: float = 0.5) -> None:
+        self.gate = Gate(time.monotonic)
+        self.gate._loads = LOADS
+        self.fleet = FleetAdmission(self.gate, lambda: self._alone(share), None, reconnect_s=0.05)
+
+    def _alone(self, share: float) -> LocalAdmission:
+        return LocalAdmission(CONFIG, time.monotonic, self.gate.decided, share)
+
+    async def connected(self, wanted: bool = True) -> None:
+        async with asyncio.timeout(20):
+            while self.fleet.connected != wanted:
+                await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def server() -> AsyncIterator[tuple[AdmissionServer, str]]:
+    made = AdmissionServer(CONFIG, time.monotonic, TOKEN, None)
+    address = await made.start("127.0.0.1")
+    made.fleet(LOADS)
+    try:
+        yield made, address
+    finally:
+        await made.stop()
+
+
+@asynccontextmanager
+async def gateways(address: str, count: int = 2) -> AsyncIterator[list[GatewayEnd]]:
+    ends = [GatewayEnd() for _ in range(count)]
+    try:
+        for end in ends:
+            end.fleet.set_server(address, TOKEN)
+        for end in ends:
+            await end.connected()
+        yield ends
+    finally:
+        for end in ends:
+            await end.fleet.close()
+
+
+async def waits(task: asyncio.Task[object]) -> bool:
+    done, _ = await asyncio.wait([task], timeout=0.3)
+    return not done
+
+
+def test_slots_are_shared_by_all_gateways_and_handed_on() -> None:
+    async def run() -> None:
+        async with server() as (_, address), gateways(address) as (one, two):
+            for number in range(SLOTS):
+                await asyncio.wait_for((one, two)[number % 2].gate.admit(ask(f"a{number}")), 10)
+            late = asyncio.create_task(two.gate.admit(ask("late")))
+            assert await waits(late)
+            one.gate.finish("a0", Usage(10, 10))
+            assert (await asyncio.wait_for(late, 10)).replica_id == "r0"
+
+    asyncio.run(run())
+
+
+def test_a_quota_holds_over_all_gateways() -> None:
+    async def run() -> None:
+        tenant = Tenant("small", requests_per_minute=2)
+        async with server() as (_, address), gateways(address) as (one, two):
+            await one.gate.admit(ask("a", tenant))
+            await two.gate.admit(ask("b", tenant))
+            with pytest.raises(QuotaExceeded) as caught:
+                await one.gate.admit(ask("c", tenant))
+            assert caught.value.limits is not None
+            assert caught.value.limits.limit_requests == 2
+            assert caught.value.retry_after_s > 0
+
+    asyncio.run(run())
+
+
+def test_a_lost_gateway_leaves_nothing_behind() -> None:
+    async def run() -> None:
+        async with server() as (_, address), gateways(address) as (one, two):
+            for number in range(SLOTS):
+                await one.gate.admit(ask(f"a{number}"))
+            waiting = asyncio.create_task(one.gate.admit(ask("waits")))
+            late = asyncio.create_task(two.gate.admit(ask("late")))
+            assert await waits(late)
+            await one.fleet.close()
+            await asyncio.wait_for(late, 10)
+            waiting.cancel()
+
+    asyncio.run(run())
+
+
+def test_without_the_server_each_takes_its_part_and_comes_back() -> None:
+    async def run() -> None:
+        async with server() as (first, address), gateways(address) as (one, two):
+            await one.gate.admit(ask("before"))
+            waiting = asyncio.create_task(one.gate.admit(ask("during")))
+            await first.stop()
+            for end in (one, two):
+                await end.connected(False)
+            await asyncio.wait_for(waiting, 10)
+            third = asyncio.create_task(one.gate.admit(ask("third")))  # 2 of 4 slots are this gateway's part
+            assert await waits(third)
+            async with server() as (_, again):
+                for end in (one, two):
+                    end.fleet.set_server(again, TOKEN)
+                    await end.connected()
+                await asyncio.wait_for(third, 10)
+                await asyncio.wait_for(two.gate.admit(ask("fourth")), 10)
+                fifth = asyncio.create_task(two.gate.admit(ask("fifth")))  # what ran before was adopted
+                assert await waits(fifth)
+                fifth.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_stranger_is_refused() -> None:
+    async def run() -> None:
+        async with server() as (_, address), aio.insecure_channel(address) as channel:
+            call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(metadata=((TOKEN_KEY, "wrong"),))
+            with pytest.raises(aio.AioRpcError) as caught:
+                await call.read()
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+    asyncio.run(run())
+
+
+def test_a_broken_message_cuts_off_only_its_sender() -> None:
+    async def run() -> None:
+        async with server() as (_, address), gateways(address, 1) as (good,):
+            async with aio.insecure_channel(address) as channel:
+                call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(metadata=((TOKEN_KEY, TOKEN),))
+                await call.write(b"\xc1 not msgpack")
+                assert await call.read() is aio.EOF
+            await asyncio.wait_for(good.gate.admit(ask("a")), 10)
+
+    asyncio.run(run())
