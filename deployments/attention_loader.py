@@ -104,4 +104,5 @@ def _client(settings: RemoteExpertsSettings, model_dtype: torch.dtype) -> Expert
         PlacementFile(settings.placement_file),
         DTYPES.get(settings.dispatch.dispatch_dtype, model_dtype),
         DTYPES.get(settings.dispatch.combine_dtype, model_dtype),
+        settings.internal_tls,
     )

@@ -98,6 +98,7 @@ class AttentionReplica(LLMServer):
                 placement_file=Path(self._scratch.name) / "placement.json",
                 model_path=config.model.path,
                 dispatch=config.dispatch,
+                internal_tls=config.internal_tls,
                 start_timeout_s=config.ray.start_timeout_s,
             )
             additional, load_format = settings.as_additional_config(), LOAD_FORMAT

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 
+from cluster.certificates import load_internal
 from cluster.config import Config
 from cluster.model import load_checkpoint_index, load_model_spec
 from deployments.expert_compute import ExpertCompute
@@ -31,9 +33,11 @@ class _Progress:
 
 
 class ExpertHost:
-    """Loads some experts (layer -> expert ids) and serves them. Raises CheckpointError."""
+    """Loads some experts (layer -> expert ids) and serves them. Raises CheckpointError or StartupError."""
 
     def __init__(self, config: Config, experts: Mapping[int, tuple[int, ...]]) -> None:
+        if config.internal_tls is not None:
+            load_internal(config.internal_tls, time.time())  # before a load of minutes
         spec = load_model_spec(config.model.path)
         chosen = (config.experts.dtype, config.model.dtype, spec.dtype)
         dtype = next(name for name in chosen if name != "auto")
@@ -45,6 +49,7 @@ class ExpertHost:
             spec.hidden_size,
             model_id((config.model.path / "config.json").read_bytes(), spec.moe_layers),
             config.dispatch,
+            config.internal_tls,
         )
 
     def start(self, host: str) -> str:

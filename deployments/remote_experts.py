@@ -24,7 +24,7 @@ from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExp
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import extract_layer_index
 
-from cluster.config import DispatchConfig
+from cluster.config import DispatchConfig, InternalTlsConfig
 from cluster.errors import StartupError
 from deployments.cpu_router_ops import define_missing
 from routing.client import ExpertClient
@@ -42,6 +42,7 @@ class RemoteExpertsSettings(BaseModel):
     placement_file: Path  # the table, replaced atomically by the Serve replica
     model_path: Path
     dispatch: DispatchConfig
+    internal_tls: InternalTlsConfig | None = None
     start_timeout_s: float = 600.0  # longest wait for the first table
 
     def as_additional_config(self) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from itertools import count
 import numpy as np
 import torch
 
-from cluster.config import DispatchConfig
+from cluster.config import DispatchConfig, InternalTlsConfig
 from cluster.errors import DispatchTimeout, StalePlacement, UncoveredExperts, WorkerLost
 from routing.dispatcher import Part, Split, combine, split
 from routing.placement import PlacementFile, PlacementTable, WorkerEndpoint
+from routing.tls import ExpertChannels
 from routing.wire import HEADER_BYTES, NO_EXPERT, Request, encode_request, request_bytes
 from routing.worker_link import WorkerLink
 
@@ -68,16 +69,20 @@ class ExpertClient:
         placement: PlacementFile,
         dispatch_dtype: torch.dtype,
         combine_dtype: torch.dtype,
+        tls: InternalTlsConfig | None = None,
     ) -> None:
+        """`tls`: mutual TLS with the workers; plain TCP without. Raises StartupError when its files cannot be used."""
         self._settings = settings
         self._shape = shape
         self._placement = placement
         self._dispatch_dtype = dispatch_dtype
         self._combine_dtype = combine_dtype
+        self._channels = None if tls is None else ExpertChannels(tls)
         self._ids = count(1)
         self._lock = threading.Lock()
         self._links: dict[str, WorkerLink] = {}  # worker_id -> live link
         self._lost_at: dict[str, float] = {}  # worker_id -> monotonic seconds of its last loss
+        self._last_loss = ""  # for the message that says that nobody is left
         self._table = PlacementTable(-1, ())
         self._routes: dict[tuple[int, frozenset[str]], np.ndarray] = {}
         self._stop = threading.Event()
@@ -175,13 +180,15 @@ class ExpertClient:
             raise UncoveredExperts(
                 f"layer {layer}: no live expert worker holds expert(s) {', '.join(map(str, experts[:8]))}"
                 f"{'...' if len(experts) > 8 else ''}{waited}; see `deepsplit status`, and "
-                f"experts.replicas_per_expert for spare holders"
+                f"experts.replicas_per_expert for spare holders{self._last_loss}"
             )
         time.sleep(_POLL_S)
 
     def _link(self, worker: WorkerEndpoint) -> WorkerLink:
         if worker.worker_id not in self._links:
-            self._links[worker.worker_id] = WorkerLink(worker.address, self._shape.model_id, self._settings)
+            self._links[worker.worker_id] = WorkerLink(
+                worker.address, self._shape.model_id, self._settings, self._channels
+            )
         return self._links[worker.worker_id]
 
     def _send_part(self, dispatch: _Dispatch, part: Part, table: PlacementTable) -> _Sent:
@@ -250,6 +257,7 @@ class ExpertClient:
     def _lose(self, worker_id: str, error: Exception) -> None:
         self._drop(worker_id)
         self._lost_at[worker_id] = time.monotonic()
+        self._last_loss = f"; last lost: {error}"
         self._routes.clear()  # keys name the lost; keep only current ones
         logger.warning("expert worker lost, its rows go elsewhere: %s", error)
 

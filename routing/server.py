@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import grpc
 import torch
 
-from cluster.config import DispatchConfig
+from cluster.config import DispatchConfig, InternalTlsConfig
 from cluster.errors import DeepsplitError, DispatchTimeout, FrameError, StartupError, WorkerLost
 from routing.grpc_channel import METHOD, MODEL_KEY, SERVICE, channel_options
+from routing.tls import expert_server_credentials, peer_is
 from routing.wire import Reply, Request, decode_request, encode_error, encode_reply, peek_request_id
 
 logger = logging.getLogger(__name__)
@@ -102,14 +103,21 @@ def _join(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 class ExpertServer:
-    """A gRPC server for one expert worker."""
+    """A gRPC server for one expert worker: over mutual TLS with `tls`, plain without."""
 
     def __init__(
-        self, experts: Experts, hidden_size: int, model_id: str, settings: DispatchConfig, max_streams: int = 64
+        self,
+        experts: Experts,
+        hidden_size: int,
+        model_id: str,
+        settings: DispatchConfig,
+        tls: InternalTlsConfig | None = None,
+        max_streams: int = 64,
     ) -> None:
         self._batcher = LayerBatcher(experts)
         self._hidden_size = hidden_size
         self._model_id = model_id
+        self._tls = tls
         self._server = grpc.server(
             # One thread per stream; a stream beyond the bound is refused, not queued.
             ThreadPoolExecutor(max_streams, thread_name_prefix="experts"),
@@ -120,10 +128,13 @@ class ExpertServer:
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
 
     def start(self, host: str, port: int = 0) -> str:
-        """Listen; returns host:port. Port 0 takes a free one."""
+        """Listen; returns host:port. Port 0 takes a free one. Raises StartupError."""
         target = f"[{host}]" if ":" in host else host
         try:
-            bound = self._server.add_insecure_port(f"{target}:{port}")
+            if self._tls is None:
+                bound = self._server.add_insecure_port(f"{target}:{port}")
+            else:
+                bound = self._server.add_secure_port(f"{target}:{port}", expert_server_credentials(self._tls))
         except RuntimeError as error:
             raise StartupError(f"expert worker cannot listen on {target}:{port}: {error}; see experts.host") from None
         self._server.start()
@@ -134,6 +145,11 @@ class ExpertServer:
         self._server.stop(grace_s).wait()
 
     def _dispatch(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        if self._tls is not None and not peer_is(self._tls.server_name, context.auth_context()):
+            context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                f"the caller's certificate is not for {self._tls.server_name} (internal_tls.server_name)",
+            )
         theirs = dict(context.invocation_metadata()).get(MODEL_KEY)
         if theirs != self._model_id:
             context.abort(

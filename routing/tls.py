@@ -96,6 +96,24 @@ class ExpertChannels:
         return [("grpc.ssl_target_name_override", self._server_name)]
 
 
+def handshake_hint(details: str, secure: bool) -> str:
+    """What a failed connection (gRPC's details of it) most likely means to an operator; empty if TLS has no part in it.
+
+    `secure`: whether our end spoke TLS. A server's reasons for refusing a client are only in the server's log.
+    """
+    if "failed to connect" not in details:
+        return ""
+    if "WRONG_VERSION_NUMBER" in details:
+        return ": it does not speak TLS; internal_tls must be set on both ends or on none"
+    if "CERTIFICATE_VERIFY_FAILED" in details or "Hostname Verification" in details:
+        return ": its certificate is expired, not for internal_tls.server_name, or not from internal_tls.ca_file"
+    if "Socket closed" in details or "Connection reset" in details:
+        if secure:
+            return ": it refused our certificate (internal_tls.cert_file); its log says why"
+        return ": if it asks for TLS, internal_tls must be set here too"
+    return ""
+
+
 # --- ssl: asyncio, uvicorn, aiohttp ------------------------------------------------------------------------
 
 

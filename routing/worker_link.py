@@ -10,6 +10,7 @@ import grpc
 from cluster.config import DispatchConfig
 from cluster.errors import DeepsplitError, FrameError, WorkerLost
 from routing.grpc_channel import METHOD_PATH, MODEL_KEY, channel_options
+from routing.tls import ExpertChannels, handshake_hint
 from routing.wire import ErrorReply, Reply, decode_reply
 
 
@@ -20,16 +21,21 @@ class WorkerLink:
     A link breaks once and for good: its owner drops it and opens another.
     """
 
-    def __init__(self, address: str, model_id: str, settings: DispatchConfig) -> None:
+    def __init__(
+        self, address: str, model_id: str, settings: DispatchConfig, channels: ExpertChannels | None = None
+    ) -> None:
+        """`channels`: mutual TLS; plain TCP without."""
         self.address = address
+        self._secure = channels is not None
         self._deadline = float("inf")  # monotonic seconds; read by the client's watchdog thread
         self._timed_out = False
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         self._replies: dict[int, Reply | ErrorReply] = {}
-        self._channel = grpc.insecure_channel(
-            address,
-            options=channel_options(settings),
-        )
+        if channels is None:
+            self._channel = grpc.insecure_channel(address, options=channel_options(settings))
+        else:
+            options = [*channel_options(settings), *channels.options()]
+            self._channel = grpc.secure_channel(address, channels.credentials(), options=options)
         # No (de)serialisers: frames are bytes already. Not wait-for-ready: a refused connection fails at once.
         dispatch = self._channel.stream_stream(METHOD_PATH)
         self._call = dispatch(iter(self._outbox.get, None), metadata=((MODEL_KEY, model_id),))
@@ -67,7 +73,8 @@ class WorkerLink:
         code, details = error.code(), error.details()
         if code is grpc.StatusCode.FAILED_PRECONDITION:
             return FrameError(f"expert worker {self.address} refused the stream: {details}")
-        return WorkerLost(f"expert worker {self.address}: {code.name}: {details}")
+        hint = handshake_hint(details, self._secure)
+        return WorkerLost(f"expert worker {self.address}{hint}: {code.name}: {details}")
 
     def expire(self, now: float) -> None:
         """Called by the watchdog: break the stream when its deadline has passed."""

@@ -12,7 +12,7 @@ from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
 
-from cluster.config import DispatchConfig
+from cluster.config import DispatchConfig, InternalTlsConfig
 from cluster.errors import StartupError
 from deployments import remote_experts
 from deployments.attention_loader import AttentionOnlyLoader
@@ -50,7 +50,10 @@ def test_registration_takes_the_place_of_vllms_class_and_may_repeat() -> None:
 
 
 def test_settings_survive_additional_config(tmp_path: Path) -> None:
-    sent = RemoteExpertsSettings(placement_file=tmp_path / "p.json", model_path=tmp_path, dispatch=DispatchConfig())
+    tls = InternalTlsConfig(cert_file=tmp_path / "c", key_file=tmp_path / "k", ca_file=tmp_path / "a")
+    sent = RemoteExpertsSettings(
+        placement_file=tmp_path / "p.json", model_path=tmp_path, dispatch=DispatchConfig(), internal_tls=tls
+    )
     config = VllmConfig(additional_config=sent.as_additional_config(), cache_config=CacheConfig())
     with set_current_vllm_config(config):
         assert current_settings() == sent

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.config import DispatchConfig
+from cluster.config import DispatchConfig, InternalTlsConfig
 from routing.client import ExpertClient, ExpertShape
 from routing.placement import PlacementFile, PlacementTable, WorkerEndpoint
 
@@ -27,10 +27,12 @@ class Cluster:
         self._clients: list[ExpertClient] = []
         self._epoch = 0
 
-    def start(self, name: str, held: list[int], delay_s: float = 0.0, model: str = MODEL) -> WorkerEndpoint:
+    def start(
+        self, name: str, held: list[int], delay_s: float = 0.0, model: str = MODEL, tls: InternalTlsConfig | None = None
+    ) -> WorkerEndpoint:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.unit.routing.worker_process", ",".join(map(str, held)), str(delay_s),
-             str(HIDDEN), model],
+             str(HIDDEN), model, *([tls.model_dump_json()] if tls else [])],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert process.stdout is not None
@@ -44,12 +46,12 @@ class Cluster:
         self._epoch += 1
         self.placement.write(PlacementTable(self._epoch, tuple(self.endpoints[name] for name in names)))
 
-    def client(self, **settings: object) -> ExpertClient:
+    def client(self, tls: InternalTlsConfig | None = None, **settings: object) -> ExpertClient:
         config = DispatchConfig.model_validate(
             {"keepalive_interval_s": 1.0, "keepalive_timeout_s": 1.0, "uncovered_timeout_s": 10} | settings
         )
         shape = ExpertShape(MODEL, HIDDEN, EXPERTS)
-        client = ExpertClient(config, shape, self.placement, torch.float32, torch.float32)
+        client = ExpertClient(config, shape, self.placement, torch.float32, torch.float32, tls)
         self._clients.append(client)
         return client
 
