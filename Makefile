@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONFIG ?= examples/local.yaml
 
-.PHONY: help serve test lint env docs clean
+.PHONY: help serve test lint env docs protos clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -34,6 +34,10 @@ test: lint ## lint and every test
 
 docs: $(READY) ## regenerate docs/configuration.md
 	$(BIN)/python -m cluster.reference > docs/configuration.md
+
+protos: $(READY) ## regenerate the gRPC stubs from deployments/protos
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
+		$$(find deployments/protos -name '*.proto')
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
