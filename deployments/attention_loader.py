@@ -19,6 +19,7 @@ from deployments.expert_weights import DTYPES
 from deployments.parent_watch import end_with_parent
 from deployments.remote_experts import RemoteExpertsSettings, RemoteRoutedExperts, settings_of
 from routing.client import ExpertClient, ExpertShape
+from routing.expert_load import ExpertLoadFile
 from routing.grpc_channel import model_id
 from routing.placement import UNCOVERED, PlacementFile
 
@@ -105,4 +106,5 @@ def _client(settings: RemoteExpertsSettings, model_dtype: torch.dtype) -> Expert
         DTYPES.get(settings.dispatch.dispatch_dtype, model_dtype),
         DTYPES.get(settings.dispatch.combine_dtype, model_dtype),
         settings.internal_tls,
+        ExpertLoadFile(settings.expert_load_file),
     )

@@ -45,6 +45,11 @@ class RemoteExpertsSettings(BaseModel):
     internal_tls: InternalTlsConfig | None = None
     start_timeout_s: float = 600.0  # longest wait for the first table
 
+    @property
+    def expert_load_file(self) -> Path:
+        """Where the engine tells its Serve replica how long rows wait at the expert workers (routing.expert_load)."""
+        return self.placement_file.with_name("expert_load")
+
     def as_additional_config(self) -> dict[str, Any]:
         """The mapping for vLLM's `additional_config`."""
         return {PLUGIN: self.model_dump(mode="json")}

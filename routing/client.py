@@ -5,6 +5,7 @@ Legend: T rows (tokens), H hidden size, K experts per token.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -18,6 +19,7 @@ import torch
 from cluster.config import DispatchConfig, InternalTlsConfig
 from cluster.errors import DispatchTimeout, StalePlacement, UncoveredExperts, WorkerLost
 from routing.dispatcher import Part, Split, combine, split
+from routing.expert_load import ExpertLoadFile, StepQueue
 from routing.placement import PlacementFile, PlacementTable, WorkerEndpoint
 from routing.tls import ExpertChannels
 from routing.wire import HEADER_BYTES, NO_EXPERT, Request, encode_request, request_bytes
@@ -26,7 +28,7 @@ from routing.worker_link import WorkerLink
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02  # how often a dispatch without a holder looks at the placement file
-_WATCHDOG_S = 0.1  # resolution of call_timeout_s
+_WATCHDOG_S = 0.1  # resolution of call_timeout_s, and how often the load file is written at most
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class _Dispatch:
     deadline: float  # monotonic seconds
     uncovered_deadline: float
     sent: list[_Sent]
+    queue_us: int = 0  # longest wait at a worker
 
 
 class ExpertClient:
@@ -70,14 +73,20 @@ class ExpertClient:
         dispatch_dtype: torch.dtype,
         combine_dtype: torch.dtype,
         tls: InternalTlsConfig | None = None,
+        load_file: ExpertLoadFile | None = None,
     ) -> None:
-        """`tls`: mutual TLS with the workers; plain TCP without. Raises StartupError when its files cannot be used."""
+        """`tls`: mutual TLS with the workers; plain TCP without. `load_file` is told how long rows wait at the workers.
+
+        Raises StartupError when the files of `tls` cannot be used.
+        """
         self._settings = settings
         self._shape = shape
         self._placement = placement
         self._dispatch_dtype = dispatch_dtype
         self._combine_dtype = combine_dtype
         self._channels = None if tls is None else ExpertChannels(tls)
+        self._load_file = load_file
+        self._queue = StepQueue()
         self._ids = count(1)
         self._lock = threading.Lock()
         self._links: dict[str, WorkerLink] = {}  # worker_id -> live link
@@ -86,7 +95,7 @@ class ExpertClient:
         self._table = PlacementTable(-1, ())
         self._routes: dict[tuple[int, frozenset[str]], np.ndarray] = {}
         self._stop = threading.Event()
-        threading.Thread(target=self._watch_deadlines, name="dispatch-watchdog", daemon=True).start()
+        threading.Thread(target=self._watch, name="dispatch-watchdog", daemon=True).start()
 
     def forward(
         self,
@@ -124,6 +133,7 @@ class ExpertClient:
                         raise DispatchTimeout(f"layer {layer}: dispatch.dispatch_timeout_s passed; last: {lost}")
                     self._send_remaining(dispatch)
                     lost = self._collect(dispatch)
+                self._queue.add(layer, dispatch.queue_us / 1e6, time.monotonic())
                 return dispatch.output_TH
             finally:
                 # Replies of an abandoned dispatch must not wait in a stream for the next one.
@@ -225,7 +235,7 @@ class ExpertClient:
         outstanding, dispatch.sent = dispatch.sent, []
         for position, sent in enumerate(outstanding):
             try:
-                reply_RH = self._receive_part(sent, dispatch.deadline)
+                reply_RH, queue_us = self._receive_part(sent, dispatch.deadline)
             except (WorkerLost, StalePlacement, DispatchTimeout) as error:
                 lost = error
                 self._lose(sent.worker_id, error)
@@ -234,23 +244,25 @@ class ExpertClient:
                 dispatch.sent = outstanding[position:]
                 raise
             self._lost_at.pop(sent.worker_id, None)
+            dispatch.queue_us = max(dispatch.queue_us, queue_us)
             combine(dispatch.output_TH, sent.part, reply_RH)
             rows_R, ids_RK = sent.part.rows_R, sent.part.expert_ids_RK
             dispatch.remaining_TK[rows_R] = np.where(ids_RK >= 0, NO_EXPERT, dispatch.remaining_TK[rows_R])
         return lost
 
-    def _receive_part(self, sent: _Sent, deadline: float) -> torch.Tensor:
+    def _receive_part(self, sent: _Sent, deadline: float) -> tuple[torch.Tensor, int]:
         link = self._links.get(sent.worker_id)
         if link is None:
             raise WorkerLost(f"expert worker {sent.worker_id} left the placement")
-        pieces = []
+        pieces, queue_us = [], 0
         for request_id, rows in sent.frames:
             timeout_s = min(self._settings.call_timeout_s, deadline - time.monotonic())
             reply = link.receive(request_id, timeout_s)
             if reply.output_TH.shape != (rows.stop - rows.start, self._shape.hidden_size):
                 raise WorkerLost(f"expert worker {link.address} answered with shape {tuple(reply.output_TH.shape)}")
             pieces.append(reply.output_TH)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            queue_us += reply.queue_us
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces), queue_us
 
     # --- links ---
 
@@ -266,7 +278,12 @@ class ExpertClient:
         if link is not None:
             link.close()
 
-    def _watch_deadlines(self) -> None:
+    def _watch(self) -> None:
+        written = 0
         while not self._stop.wait(_WATCHDOG_S):
             for link in list(self._links.values()):
                 link.expire(time.monotonic())
+            if self._load_file is not None and self._queue.steps != written:
+                written = self._queue.steps
+                with contextlib.suppress(OSError):  # advice for admission; dispatches do not depend on it
+                    self._load_file.write(self._queue.mean_s)

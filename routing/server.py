@@ -31,11 +31,16 @@ Experts = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 @dataclass
 class _Work:
     request: Request
-    expires: float  # monotonic seconds
+    arrived: float  # monotonic seconds
     done: bool = False  # written and read under the batcher's lock
     output_TH: torch.Tensor | None = None
     error: DeepsplitError | None = None
+    queue_us: int = 0
     compute_us: int = 0
+
+    @property
+    def expires(self) -> float:
+        return self.arrived + self.request.deadline_ms / 1000
 
 
 class LayerBatcher:
@@ -45,14 +50,15 @@ class LayerBatcher:
     thread switch and concurrent ones share a batch.
     """
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: Experts, clock: Callable[[], float] = time.monotonic) -> None:
         self._experts = experts
+        self._clock = clock
         self._waiting: deque[_Work] = deque()
         self._computing = threading.Lock()
 
     def submit(self, request: Request) -> _Work:
         """Compute one request, possibly together with others. Errors are in the result."""
-        work = _Work(request, time.monotonic() + request.deadline_ms / 1000)
+        work = _Work(request, self._clock())
         self._waiting.append(work)
         # Whoever gets the lock computes for all that queued before it, so most find their work done when they get it.
         with self._computing:
@@ -64,7 +70,7 @@ class LayerBatcher:
         by_layer: dict[tuple[int, torch.dtype, int], list[_Work]] = {}
         while self._waiting:
             work = self._waiting.popleft()
-            if time.monotonic() > work.expires:
+            if self._clock() > work.expires:
                 work.error = DispatchTimeout("the caller's deadline passed before the experts were free")
                 work.done = True
             else:
@@ -78,7 +84,7 @@ class LayerBatcher:
                 work.done = True
 
     def _compute(self, layer: int, group: list[_Work]) -> DeepsplitError | None:
-        started = time.monotonic()
+        started = self._clock()
         requests = [work.request for work in group]
         try:
             output_TH = self._experts(
@@ -92,9 +98,10 @@ class LayerBatcher:
         except Exception as error:  # the worker lives on, whatever a kernel raises
             logger.exception("expert computation failed")
             return WorkerLost(f"expert computation failed: {error!r}")
-        compute_us = int((time.monotonic() - started) * 1e6)
+        compute_us = int((self._clock() - started) * 1e6)
         for work, piece in zip(group, output_TH.split([len(r.hidden_TH) for r in requests]), strict=True):
             work.output_TH, work.compute_us = piece, compute_us
+            work.queue_us = int((started - work.arrived) * 1e6)
         return None
 
 
@@ -169,4 +176,6 @@ class ExpertServer:
             return encode_error(request.request_id, work.error)
         assert work.output_TH is not None
         output_TH = work.output_TH.to(request.reply_dtype)
-        return encode_reply(Reply(request.request_id, request.epoch, request.layer, work.compute_us, output_TH))
+        return encode_reply(
+            Reply(request.request_id, request.epoch, request.layer, work.queue_us, work.compute_us, output_TH)
+        )

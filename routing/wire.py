@@ -18,9 +18,10 @@ import torch
 from cluster.errors import DeepsplitError, DispatchTimeout, FrameError, StalePlacement, WorkerLost
 
 MAGIC = b"DSX1"
-# magic, kind, dtype, reply dtype, error code, request id, epoch, layer, rows, hidden, slots, extra
+# magic, kind, dtype, reply dtype, error code, request id, epoch, layer, rows, hidden, slots or queue, extra
 _HEADER = struct.Struct("<4sBBBBQIIIIII")
 HEADER_BYTES = _HEADER.size
+_MAX_U32 = 2**32 - 1
 NO_EXPERT = -1  # an unused slot of a row: contributes nothing
 
 
@@ -59,6 +60,7 @@ class Reply:
     request_id: int
     epoch: int
     layer: int
+    queue_us: int  # from the request's arrival to the start of its computation
     compute_us: int
     output_TH: torch.Tensor
 
@@ -95,8 +97,9 @@ def encode_reply(reply: Reply) -> bytes:
     rows, hidden = reply.output_TH.shape
     code = _CODES[reply.output_TH.dtype]
     header = _HEADER.pack(
-        MAGIC, Kind.REPLY, code, code, 0, reply.request_id, reply.epoch, reply.layer, rows, hidden, 0, reply.compute_us
-    )
+        MAGIC, Kind.REPLY, code, code, 0, reply.request_id, reply.epoch, reply.layer, rows, hidden,
+        min(reply.queue_us, _MAX_U32), min(reply.compute_us, _MAX_U32),
+    )  # fmt: skip
     return b"".join((header, _raw(reply.output_TH)))
 
 
@@ -161,7 +164,7 @@ def decode_request(frame: bytes, hidden_size: int) -> Request:
 
 def decode_reply(frame: bytes) -> Reply | ErrorReply:
     """Raises FrameError for anything but a well-formed reply or error. Tensors are views of `frame`."""
-    kind, dtype_code, _, error_code, request_id, epoch, layer, rows, hidden, _, compute_us = _unpack(frame)
+    kind, dtype_code, _, error_code, request_id, epoch, layer, rows, hidden, queue_us, compute_us = _unpack(frame)
     if kind == Kind.ERROR:
         _check_length(frame, HEADER_BYTES + rows, "error reply")
         message = frame[HEADER_BYTES:].decode(errors="replace")
@@ -170,4 +173,5 @@ def decode_reply(frame: bytes) -> Reply | ErrorReply:
         raise FrameError(f"expected a reply, got kind {kind}")
     dtype = _dtype(dtype_code)
     _check_length(frame, HEADER_BYTES + rows * hidden * dtype.itemsize, "reply")
-    return Reply(request_id, epoch, layer, compute_us, _tensor(frame, HEADER_BYTES, dtype, rows, hidden))
+    output_TH = _tensor(frame, HEADER_BYTES, dtype, rows, hidden)
+    return Reply(request_id, epoch, layer, queue_us, compute_us, output_TH)

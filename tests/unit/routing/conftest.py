@@ -12,6 +12,7 @@ import torch
 
 from cluster.config import DispatchConfig, InternalTlsConfig
 from routing.client import ExpertClient, ExpertShape
+from routing.expert_load import ExpertLoadFile
 from routing.placement import PlacementFile, PlacementTable, WorkerEndpoint
 
 HIDDEN, EXPERTS, MODEL = 32, 8, "test-model"
@@ -46,12 +47,14 @@ class Cluster:
         self._epoch += 1
         self.placement.write(PlacementTable(self._epoch, tuple(self.endpoints[name] for name in names)))
 
-    def client(self, tls: InternalTlsConfig | None = None, **settings: object) -> ExpertClient:
+    def client(
+        self, tls: InternalTlsConfig | None = None, load_file: ExpertLoadFile | None = None, **settings: object
+    ) -> ExpertClient:
         config = DispatchConfig.model_validate(
             {"keepalive_interval_s": 1.0, "keepalive_timeout_s": 1.0, "uncovered_timeout_s": 10} | settings
         )
         shape = ExpertShape(MODEL, HIDDEN, EXPERTS)
-        client = ExpertClient(config, shape, self.placement, torch.float32, torch.float32, tls)
+        client = ExpertClient(config, shape, self.placement, torch.float32, torch.float32, tls, load_file)
         self._clients.append(client)
         return client
 

@@ -47,9 +47,9 @@ def test_request_round_trip(rows: int, hidden: int, slots: int, dtype: torch.dty
 @given(st.integers(0, 9), st.integers(1, 40), DTYPES)
 @settings(max_examples=30, deadline=None)
 def test_reply_round_trip(rows: int, hidden: int, dtype: torch.dtype) -> None:
-    got = decode_reply(encode_reply(Reply(9, 2, 5, 123, torch.randn(rows, hidden).to(dtype))))
+    got = decode_reply(encode_reply(Reply(9, 2, 5, 4567, 123, torch.randn(rows, hidden).to(dtype))))
     assert isinstance(got, Reply)
-    assert (got.request_id, got.epoch, got.layer, got.compute_us) == (9, 2, 5, 123)
+    assert (got.request_id, got.epoch, got.layer, got.queue_us, got.compute_us) == (9, 2, 5, 4567, 123)
     assert got.output_TH.shape == (rows, hidden)
     assert got.output_TH.dtype == dtype
 

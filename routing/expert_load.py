@@ -1,0 +1,58 @@
+"""How long an engine's rows wait at the expert workers, on its way from the engine's process to its Serve replica.
+
+A file, because the engine's worker process is connected to nothing else of ours; it lies beside the placement file,
+which goes the other way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+FRESH_S = 2.0  # an engine that wrote nothing for this long is idle, and idle experts have no queue
+_MEMORY_S = 1.0  # about how long a step counts in the mean
+
+
+class StepQueue:
+    """Mean waiting time per engine step, from the layers' dispatches. Not thread-safe; the clock comes in."""
+
+    def __init__(self) -> None:
+        self.steps = 0  # finished ones
+        self.mean_s = 0.0  # per step, summed over its layers; newer steps weigh more
+        self._first_layer: int | None = None
+        self._step_s = 0.0
+        self._finished_s = -math.inf
+
+    def add(self, layer: int, queue_s: float, now_s: float) -> None:
+        """One layer's dispatch waited `queue_s`. A step is over when the first MoE layer comes again."""
+        if self._first_layer is None or layer < self._first_layer:
+            self._first_layer = layer
+        elif layer == self._first_layer:
+            self.steps += 1
+            share = 1.0 - math.exp((self._finished_s - now_s) / _MEMORY_S)
+            self.mean_s += share * (self._step_s - self.mean_s)
+            self._finished_s, self._step_s = now_s, 0.0
+        self._step_s += queue_s
+
+
+@dataclass(frozen=True)
+class ExpertLoadFile:
+    """One number, replaced atomically by the engine's process and read by its Serve replica."""
+
+    path: Path
+
+    def write(self, experts_queue_s: float) -> None:
+        """Readers see the old number or the new one. Raises OSError."""
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(repr(experts_queue_s))
+        partial.replace(self.path)
+
+    def read(self, now_s: float) -> float:
+        """Seconds that a step's rows wait, summed over layers; 0 if nothing was written lately. `now_s`: Unix time."""
+        try:
+            if now_s - self.path.stat().st_mtime > FRESH_S:
+                return 0.0
+            return float(self.path.read_text())
+        except FileNotFoundError:
+            return 0.0
