@@ -28,8 +28,7 @@ from deployments.fleet import ResponseHead
 from deployments.gate import Gate
 from deployments.peek import Peek, model_of, parse, peek
 from deployments.rate_limits import rate_limit_headers
-from deployments.relay import Relay
-from deployments.replicas import Replicas
+from deployments.relay import Relay, Replicas
 from routing.prefix_index import prefix_hashes
 from routing.prompt_size import PromptSize
 from routing.request import Ask, Priority, Tenant

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from cluster.errors import ReplicaUnavailable, StreamLost
 from deployments.continuation import StreamTap
 from deployments.fleet import ResponseHead
 from deployments.gate import Gate
-from routing.request import Grant, Usage
+from routing.request import Grant, ReplicaLoad, Usage
 
 SSE = "text/event-stream"
 # What a replica answers while its engine dies or starts: nothing has been generated, so another one may be asked.
@@ -22,6 +22,8 @@ logger = logging.getLogger("ray.serve")
 
 class Replicas(Protocol):
     """Where requests are sent; see `deployments.replicas.Replicas`."""
+
+    def loads(self) -> Sequence[ReplicaLoad]: ...
 
     def send(
         self, replica_id: str, method: str, path: str, body: bytes, request_id: str
