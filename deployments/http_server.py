@@ -102,6 +102,7 @@ class HttpServer:
             log_level=logging.WARNING,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             backlog=_BACKLOG,
         )
