@@ -1,0 +1,59 @@
+"""grpc.health.v1 over the door's readiness. No lock, no shared state: a watcher that reads nothing blocks nobody."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from contextlib import suppress
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+_Status = health_pb2.HealthCheckResponse
+
+
+class Health(health_pb2_grpc.HealthServicer):
+    """Names: a model's; "" and the gRPC services' own, which are fine while some model is ready."""
+
+    def __init__(self, ready: Callable[[], Mapping[str, bool]], services: Collection[str], poll_s: float) -> None:
+        self._ready = ready
+        self._services = services
+        self._poll_s = poll_s
+        self._closing = asyncio.Event()
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> health_pb2.HealthCheckResponse:
+        """See the protocol."""
+        status = self._status(request.service)
+        if status == _Status.SERVICE_UNKNOWN:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
+        return _Status(status=status)
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
+        """See the protocol. Ends when the server stops."""
+        last: int | None = None
+        while True:
+            if (status := self._status(request.service)) != last:
+                yield _Status(status=status)
+                last = status
+            if self._closing.is_set():
+                return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), self._poll_s)
+
+    def close(self) -> None:
+        """Not serving from now on."""
+        self._closing.set()
+
+    def _status(self, service: str) -> int:
+        ready = self._ready()
+        if service in self._services:
+            serving = any(ready.values())
+        elif service in ready:
+            serving = ready[service]
+        else:
+            return int(_Status.SERVICE_UNKNOWN)
+        return int(_Status.SERVING if serving and not self._closing.is_set() else _Status.NOT_SERVING)
