@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from cluster.certificates import KeyPair, load_internal, load_public
 from cluster.checkpoint import CheckpointIndex, check_shards, load_checkpoint_index
 from cluster.config import Config
 from cluster.errors import ConfigError
+from cluster.keys_file import KeysFile, load_keys
 from cluster.local_node import node_labels, node_resources
 from cluster.model import ModelSpec, check_experts, load_model_spec
 from cluster.nodes import NodeSpec, load_nodes, this_machine
@@ -42,9 +44,10 @@ def shards_present(index: CheckpointIndex) -> bool:
     return any((index.path / shard).exists() for shard in set(index.weight_map.values()))
 
 
-def validate(config: Config) -> Iterator[str]:
-    """Checks everything that can be checked here, saying what. Raises at the first fault."""
+def validate(config: Config, now_s: float) -> Iterator[str]:
+    """Checks everything that can be checked here, saying what. `now_s`: Unix time. Raises at the first fault."""
     yield "configuration: every key known, every value in its range"
+    yield from check_files(config, now_s)
     spec, index = load_model(config)
     layers = f"{len(spec.moe_layers)} MoE layers x {spec.num_experts} experts, top-{spec.top_k}"
     yield f"model: {spec.architecture}, {layers}, {spec.num_mtp_layers} MTP layer(s)"
@@ -58,6 +61,35 @@ def validate(config: Config) -> Iterator[str]:
     if config.ray.address is None:
         node_labels(config)
         yield "placement: fits one local node"
+
+
+def check_files(config: Config, now_s: float) -> Iterator[str]:
+    """Reads keys and certificates as the processes that use them will, saying what is in them. `now_s`: Unix time.
+
+    On a cluster that is joined they may be mounted only where they are used: what is not here is not checked. Raises
+    ConfigError or StartupError.
+    """
+    keys_file, tls, internal = config.gateway.keys_file, config.gateway.tls, config.internal_tls
+    found: list[tuple[str, Path, Callable[[], str]]] = []
+    if keys_file is not None:
+        found.append(("keys", keys_file, lambda: _tenants(load_keys(keys_file))))
+    if tls is not None:
+        found.append(("gateway.tls", tls.cert_file, lambda: _expiry(load_public(tls, now_s), now_s)))
+    if internal is not None:
+        found.append(("internal_tls", internal.cert_file, lambda: _expiry(load_internal(internal, now_s).pair, now_s)))
+    for name, path, load in found:
+        if config.ray.address is not None and not path.exists():
+            yield f"{name}: {path} is not here, not checked"
+        else:
+            yield f"{name}: {load()}"
+
+
+def _tenants(file: KeysFile) -> str:
+    return f"{sum(len(tenant.keys) for tenant in file.tenants)} key(s) of {len(file.tenants)} tenant(s)"
+
+
+def _expiry(pair: KeyPair, now_s: float) -> str:
+    return f"certificate and key fit, valid for {(pair.not_after_s - now_s) / 86400:.1f} more days"
 
 
 def plan_for(config: Config, spec: ModelSpec, nodes_file: Path | None = None) -> Plan:

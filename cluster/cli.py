@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import click
 
-from cluster.checks import check_model, load_model, plan_for, validate
+from cluster.api_keys import key_hash, new_key
+from cluster.checks import check_files, check_model, load_model, plan_for, validate
 from cluster.config import Config
 from cluster.config_file import load_config
 from cluster.errors import DeepsplitError, StartupError
+from cluster.keys_editor import add_key, snippet
+from cluster.keys_file import tenant_name_fault
 from cluster.launcher import BUILDER, down, grpc_target, rest_url, status, up, up_detached
 from cluster.plan import to_json
 from cluster.plan_text import plan_text
@@ -39,6 +43,8 @@ def up_command(config_file: Path | None, detach: bool, builder: str) -> None:
     """
     path = config_file or _default_config()
     config = load_config(path)
+    for _ in check_files(config, time.time()):
+        pass
     check_model(config)
     start = up_detached if detach else up
     start(config, StateFolder(), _announce, builder)
@@ -47,8 +53,8 @@ def up_command(config_file: Path | None, detach: bool, builder: str) -> None:
 @cli.command("validate")
 @click.argument("config_file", metavar="CONFIG", type=_CONFIG)
 def validate_command(config_file: Path) -> None:
-    """Check CONFIG, the model's config.json and index, and its shards if they are there."""
-    for checked in validate(load_config(config_file)):
+    """Check CONFIG, keys and certificates, the model's config.json and index, and its shards if they are there."""
+    for checked in validate(load_config(config_file), time.time()):
         click.echo(f"ok  {checked}")
 
 
@@ -73,6 +79,30 @@ def status_command(as_json: bool) -> None:
     """Show what runs, where, and who holds which experts."""
     report = status(StateFolder())
     click.echo(json.dumps(report, indent=2) if as_json else _table(report))
+
+
+@cli.group("key")
+def key_group() -> None:
+    """API keys of the gateway's tenants."""
+
+
+@key_group.command("new")
+@click.option("--tenant", metavar="NAME", required=True, help="Whose key it is; a new tenant has no limits yet.")
+@click.option("--keys-file", metavar="FILE", type=_CONFIG, help="Add the key's hash to this file (gateway.keys_file).")
+def key_new_command(tenant: str, keys_file: Path | None) -> None:
+    """Make an API key and print it, this once. Keys files hold its hash only; a gateway follows its file."""
+    fault = tenant_name_fault(tenant)
+    if fault is not None:
+        raise click.BadParameter(f"{tenant!r} {fault}", param_hint="--tenant")
+    key = new_key()
+    if keys_file is not None and add_key(keys_file, tenant, key_hash(key)):
+        click.echo(f"added to {keys_file}; the key, which is shown only now:", err=True)
+    else:
+        where = f"{keys_file} is not laid out so that a key can be added to it; " if keys_file else ""
+        click.echo(f"{where}put this below `tenants:` in the keys file:\n", err=True)
+        click.echo(snippet(tenant, key_hash(key)), err=True)
+        click.echo("The key, which is shown only now:", err=True)
+    click.echo(key)
 
 
 @cli.command("down")

@@ -30,11 +30,17 @@ LEAST = "  tenants:\n    - name: <who>\n      keys: [<what `deepsplit key new --
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
-def _tenant_name(name: str) -> str:
+def tenant_name_fault(name: str) -> str | None:
+    """What is wrong with a tenant's name; None if nothing is."""
     if not _NAME.fullmatch(name):
-        raise PydanticCustomError("tenant_name", "must be 1 to 63 letters, digits, `.`, `_` or `-`, for use in metrics")
-    if without_keys(name) != name:
-        raise PydanticCustomError("tenant_name", "looks like a key, and names are shown in metrics and logs")
+        return "must be 1 to 63 letters, digits, `.`, `_` or `-`, for use in metrics"
+    return None if without_keys(name) == name else "looks like a key, and names are shown in metrics and logs"
+
+
+def _tenant_name(name: str) -> str:
+    fault = tenant_name_fault(name)
+    if fault is not None:
+        raise PydanticCustomError("tenant_name", "{fault}", {"fault": fault})
     return name
 
 
