@@ -88,7 +88,7 @@ def key_group() -> None:
 
 @key_group.command("new")
 @click.option("--tenant", metavar="NAME", required=True, help="Whose key it is; a new tenant has no limits yet.")
-@click.option("--keys-file", metavar="FILE", type=_CONFIG, help="Add the key's hash to this file (gateway.keys_file).")
+@click.option("--keys-file", metavar="FILE", type=_CONFIG, help="Add the key's hash to this file (mode 0600).")
 def key_new_command(tenant: str, keys_file: Path | None) -> None:
     """Make an API key and print it, this once. Keys files hold its hash only; a gateway follows its file."""
     fault = tenant_name_fault(tenant)

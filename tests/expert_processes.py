@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.config import Config, DispatchConfig, Dtype, ExpertsConfig, ModelConfig
+from cluster.config import Config, DispatchConfig, Dtype, ExpertsConfig, InternalTlsConfig, ModelConfig
 from cluster.model import load_model_spec
 from cluster.shares import split_shares
 from routing.placement import PlacementFile, PlacementTable, WorkerEndpoint
@@ -30,13 +30,15 @@ class ExpertPlane:
     """Starts expert processes for `checkpoint`; `folder` takes the placement file. On exit all processes end."""
 
     def __init__(
-        self, checkpoint: Path, folder: Path, *, dtype: Dtype = "float32", dispatch: DispatchConfig | None = None
-    ) -> None:
+        self, checkpoint: Path, folder: Path, *, dtype: Dtype = "float32", dispatch: DispatchConfig | None = None,
+        tls: InternalTlsConfig | None = None,
+    ) -> None:  # fmt: skip
         self._spec = load_model_spec(checkpoint)
         self._dispatch = dispatch or DispatchConfig()
         self._config = Config(
-            model=ModelConfig(path=checkpoint, dtype=dtype), experts=ExpertsConfig(threads=1), dispatch=self._dispatch
-        )
+            model=ModelConfig(path=checkpoint, dtype=dtype), experts=ExpertsConfig(threads=1), dispatch=self._dispatch,
+            internal_tls=tls,
+        )  # fmt: skip
         self._file = PlacementFile(folder / "placement.json")
         self._epoch = 0
         self._processes: dict[str, subprocess.Popen[str]] = {}
@@ -56,6 +58,7 @@ class ExpertPlane:
         settings = {
             "placement_file": str(self._file.path), "model_path": str(self._config.model.path),
             "dispatch": self._dispatch.model_dump(mode="json"),
+            "internal_tls": self._config.internal_tls and self._config.internal_tls.model_dump(mode="json"),
         }
         return {"load_format": "deepsplit", "additional_config": {"deepsplit": settings}}
 
