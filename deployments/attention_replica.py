@@ -1,6 +1,6 @@
 """An attention replica: an unmodified vLLM engine inside a Ray Serve replica.
 
-`http` answers REST requests with vLLM's own OpenAI application, run in process: every field, check and error is vLLM's.
+It answers gateways on an HTTP port of its own with vLLM's OpenAI application: every field, check and error is vLLM's.
 Import this module in replicas only; it imports vLLM.
 """
 
@@ -10,7 +10,8 @@ import asyncio
 import logging
 import os
 import tempfile
-from collections.abc import AsyncGenerator
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm import LLMConfig, LLMServer, ModelLoadingConfig
 from ray.util.placement_group import PlacementGroup
-from starlette.types import ASGIApp
 from vllm.config import CompilationConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.engine.protocol import EngineClient
@@ -30,13 +30,15 @@ from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
 
 from cluster.config import Config
 from cluster.errors import StartupError
-from deployments.asgi import call_asgi
 from deployments.attention import EngineStats
+from deployments.directory import AttentionMember
 from deployments.engine_args import engine_args, engine_env
-from deployments.fleet import ResponseHead
 from deployments.placement_follower import PlacementFollower
 from deployments.remote_experts import LOAD_FORMAT, RemoteExpertsSettings, check_installed
+from deployments.replica_server import ReplicaServer
+from routing.expert_load import ExpertLoadFile
 from routing.placement import PlacementFile
+from routing.request import ReplicaLoad
 
 logger = logging.getLogger("ray.serve")
 
@@ -89,7 +91,11 @@ class AttentionReplica(LLMServer):
         config = Config.model_validate_json(config_json)
         tempfile.tempdir = self._scratch.name
         os.environ.update(engine_env(config) | {"TMPDIR": self._scratch.name})  # inherited by the engine's processes
-        self._state = "starting"
+        self._drain_timeout_s = config.gateway.drain_timeout_s
+        self._replica_id = serve.get_replica_context().replica_id.unique_id
+        self._max_num_seqs = config.attention.max_num_seqs
+        self._expert_load: ExpertLoadFile | None = None
+        self._member = AttentionMember(self._replica_id, os.getpid(), ray.util.get_node_ip_address(), "starting")
         additional: dict[str, Any] = {}
         load_format = "auto"
         if directory is not None:
@@ -102,14 +108,19 @@ class AttentionReplica(LLMServer):
                 start_timeout_s=config.ray.start_timeout_s,
             )
             additional, load_format = settings.as_additional_config(), LOAD_FORMAT
-            replica_id = serve.get_replica_context().replica_id.unique_id
+            self._expert_load = ExpertLoadFile(settings.expert_load_file)
             file = PlacementFile(settings.placement_file)
-            self._follower = PlacementFollower(directory, file, replica_id, lambda: self._state)
+            self._follower = PlacementFollower(directory, file, lambda: self._member)
         args = engine_args(config, additional, load_format, CompilationConfig._attention_ops)
         self._start_timeout_s = config.ray.start_timeout_s
         await super().__init__(llm_config(config, args), engine_cls=LocalEngine)
-        self._app: ASGIApp = await self.__serve_build_asgi_app__()
-        self._state = "ready"
+        self._server = ReplicaServer(await self.__serve_build_asgi_app__(), self._load, config.internal_tls)
+        # A cluster of our own is this machine alone, so nothing beyond it needs to reach the replica.
+        node = ray.util.get_node_ip_address()
+        url = await self._server.start("127.0.0.1" if config.ray.address is None else node)
+        self._member = replace(self._member, state="ready", url=url, token=self._server.token)
+        if directory is not None:
+            await directory.introduce.remote(self._member)  # the follower's next poll would do, but comes later
 
     async def start(self) -> None:
         """Start the engine. Unlike the base class, sends no telemetry, which would start one more Ray actor."""
@@ -127,15 +138,19 @@ class AttentionReplica(LLMServer):
                 f"the attention engine could not start: {error} (its own messages are in this replica's log)"
             ) from error
 
-    async def http(
-        self, method: str, path: str, body: bytes, request_id: str
-    ) -> AsyncGenerator[ResponseHead | bytes, None]:
-        """Answer one REST request: a ResponseHead, then the body in chunks as they become ready.
-
-        Closing or cancelling the generator aborts the generation and frees its KV blocks.
-        """
-        async for item in call_asgi(self._app, method, path, body, {"x-request-id": request_id}):
-            yield item
+    async def _load(self) -> ReplicaLoad:
+        """For the gateways. Raises if the engine is dead."""
+        stats = await self.engine_stats()
+        cache = self.engine._engine_client.vllm_config.cache_config
+        return ReplicaLoad(
+            self._replica_id,
+            max_num_seqs=self._max_num_seqs,
+            kv_cache_tokens=(cache.num_gpu_blocks or 0) * cache.block_size,
+            running=stats.running,
+            waiting=stats.waiting,
+            kv_cache_usage=stats.kv_cache_usage,
+            experts_queue_s=0.0 if self._expert_load is None else self._expert_load.read(time.time()),
+        )
 
     async def engine_stats(self) -> EngineStats:
         """What the engine last reported. Raises if the engine is dead."""
@@ -155,7 +170,11 @@ class AttentionReplica(LLMServer):
         )
 
     async def __del__(self) -> None:
-        if (follower := getattr(self, "_follower", None)) is not None:  # absent if the constructor failed early
+        server = getattr(self, "_server", None)  # absent if the constructor failed early, as are those below
+        if server is not None:
+            self._member = replace(self._member, state="draining")
+            await server.stop(self._drain_timeout_s)
+        if (follower := getattr(self, "_follower", None)) is not None:
             follower.stop()
         engine = getattr(self, "engine", None)
         if engine is not None and engine._engine_client is not None:

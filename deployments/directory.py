@@ -100,6 +100,11 @@ class Directory:
 
     # --- attention replicas and operators ---
 
+    async def introduce(self, member: AttentionMember) -> None:
+        """What an attention replica says of itself, without waiting for its next poll."""
+        self._attention[member.replica_id] = (member, time.monotonic())
+        self._look()
+
     async def table(self, after_epoch: int, member: AttentionMember | None = None) -> str | None:
         """The placement table as JSON once its epoch is above `after_epoch`; None after LONG_POLL_S (ask again)."""
         self._membership.saw(after_epoch)

@@ -10,6 +10,7 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping
+from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
@@ -111,7 +112,7 @@ def gateway_deployment(
     """The application's ingress, bound to the deployments behind it."""
     placement = config.gateway.placement
     resources = dict(placement.resources)
-    options = {"num_cpus": placement.num_cpus or 0}
+    options: dict[str, Any] = {"num_cpus": placement.num_cpus or 0}
     if placement.labels:
         options["label_selector"] = dict(placement.labels)
     elif not resources:

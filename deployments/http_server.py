@@ -156,7 +156,7 @@ def _listen(host: str, port: int, key: str, share_port: bool) -> socket.socket:
     except OSError as error:
         reason = "the port is in use" if error.errno == errno.EADDRINUSE else os.strerror(error.errno or 0)
         if isinstance(error, socket.gaierror):
-            reason = error.strerror
+            reason = str(error.strerror)
         raise StartupError(f"cannot listen on {host}:{port}: {reason}; see {key}") from error
     listener.setblocking(False)
     return listener

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable
 
-import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -29,13 +27,12 @@ class PlacementFollower:
     """
 
     def __init__(
-        self, directory: DeploymentHandle, file: PlacementFile, replica_id: str, state: Callable[[], str]
+        self, directory: DeploymentHandle, file: PlacementFile, member: Callable[[], AttentionMember]
     ) -> None:
-        """`state` says what the replica is doing; the directory passes it on to `deepsplit status`."""
+        """`member` is what the replica says of itself at this moment."""
         self._directory = directory
         self._file = file
-        self._replica_id = replica_id
-        self._state = state
+        self._member = member
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="placement-follower", daemon=True)
         self._thread.start()
@@ -45,11 +42,11 @@ class PlacementFollower:
         self._stop.set()
 
     def _follow(self) -> None:
-        node, epoch = ray.util.get_node_ip_address(), -1
+        epoch = -1
         while not self._stop.is_set():
-            member = AttentionMember(self._replica_id, os.getpid(), node, self._state())
             try:
-                text: str | None = self._directory.table.remote(epoch, member).result(timeout_s=_ANSWER_TIMEOUT_S)
+                asked = self._directory.table.remote(epoch, self._member())
+                text: str | None = asked.result(timeout_s=_ANSWER_TIMEOUT_S)
                 if text is not None and not self._stop.is_set():
                     table = PlacementTable.from_json(text)
                     self._file.write(table)
