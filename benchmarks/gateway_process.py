@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -29,7 +29,7 @@ START_S = 60.0
 
 @dataclass(frozen=True)
 class Task:
-    """What the process is told on stdin."""
+    """What the process is told on stdin. Each further line is a tuple of ReplicaEndpoints: those that there are now."""
 
     config: str  # Config as JSON
     endpoints: tuple[ReplicaEndpoint, ...]
@@ -52,11 +52,19 @@ class GatewayProcess:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(msgspec.json.encode(task).decode() + "\n")
-        self.process.stdin.flush()
+        self._tell(task)
         self.address = self.process.stdout.readline().strip()
         if not self.address:
             raise RuntimeError(f"the gateway process ended with {self.process.wait()} before it listened")
+
+    def set_endpoints(self, endpoints: Sequence[ReplicaEndpoint]) -> None:
+        """The attention replicas that there are now, as the directory would tell."""
+        self._tell(tuple(endpoints))
+
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
+        self.process.kill()
+        self.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -75,8 +83,26 @@ class GatewayProcess:
             assert stream is not None
             stream.close()
 
+    def _tell(self, what: Task | tuple[ReplicaEndpoint, ...]) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(msgspec.json.encode(what).decode() + "\n")
+        self.process.stdin.flush()
 
-async def _gateway(task: Task, stop: asyncio.Event) -> None:
+
+class _Told:
+    """The parent's lines. Its end is ours."""
+
+    def __init__(self, lines: asyncio.StreamReader, stop: asyncio.Event) -> None:
+        self._lines = lines
+        self._stop = stop
+
+    async def follow(self, set_endpoints: Callable[[tuple[ReplicaEndpoint, ...]], None]) -> None:
+        while line := await self._lines.readline():
+            set_endpoints(msgspec.json.decode(line, type=tuple[ReplicaEndpoint, ...]))
+        self._stop.set()
+
+
+async def _gateway(task: Task, told: _Told, stop: asyncio.Event) -> None:
     config = Config.model_validate_json(task.config)
 
     async def status() -> dict[str, object]:
@@ -91,28 +117,33 @@ async def _gateway(task: Task, stop: asyncio.Event) -> None:
     while task.endpoints and not all(server.door.ready().values()) and time.monotonic() < deadline:
         await asyncio.sleep(0.02)
     print(f"{config.gateway.host}:{config.gateway.port}", flush=True)
+    following = asyncio.create_task(told.follow(server.set_endpoints))
     await stop.wait()
+    following.cancel()
     await server.stop(config.gateway.drain_timeout_s)
 
 
-async def _admission(task: Task, stop: asyncio.Event) -> None:
+async def _admission(task: Task, told: _Told, stop: asyncio.Event) -> None:
     config = Config.model_validate_json(task.config)
     assert task.token is not None
     server = AdmissionServer(config.admission, time.monotonic, task.token, config.internal_tls)
     replicas = Replicas(config.internal_tls, lambda: server.fleet(replicas.loads()))
     replicas.set_endpoints(task.endpoints)
     print(await server.start("127.0.0.1"), flush=True)
+    following = asyncio.create_task(told.follow(replicas.set_endpoints))
     await stop.wait()
+    following.cancel()
     await server.stop()
     await replicas.close()
 
 
 async def _main() -> None:
-    task = msgspec.json.decode(sys.stdin.readline(), type=Task)
-    stop = asyncio.Event()
+    loop, lines, stop = asyncio.get_running_loop(), asyncio.StreamReader(), asyncio.Event()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+    task = msgspec.json.decode(await lines.readline(), type=Task)
     for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-    await (_gateway if task.token is None else _admission)(task, stop)
+        loop.add_signal_handler(signum, stop.set)
+    await (_gateway if task.token is None else _admission)(task, _Told(lines, stop), stop)
 
 
 if __name__ == "__main__":
