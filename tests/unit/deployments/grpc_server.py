@@ -1,0 +1,108 @@
+"""A gRPC server on a real socket over a door that runs in this process and answers by script."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from cluster.config import GatewayConfig, ServerTls
+from cluster.errors import DeepsplitError
+from deployments.door import Answer, Call
+from deployments.grpc_api import GrpcServer
+
+MODEL = "tiny"
+
+
+@dataclass
+class ScriptedDoor:
+    """Notes its calls and gives one answer to all of them."""
+
+    chunks: Sequence[bytes] = ()
+    status: int = 200
+    content_type: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+    error: DeepsplitError | None = None  # raised at the door, or after the chunks if there are any
+    hold: bool = False  # after the chunks, as a replica that is still generating
+    is_ready: bool = True
+    calls: list[Call] = field(default_factory=list)
+    entered: asyncio.Event = field(default_factory=asyncio.Event)
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
+    sent: int = 0
+
+    async def answer(self, call: Call) -> Answer:
+        self.calls.append(call)
+        if self.error is not None and not self.chunks:
+            raise self.error
+        return Answer(self.status, self.content_type, self.headers, self._chunks())
+
+    async def _chunks(self) -> AsyncGenerator[bytes, None]:
+        self.entered.set()
+        try:
+            for chunk in self.chunks:
+                self.sent += 1
+                yield chunk
+            if self.hold:
+                await asyncio.Event().wait()
+            if self.error is not None:
+                raise self.error
+        finally:
+            self.closed.set()
+
+    def ready(self) -> Mapping[str, bool]:
+        return {MODEL: self.is_ready}
+
+    @property
+    def body(self) -> dict[str, object]:
+        """JSON body of the last call."""
+        body: dict[str, object] = json.loads(self.calls[-1].body)
+        return body
+
+
+def answering(answer: object, status: int = 200, **headers: str) -> ScriptedDoor:
+    """A door to one whole JSON answer, in two chunks."""
+    data = json.dumps(answer).encode()
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    return ScriptedDoor([data[:7], data[7:]], status, headers=names)
+
+
+def streaming(*events: object, hold: bool = False, error: DeepsplitError | None = None) -> ScriptedDoor:
+    """A door to a stream of events."""
+    done = [] if hold or error else [b"data: [DONE]\n\n"]
+    chunks = [b"data: " + json.dumps(event).encode() + b"\n\n" for event in events]
+    return ScriptedDoor([*chunks, *done], content_type="text/event-stream; charset=utf-8", hold=hold, error=error)
+
+
+def gateway_config(tls: ServerTls | None = None, grpc_port: int = 0, **settings: int) -> GatewayConfig:
+    """Port 0 takes a free one; the configuration file does not allow it."""
+    return GatewayConfig(tls=tls, **settings).model_copy(update={"grpc_port": grpc_port})  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def served(
+    door: ScriptedDoor,
+    config: GatewayConfig | None = None,
+    read_timeout_s: float = 10.0,
+    write_stall_s: float = 10.0,
+    ca_file: Path | None = None,
+    **options: int,
+) -> AsyncIterator[grpc.aio.Channel]:
+    """A client's channel to a server over the door. `options`: the client's, such as max_receive_message_length."""
+    server = GrpcServer(config or gateway_config(), MODEL, door, read_timeout_s, write_stall_s)
+    port = await server.start()
+    settings = [(f"grpc.{name}", value) for name, value in options.items()]
+    if ca_file is None:
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", settings)
+    else:
+        credentials = grpc.ssl_channel_credentials(ca_file.read_bytes())
+        channel = grpc.aio.secure_channel(f"localhost:{port}", credentials, settings)
+    try:
+        async with channel:
+            yield channel
+    finally:
+        await server.stop(0)

@@ -1,0 +1,486 @@
+"""The gRPC API with real clients on real sockets, over a door that answers by script."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Coroutine
+from pathlib import Path
+
+import grpc
+import pytest
+import uvloop
+from google.protobuf.struct_pb2 import Struct
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from cluster.errors import Draining, Overloaded, RateLimits, StartupError, StreamLost, Unauthenticated
+from deployments.grpc_api import GrpcServer
+from deployments.protos.deepsplit.v1 import inference_pb2 as pb
+from deployments.protos.deepsplit.v1.inference_pb2_grpc import InferenceStub
+from tests.certificates import Authority, public
+from tests.unit.deployments.grpc_server import (
+    MODEL,
+    ScriptedDoor,
+    answering,
+    gateway_config,
+    served,
+    streaming,
+)
+
+HEAD = {"id": "r1", "created": 17, "model": MODEL}
+USAGE = {"prompt_tokens": 2, "total_tokens": 4, "completion_tokens": 2}
+PROMPT = pb.CompletionRequest(text="once")
+
+
+def run(test: Coroutine[object, object, None]) -> None:
+    """Every wait in a test ends."""
+    asyncio.run(asyncio.wait_for(test, 60))
+
+
+def token(text: str, finish: str | None = None) -> dict[str, object]:
+    return HEAD | {"choices": [{"index": 0, "text": text, "finish_reason": finish}]}
+
+
+def status_of(error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str]:
+    return error.code(), error.details()
+
+
+def trailing(error: grpc.aio.AioRpcError) -> dict[str, str | bytes]:
+    return dict(error.trailing_metadata())
+
+
+async def refused(call: grpc.aio.Call) -> grpc.aio.AioRpcError:
+    """How the call ended; it must end with an error."""
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await (call if isinstance(call, grpc.aio.UnaryUnaryCall) else read_all(call))
+    return raised.value
+
+
+async def read_all(call: grpc.aio.UnaryStreamCall) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+# --- what goes through ---
+
+
+def test_chat() -> None:
+    async def test() -> None:
+        message = {"role": "assistant", "content": "hi", "reasoning": "hm"}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        door = answering(HEAD | {"choices": [choice], "usage": USAGE})
+        async with served(door) as channel:
+            request = pb.ChatRequest(model=MODEL, messages=[pb.Message(role="user", content="é")])
+            answer = await InferenceStub(channel).Chat(request)
+        assert answer.choices[0].message == pb.Message(role="assistant", content="hi", reasoning="hm")
+        assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (2, "stop")
+        assert (door.calls[0].method, door.calls[0].path) == ("POST", "/v1/chat/completions")
+        assert door.body == {"model": MODEL, "messages": [{"role": "user", "content": "é"}], "stream": False}
+        assert door.closed.is_set()
+
+    run(test())
+
+
+def test_chat_stream() -> None:
+    async def test() -> None:
+        deltas = [{"role": "assistant", "content": ""}, {"reasoning": "hm"}, {"content": "hi"}]
+        events = [HEAD | {"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+        door = streaming(*events, HEAD | {"choices": [], "usage": USAGE})
+        async with served(door) as channel:
+            chunks = [chunk async for chunk in InferenceStub(channel).ChatStream(pb.ChatRequest())]
+        assert [chunk.choices[0].delta.content for chunk in chunks[:3]] == ["", "", "hi"]
+        assert (chunks[1].choices[0].delta.reasoning, chunks[3].usage.total_tokens) == ("hm", 4)
+        assert door.body["stream"] is True
+        assert door.closed.is_set()
+
+    run(test())
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_complete_stream(loop_factory: type[asyncio.AbstractEventLoop]) -> None:
+    async def test() -> None:
+        door = streaming(token("a"), token("b", "length"))
+        async with served(door) as channel:
+            call = InferenceStub(channel).CompleteStream(PROMPT, metadata=(("x-request-id", "mine"),))
+            assert dict(await call.initial_metadata())["x-request-id"] == "mine"
+            chunks = [chunk async for chunk in call]
+        assert [(chunk.choices[0].text, chunk.choices[0].finish_reason) for chunk in chunks] == [
+            ("a", ""), ("b", "length"),
+        ]  # fmt: skip
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(asyncio.wait_for(test(), 60))
+
+
+def test_each_token_is_sent_as_it_comes() -> None:
+    async def test() -> None:
+        door = streaming(token("a"), hold=True)
+        async with served(door) as channel:
+            call = InferenceStub(channel).CompleteStream(PROMPT)
+            assert (await call.read()).choices[0].text == "a"
+            assert not door.closed.is_set()
+
+    run(test())
+
+
+def test_complete() -> None:
+    async def test() -> None:
+        door = answering(token("b", "stop"), x_ratelimit_limit_requests="60", x_internal="no")
+        async with served(door) as channel:
+            call = InferenceStub(channel).Complete(PROMPT, metadata=(("x-request-id", "mine"),))
+            assert (await call).choices[0].text == "b"
+            assert dict(await call.trailing_metadata()) == {"x-request-id": "mine", "x-ratelimit-limit-requests": "60"}
+        assert door.calls[0].request_id == "mine"
+
+    run(test())
+
+
+def test_tokens_and_models() -> None:
+    async def test() -> None:
+        async with served(answering({"count": 1, "max_model_len": 64, "tokens": [5]})) as channel:
+            assert list((await InferenceStub(channel).Tokenize(pb.TokenizeRequest(text="a"))).tokens) == [5]
+        async with served(answering({"prompt": "a"})) as channel:
+            assert (await InferenceStub(channel).Detokenize(pb.DetokenizeRequest(tokens=[5]))).text == "a"
+        door = answering({"data": [{"id": MODEL}]})
+        async with served(door) as channel:
+            assert (await InferenceStub(channel).ListModels(pb.ListModelsRequest())).models[0].id == MODEL
+        assert (door.calls[0].method, door.calls[0].path, door.calls[0].body) == ("GET", "/v1/models", b"")
+
+    run(test())
+
+
+def test_metadata_and_deadline_reach_the_door() -> None:
+    async def test() -> None:
+        door = answering(token("a"))
+        metadata = (
+            ("authorization", "Bearer k1"), ("x-request-id", "r" * 500), ("x-deepsplit-priority", "batch"),
+            ("x-deepsplit-ttft-s", "2.5"),
+        )  # fmt: skip
+        async with served(door) as channel:
+            await InferenceStub(channel).Complete(PROMPT, metadata=metadata, timeout=30)
+            await InferenceStub(channel).Complete(PROMPT, metadata=(("x-api-key", "k2"), ("authorization", "Basic x")))
+        first, second = door.calls
+        assert (first.key, first.priority, first.ttft_s, len(first.request_id)) == ("k1", "batch", 2.5, 128)
+        assert first.timeout_s is not None
+        assert 0 < first.timeout_s <= 30
+        assert (second.key, second.priority, second.ttft_s, second.timeout_s) == ("k2", None, None, None)
+        assert len(second.request_id) == 32
+
+    run(test())
+
+
+# --- cancellation and deadlines ---
+
+
+def test_cancelling_aborts_the_generation() -> None:
+    async def test() -> None:
+        door = streaming(token("a"), hold=True)
+        async with served(door) as channel:
+            call = InferenceStub(channel).CompleteStream(PROMPT)
+            await call.read()
+            call.cancel()
+            await asyncio.wait_for(door.closed.wait(), 10)
+
+    run(test())
+
+
+def test_cancelling_a_unary_call_aborts_too() -> None:
+    async def test() -> None:
+        door = ScriptedDoor([b"{"], hold=True)
+        async with served(door) as channel:
+            call = InferenceStub(channel).Complete(PROMPT)
+            waiting = asyncio.ensure_future(call)
+            await asyncio.wait_for(door.entered.wait(), 10)
+            call.cancel()
+            await asyncio.wait_for(door.closed.wait(), 10)
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+
+    run(test())
+
+
+def test_a_lost_connection_aborts() -> None:
+    async def test() -> None:
+        door = streaming(token("a"), hold=True)
+        async with served(door) as channel:
+            call = InferenceStub(channel).CompleteStream(PROMPT)
+            await call.read()
+            await channel.close(None)
+            await asyncio.wait_for(door.closed.wait(), 10)
+
+    run(test())
+
+
+def test_a_deadline_that_passes_aborts() -> None:
+    async def test() -> None:
+        door = streaming(token("a"), hold=True)
+        async with served(door) as channel:
+            error = await refused(InferenceStub(channel).CompleteStream(PROMPT, timeout=0.5))
+            assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            await asyncio.wait_for(door.closed.wait(), 10)
+
+    run(test())
+
+
+def test_stopping_ends_what_still_runs() -> None:
+    async def test() -> None:
+        door = streaming(token("a"), hold=True)
+        server = GrpcServer(gateway_config(), MODEL, door)
+        port = await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = InferenceStub(channel).CompleteStream(PROMPT)
+            await call.read()
+            await server.stop(0.1)
+            await asyncio.wait_for(door.closed.wait(), 10)
+            assert (await refused(call)).code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+    run(test())
+
+
+# --- errors ---
+
+
+def test_a_refusal_carries_pushback_and_budgets() -> None:
+    async def test() -> None:
+        limits = RateLimits(limit_tokens=100, remaining_tokens=3, reset_tokens_s=2)
+        door = ScriptedDoor(
+            error=Overloaded("too busy", retry_after_s=1.5, plane="experts", reason="ttft", limits=limits)
+        )
+        async with served(door) as channel:
+            call = InferenceStub(channel).ChatStream(pb.ChatRequest(), metadata=(("x-request-id", "q"),))
+            error = await refused(call)
+        assert status_of(error) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "too busy")
+        seen = trailing(error)
+        assert isinstance(seen.pop("grpc-status-details-bin"), bytes)
+        assert seen == {
+            "grpc-retry-pushback-ms": "1500", "x-deepsplit-plane": "experts", "x-deepsplit-reason": "ttft",
+            "x-request-id": "q", "x-ratelimit-limit-tokens": "100", "x-ratelimit-remaining-tokens": "3",
+            "x-ratelimit-reset-tokens": "2.0s",
+        }  # fmt: skip
+
+    run(test())
+
+
+def test_grpcs_own_retries_keep_to_the_pushback() -> None:
+    policy = {
+        "maxAttempts": 2, "initialBackoff": "60s", "maxBackoff": "60s", "backoffMultiplier": 1,
+        "retryableStatusCodes": ["RESOURCE_EXHAUSTED"],
+    }  # fmt: skip
+    service = json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": policy}]})
+
+    class Once(ScriptedDoor):
+        async def answer(self, call):  # type: ignore[no-untyped-def]
+            if not self.calls:
+                self.calls.append(call)
+                raise Overloaded("busy", retry_after_s=0.05, plane="attention", reason="ttft")
+            return await super().answer(call)
+
+    async def test() -> None:
+        scripted = answering(token("a"))
+        door = Once(scripted.chunks)
+        server = GrpcServer(gateway_config(), MODEL, door)
+        port = await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.service_config", service)]) as channel:
+            # Its own backoff would take longer than the deadline.
+            assert (await InferenceStub(channel).Complete(PROMPT, timeout=20)).choices[0].text == "a"
+        await server.stop(0)
+        assert len(door.calls) == 2
+
+    run(test())
+
+
+def test_draining_is_unavailable() -> None:
+    async def test() -> None:
+        door = ScriptedDoor(error=Draining("bye", retry_after_s=2, plane="gateway", reason="draining"))
+        async with served(door) as channel:
+            error = await refused(InferenceStub(channel).Complete(PROMPT))
+        assert status_of(error) == (grpc.StatusCode.UNAVAILABLE, "bye")
+        assert trailing(error)["grpc-retry-pushback-ms"] == "2000"
+
+    run(test())
+
+
+def test_unauthenticated() -> None:
+    async def test() -> None:
+        async with served(ScriptedDoor(error=Unauthenticated("no such key"))) as channel:
+            error = await refused(InferenceStub(channel).ListModels(pb.ListModelsRequest()))
+        assert status_of(error) == (grpc.StatusCode.UNAUTHENTICATED, "no such key")
+
+    run(test())
+
+
+def test_vllms_own_refusal() -> None:
+    async def test() -> None:
+        error = {"message": "temperature must be >= 0", "type": "BadRequestError", "code": 400}
+        door = answering({"error": error}, 400)
+        async with served(door) as channel:
+            for call in (InferenceStub(channel).Complete(PROMPT), InferenceStub(channel).CompleteStream(PROMPT)):
+                assert status_of(await refused(call)) == (
+                    grpc.StatusCode.INVALID_ARGUMENT, "temperature must be >= 0",
+                )  # fmt: skip
+        assert door.closed.is_set()
+
+    run(test())
+
+
+def test_a_stream_that_breaks_keeps_its_tokens_and_ends_with_the_error() -> None:
+    async def test() -> None:
+        async with served(streaming(token("a"), error=StreamLost("the replica died"))) as channel:
+            call = InferenceStub(channel).CompleteStream(PROMPT)
+            assert (await call.read()).choices[0].text == "a"
+            assert status_of(await refused(call)) == (grpc.StatusCode.ABORTED, "the replica died")
+
+    run(test())
+
+
+def test_vllms_error_within_a_stream() -> None:
+    async def test() -> None:
+        event = {"error": {"message": "engine died", "code": 500}}
+        async with served(streaming(token("a"), event)) as channel:
+            assert status_of(await refused(InferenceStub(channel).CompleteStream(PROMPT))) == (
+                grpc.StatusCode.INTERNAL, "engine died",
+            )  # fmt: skip
+
+    run(test())
+
+
+def test_a_fault_of_ours_says_nothing_of_itself() -> None:
+    async def test() -> None:
+        async with served(answering({"choices": "secret"})) as channel:
+            assert status_of(await refused(InferenceStub(channel).Complete(PROMPT))) == (
+                grpc.StatusCode.INTERNAL, "internal error of the gateway",
+            )  # fmt: skip
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("metadata", "timeout", "code"),
+    [
+        ((("x-deepsplit-ttft-s", "soon"),), None, grpc.StatusCode.INVALID_ARGUMENT),
+        ((("x-deepsplit-ttft-s", "-1"),), None, grpc.StatusCode.INVALID_ARGUMENT),
+        ((), 0.0, grpc.StatusCode.DEADLINE_EXCEEDED),
+    ],
+)
+def test_calls_that_cannot_begin(
+    metadata: tuple[tuple[str, str], ...], timeout: float | None, code: grpc.StatusCode
+) -> None:
+    async def test() -> None:
+        door = answering(token("a"))
+        async with served(door) as channel:
+            error = await refused(InferenceStub(channel).Complete(PROMPT, metadata=metadata, timeout=timeout))
+        assert (error.code(), door.calls) == (code, [])
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        pb.CompletionRequest(),
+        pb.CompletionRequest(text="a", sampling=pb.Sampling(temperature=float("nan"))),
+        pb.CompletionRequest(text="a", extra=Struct(fields={"stream": {"bool_value": True}})),
+    ],
+)
+def test_requests_that_say_nothing_valid(request_: pb.CompletionRequest) -> None:
+    async def test() -> None:
+        door = answering(token("a"))
+        async with served(door) as channel:
+            error = await refused(InferenceStub(channel).Complete(request_))
+        assert (error.code(), door.calls) == (grpc.StatusCode.INVALID_ARGUMENT, [])
+
+    run(test())
+
+
+# --- bounds, health, reflection, TLS, ports ---
+
+
+def test_a_message_over_the_bound() -> None:
+    async def test() -> None:
+        door = answering(token("a"))
+        async with served(door, gateway_config(max_body_mib=1)) as channel:
+            stub = InferenceStub(channel)
+            error = await refused(stub.Complete(pb.CompletionRequest(text="a" * 2**20)))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert door.calls == []
+            await stub.Complete(pb.CompletionRequest(text="a" * (2**20 - 100)))
+
+    run(test())
+
+
+def test_metadata_over_the_bound() -> None:
+    async def test() -> None:
+        door = answering(token("a"))
+        async with served(door) as channel:
+            error = await refused(InferenceStub(channel).Complete(PROMPT, metadata=(("x-filler", "a" * 20_000),)))
+            assert (error.code(), door.calls) == (grpc.StatusCode.RESOURCE_EXHAUSTED, [])
+            await InferenceStub(channel).Complete(PROMPT, metadata=(("x-filler", "a" * 10_000),))
+
+    run(test())
+
+
+def test_reflection_lists_and_describes() -> None:
+    async def test() -> None:
+        async with served(answering({})) as channel:
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            ask = reflection_pb2.ServerReflectionRequest
+            asked = [ask(list_services=""), ask(file_containing_symbol="deepsplit.v1.Inference")]
+            answers = [answer async for answer in stub.ServerReflectionInfo(iter(asked))]
+        assert {service.name for service in answers[0].list_services_response.service} == {
+            "deepsplit.v1.Inference", "inference.GRPCInferenceService", "grpc.health.v1.Health",
+            "grpc.reflection.v1alpha.ServerReflection",
+        }  # fmt: skip
+        files = answers[1].file_descriptor_response.file_descriptor_proto
+        assert any(b"ChatRequest" in file for file in files)
+
+    run(test())
+
+
+def test_health_needs_no_key_and_ends_with_the_server() -> None:
+    async def test() -> None:
+        door = ScriptedDoor(error=Unauthenticated("no key"))
+        server = GrpcServer(gateway_config(), MODEL, door)
+        port = await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+            stopping = asyncio.create_task(server.stop(10))
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert await watch.read() is grpc.aio.EOF
+            await stopping
+
+    run(test())
+
+
+def test_tls(tmp_path: Path) -> None:
+    async def test() -> None:
+        tls = Authority("ours").issue(tmp_path, "localhost")
+        async with served(answering(token("a")), gateway_config(public(tls)), ca_file=tls.ca_file) as channel:
+            assert (await InferenceStub(channel).Complete(PROMPT)).choices[0].text == "a"
+
+    run(test())
+
+
+def test_gateways_share_a_port() -> None:
+    async def test() -> None:
+        first = GrpcServer(gateway_config(), MODEL, answering({}))
+        port = await first.start()
+        second = GrpcServer(gateway_config(grpc_port=port), MODEL, answering({}))
+        assert await second.start() == port
+        await second.stop(0)
+        await first.stop(0)
+
+    run(test())
+
+
+def test_a_port_of_another_program() -> None:
+    async def test(port: int) -> None:
+        server = GrpcServer(gateway_config(grpc_port=port), MODEL, answering({}))
+        with pytest.raises(StartupError, match=f"cannot listen on 127.0.0.1:{port}: .* in use; see gateway.grpc_port"):
+            await server.start()
+        await server.stop(0)
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        run(test(other.getsockname()[1]))
