@@ -13,8 +13,10 @@ from zlib import crc32
 from routing.prefix_index import MAX_BLOCKS, PrefixIndex
 from routing.request import Ask, ReplicaLoad
 
-SLOTS_TOKENS = 1024.0  # cost of a replica whose decode slots are all taken, in prefill tokens
-KV_TOKENS = 512.0  # cost of a replica whose KV cache is full
+# What a replica costs whose decode slots are all taken, and one whose KV cache is full, in prefill tokens. Chosen by
+# `benchmarks.replica_choice --weights`: flat from 1,000 to 8,000 for slots, and everywhere for KV.
+SLOTS_TOKENS = 4096.0
+KV_TOKENS = 512.0
 # A block of the index is taken for this many tokens of KV cache: 256 bytes at 4 bytes of English per token.
 _TOKENS_PER_BLOCK = 64
 _MOST_BLOCKS = 65536  # of one replica in the index: about 8 MB
@@ -26,7 +28,7 @@ class Candidate:
 
     load: ReplicaLoad
     sequences: int  # ours in flight there
-    queued_tokens: int  # prompt tokens sent there without a first token yet
+    queued_tokens: int  # prompt tokens sent there without a first token yet, less `cached_tokens` when they were sent
     kv_tokens: int  # that our requests there hold or reserve
 
 

@@ -81,8 +81,9 @@ def test_a_queue_longer_than_the_prefix_saves_sends_it_elsewhere() -> None:
     choice = ReplicaChoice()
     asked = ask(prompt="p" * 2560, prompt_tokens=600)
     choice.placed(asked, "home")
-    assert choice.pick(asked, [replica("home", sequences=1, queued=300), replica("other")]) == "home"
-    assert choice.pick(asked, [replica("home", sequences=1, queued=900), replica("other")]) == "other"
+    short, long = (replica("home", slots=64, sequences=1, queued=queued) for queued in (300, 900))
+    assert choice.pick(asked, [short, replica("other", slots=64)]) == "home"
+    assert choice.pick(asked, [long, replica("other", slots=64)]) == "other"
 
 
 @pytest.mark.parametrize(
