@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
+import pytest
 
 from cluster.config import GatewayConfig, ServerTls
 from cluster.errors import DeepsplitError
@@ -78,6 +79,12 @@ def streaming(*events: object, hold: bool = False, error: DeepsplitError | None 
     return ScriptedDoor([*chunks, *done], content_type="text/event-stream; charset=utf-8", hold=hold, error=error)
 
 
+def token(text: str, finish: str | None = None) -> dict[str, object]:
+    """One event, or a whole answer, of a completion."""
+    choice = {"index": 0, "text": text, "finish_reason": finish}
+    return {"id": "r1", "created": 17, "model": MODEL, "choices": [choice]}
+
+
 def gateway_config(tls: ServerTls | None = None, grpc_port: int = 0, **settings: int) -> GatewayConfig:
     """Port 0 takes a free one; the configuration file does not allow it."""
     return GatewayConfig(tls=tls, **settings).model_copy(update={"grpc_port": grpc_port})  # type: ignore[arg-type]
@@ -90,19 +97,47 @@ async def served(
     read_timeout_s: float = 10.0,
     write_stall_s: float = 10.0,
     ca_file: Path | None = None,
-    **options: int,
+    options: Sequence[tuple[str, str]] = (),
 ) -> AsyncIterator[grpc.aio.Channel]:
-    """A client's channel to a server over the door. `options`: the client's, such as max_receive_message_length."""
+    """A client's channel, with these `options`, to a server over the door."""
     server = GrpcServer(config or gateway_config(), MODEL, door, read_timeout_s, write_stall_s)
     port = await server.start()
-    settings = [(f"grpc.{name}", value) for name, value in options.items()]
     if ca_file is None:
-        channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", settings)
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options)
     else:
         credentials = grpc.ssl_channel_credentials(ca_file.read_bytes())
-        channel = grpc.aio.secure_channel(f"localhost:{port}", credentials, settings)
+        channel = grpc.aio.secure_channel(f"localhost:{port}", credentials, options)
     try:
         async with channel:
             yield channel
     finally:
         await server.stop(0)
+
+
+# --- clients ---
+
+
+def run(test: Coroutine[object, object, None]) -> None:
+    """Every wait in a test ends."""
+    asyncio.run(asyncio.wait_for(test, 60))
+
+
+def status_of(error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str]:
+    return error.code(), error.details()
+
+
+def trailing(error: grpc.aio.AioRpcError) -> dict[str, str | bytes]:
+    return dict(error.trailing_metadata())
+
+
+async def refused(call: grpc.aio.Call) -> grpc.aio.AioRpcError:
+    """How the call ended; it must end with an error."""
+    one_answer = isinstance(call, (grpc.aio.UnaryUnaryCall, grpc.aio.StreamUnaryCall))
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await (call if one_answer else read_all(call))
+    return raised.value
+
+
+async def read_all(call: grpc.aio.UnaryStreamCall) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass

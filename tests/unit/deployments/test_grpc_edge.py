@@ -1,0 +1,100 @@
+"""Wrong bytes and slow clients at the gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import grpc
+import pytest
+
+from deployments.protos.deepsplit.v1 import inference_pb2 as pb
+from deployments.protos.deepsplit.v1.inference_pb2_grpc import InferenceStub
+from deployments.protos.inference import open_inference_pb2 as oip
+from tests.unit.deployments.grpc_server import ScriptedDoor, answering, refused, run, served, status_of
+
+COMPLETE, STREAM_INFER = "/deepsplit.v1.Inference/Complete", "/inference.GRPCInferenceService/ModelStreamInfer"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\x12\x01\xff",  # text that is not UTF-8
+        b"\x12\x7fab",  # cut short
+        b"\xff" * 32,
+        b"\x0a\x01\xc3",  # a name that is not UTF-8
+    ],
+)
+def test_bytes_that_are_no_message(raw: bytes) -> None:
+    async def test() -> None:
+        door = answering({})
+        async with served(door) as channel:
+            code, message = status_of(await refused(channel.unary_unary(COMPLETE)(raw)))
+        assert (code, door.calls) == (grpc.StatusCode.INVALID_ARGUMENT, [])
+        assert "not a valid message" in message
+
+    run(test())
+
+
+def test_unknown_fields_are_passed_over() -> None:
+    async def test() -> None:
+        async with served(answering({"choices": [{"index": 0, "text": "a"}]})) as channel:
+            raw = pb.CompletionRequest(text="a").SerializeToString() + b"\xfa\x3e\x01x"  # field 999
+            assert pb.CompletionResponse.FromString(await channel.unary_unary(COMPLETE)(raw)).choices[0].text == "a"
+
+    run(test())
+
+
+def test_a_stream_of_requests_that_breaks() -> None:
+    async def test() -> None:
+        async with served(answering({})) as channel:
+            call = channel.stream_stream(STREAM_INFER)(iter([b"\xff" * 8]))
+            assert (await refused(call)).code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    run(test())
+
+
+def test_an_unknown_method() -> None:
+    async def test() -> None:
+        async with served(answering({})) as channel:
+            error = await refused(channel.unary_unary("/deepsplit.v1.Inference/Nothing")(b""))
+            assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+
+    run(test())
+
+
+def test_a_request_that_never_comes() -> None:
+    async def test() -> None:
+        async with served(answering({}), read_timeout_s=0.2) as channel:
+            call = channel.stream_unary(COMPLETE)()  # opened, nothing written
+            assert status_of(await refused(call)) == (
+                grpc.StatusCode.DEADLINE_EXCEEDED, "the request did not arrive within 0.2 s",
+            )  # fmt: skip
+
+    run(test())
+
+
+def test_a_call_without_a_request() -> None:
+    async def test() -> None:
+        async with served(answering({})) as channel:
+            call = channel.stream_unary(COMPLETE)(iter([]))
+            assert status_of(await refused(call)) == (
+                grpc.StatusCode.INVALID_ARGUMENT, "the call ended without a request message",
+            )  # fmt: skip
+
+    run(test())
+
+
+def test_a_client_that_reads_nothing_frees_its_generation_and_blocks_nobody() -> None:
+    async def test() -> None:
+        text = json.dumps({"choices": [{"index": 0, "text": "a" * 2**16}]}).encode()
+        door = ScriptedDoor([b"data: " + text + b"\n\n"] * 4096, content_type="text/event-stream")
+        async with served(door, write_stall_s=0.2) as channel:
+            stalled = InferenceStub(channel).CompleteStream(pb.CompletionRequest(text="a"))
+            await stalled.initial_metadata()
+            await asyncio.wait_for(door.closed.wait(), 20)
+            assert door.sent < 4096
+            live = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
+            assert oip.ServerLiveResponse.FromString(await live(b"")).live
+
+    run(test())
