@@ -6,8 +6,9 @@ import asyncio
 import logging
 import random
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from types import TracebackType
+from typing import Protocol
 
 from cluster.config import GatewayConfig
 from cluster.errors import (
@@ -21,7 +22,7 @@ from cluster.errors import (
     RequestTimeout,
     RequestTooLarge,
 )
-from deployments.continuation import StreamTap
+from deployments.continuation import Continuation
 from deployments.deadline import Deadline
 from deployments.door import Answer, Call
 from deployments.fleet import ResponseHead
@@ -43,6 +44,13 @@ _DRAIN_POLL_S = 0.05
 logger = logging.getLogger("ray.serve")
 
 
+class Tokens(Protocol):
+    """The model's tokenizer, for the rare request that needs it here; see `deployments.tokens.ModelTokens`."""
+
+    async def count(self, text: bytes) -> int: ...
+    async def decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
+
+
 class GatewayDoor:
     """See `deployments.door.Door`."""
 
@@ -53,15 +61,14 @@ class GatewayDoor:
         tenants: TenantsFile,
         gate: Gate,
         replicas: Replicas,
-        tokenize: Callable[[bytes], Awaitable[int]],
+        text: Tokens,
     ) -> None:
-        """`tokenize` counts a prompt's tokens exactly; asked only when the bound could be reached."""
         self._model = model
         self._config = config
         self._tenants = tenants
         self._gate = gate
         self._replicas = replicas
-        self._tokenize = tokenize
+        self._text = text
         self._prompt_size = PromptSize()
         self._open: set[Deadline] = set()
         self._draining = False
@@ -130,7 +137,7 @@ class GatewayDoor:
         ask = self._ask(call, tenant, outline)
         await self._check_prompt(outline)
         grant = await deadline.wait(self._gate.admit(ask))
-        tap = StreamTap(call.path, outline.fields, call.body)
+        tap = Continuation(call.path, outline.fields, call.body, self._text.decode)
         relay = Relay(tap, self._gate, self._replicas, call.request_id, self._config.max_resends)
 
         def ended() -> None:
@@ -160,7 +167,7 @@ class GatewayDoor:
             return
         tokens = outline.prompt_ids
         if not tokens and len(outline.prompt_text) > most:  # a token is at least a byte
-            tokens = await self._tokenize(outline.prompt_text)
+            tokens = await self._text.count(outline.prompt_text)
         if tokens > most:
             raise RequestError(f"the prompt has {tokens} tokens, this server's limit is {most}")
 

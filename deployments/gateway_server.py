@@ -11,8 +11,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.metadata import version
 
-from tokenizers import Tokenizer
-
 from cluster.config import Config
 from cluster.errors import NoCapacity, ReplicaUnavailable
 from deployments.fleet import AdmissionEndpoint, ReplicaEndpoint, ResponseHead
@@ -24,6 +22,7 @@ from deployments.http_server import HttpServer
 from deployments.openapi import gateway_document
 from deployments.replicas import Replicas
 from deployments.rest import GET_PATHS, POST_PATHS, RestApi
+from deployments.tokens import ModelTokens
 from routing.tenants import TenantsFile
 from routing.tls import server_ssl_context
 
@@ -55,8 +54,7 @@ class GatewayServer:
         else:
             self.gate.decide_by(self._local)
         self._replicas = Replicas(config.internal_tls, self._on_loads)
-        self._tokenizer: Tokenizer | None = None
-        self.door = GatewayDoor(self.model, gateway, self._tenants, self.gate, self._replicas, self._count_tokens)
+        self.door = GatewayDoor(self.model, gateway, self._tenants, self.gate, self._replicas, ModelTokens(config.model.path))
         rest = RestApi(self.door, gateway.max_body_mib * 2**20, self._status, self._openapi)
         self._http = HttpServer(rest.app, server_ssl_context(gateway.tls) if gateway.tls else None)
         self._grpc = None if gateway.grpc_port is None else GrpcServer(gateway, self.model, self.door)
@@ -132,10 +130,3 @@ class GatewayServer:
                 if isinstance(items[0], ResponseHead) and items[0].status == 200:
                     return b"".join(item for item in items if isinstance(item, bytes))
         raise NoCapacity("no attention replica is ready", retry_after_s=5.0, plane="attention", reason="no_replica")
-
-    async def _count_tokens(self, text: bytes) -> int:
-        if self._tokenizer is None:
-            file = self._config.model.path / "tokenizer.json"
-            self._tokenizer = await asyncio.to_thread(Tokenizer.from_file, str(file))
-        encoded = await asyncio.to_thread(self._tokenizer.encode, text.decode("utf-8", "replace"))
-        return len(encoded.ids)

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import Protocol
 
 from cluster.errors import ReplicaUnavailable, StreamLost
-from deployments.continuation import StreamTap
+from deployments.continuation import Continuation
 from deployments.fleet import ResponseHead
 from deployments.gate import Gate
 from routing.request import Grant, ReplicaLoad, Usage
@@ -33,7 +33,7 @@ class Replicas(Protocol):
 class Relay:
     """Yields the answer's head and then its chunks. Keeps the gate up to date and finishes the ticket at the end."""
 
-    def __init__(self, tap: StreamTap, gate: Gate, replicas: Replicas, request_id: str, max_resends: int) -> None:
+    def __init__(self, tap: Continuation, gate: Gate, replicas: Replicas, request_id: str, max_resends: int) -> None:
         self.tap = tap
         self._gate = gate
         self._replicas = replicas
@@ -54,6 +54,9 @@ class Relay:
                             yield item
                     return
                 except ReplicaUnavailable as error:
+                    if begun and (missing := self.tap.closing()) is not None:
+                        yield missing
+                        return
                     if begun and (why := self.tap.why_not_continuable) is not None:
                         raise StreamLost(
                             f"the attention replica of this stream was lost, and the stream cannot go on exactly "
@@ -64,7 +67,7 @@ class Relay:
                     self._resends_left -= 1
                     logger.warning("request %s goes on elsewhere: %s", self._request_id, error)
                 if begun:
-                    path, body = self.tap.continue_request()
+                    path, body = await self.tap.continue_request()
                 grant = await self._gate.move(grant.ticket)
         finally:
             self._gate.finish(grant.ticket, self._usage())
