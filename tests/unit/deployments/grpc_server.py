@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, S
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 
 import grpc
 import pytest
@@ -18,6 +19,36 @@ from deployments.door import Answer, Call
 from deployments.grpc_api import GrpcServer
 
 MODEL = "tiny"
+
+
+class ScriptedChunks(AsyncGenerator[bytes, None]):
+    """Held by the door, as a replica would hold it: only aclose() ends it, no garbage collection."""
+
+    def __init__(self, door: ScriptedDoor) -> None:
+        self._door = door
+        self._left = iter(door.chunks)
+
+    async def asend(self, value: None) -> bytes:
+        self._door.entered.set()
+        for chunk in self._left:
+            self._door.sent += 1
+            return chunk
+        if self._door.hold:
+            await asyncio.Event().wait()
+        if self._door.error is not None:
+            raise self._door.error
+        raise StopAsyncIteration
+
+    async def athrow(
+        self,
+        typ: type[BaseException] | BaseException,
+        val: BaseException | object = None,
+        tb: TracebackType | None = None,
+    ) -> bytes:
+        raise typ
+
+    async def aclose(self) -> None:
+        self._door.closed.set()
 
 
 @dataclass
@@ -35,25 +66,14 @@ class ScriptedDoor:
     entered: asyncio.Event = field(default_factory=asyncio.Event)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     sent: int = 0
+    answers: list[ScriptedChunks] = field(default_factory=list)
 
     async def answer(self, call: Call) -> Answer:
         self.calls.append(call)
         if self.error is not None and not self.chunks:
             raise self.error
-        return Answer(self.status, self.content_type, self.headers, self._chunks())
-
-    async def _chunks(self) -> AsyncGenerator[bytes, None]:
-        self.entered.set()
-        try:
-            for chunk in self.chunks:
-                self.sent += 1
-                yield chunk
-            if self.hold:
-                await asyncio.Event().wait()
-            if self.error is not None:
-                raise self.error
-        finally:
-            self.closed.set()
+        self.answers.append(ScriptedChunks(self))
+        return Answer(self.status, self.content_type, self.headers, self.answers[-1])
 
     def ready(self) -> Mapping[str, bool]:
         return {MODEL: self.is_ready}

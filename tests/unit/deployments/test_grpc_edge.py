@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
 
 import grpc
 import pytest
 
+from deployments.grpc_edge import Edge
 from deployments.protos.deepsplit.v1 import inference_pb2 as pb
 from deployments.protos.deepsplit.v1.inference_pb2_grpc import InferenceStub
 from deployments.protos.inference import open_inference_pb2 as oip
@@ -96,5 +98,36 @@ def test_a_client_that_reads_nothing_frees_its_generation_and_blocks_nobody() ->
             assert door.sent < 4096
             live = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
             assert oip.ServerLiveResponse.FromString(await live(b"")).live
+
+    run(test())
+
+
+def test_a_handler_is_closed_with_its_call_even_if_something_holds_it() -> None:
+    async def test() -> None:
+        closed = asyncio.Event()
+        held: list[AsyncGenerator[bytes, None]] = []
+
+        async def tokens() -> AsyncGenerator[bytes, None]:
+            try:
+                while True:
+                    yield b"a" * 2**16
+            finally:
+                closed.set()
+
+        def behaviour(request: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[bytes, None]:
+            held.append(tokens())
+            return held[0]
+
+        server = grpc.aio.server(interceptors=[Edge(read_timeout_s=10, write_stall_s=10)])
+        handler = grpc.unary_stream_rpc_method_handler(behaviour, bytes, bytes)
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("t", {"tokens": handler})])
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_stream("/t/tokens")(b"")
+            await call.read()
+            call.cancel()
+            await asyncio.wait_for(closed.wait(), 10)
+        await server.stop(0)
 
     run(test())
