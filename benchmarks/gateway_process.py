@@ -29,12 +29,20 @@ START_S = 60.0
 
 @dataclass(frozen=True)
 class Task:
-    """What the process is told on stdin. Each further line is a tuple of ReplicaEndpoints: those that there are now."""
+    """What the process is told on stdin, before any Updates."""
 
     config: str  # Config as JSON
     endpoints: tuple[ReplicaEndpoint, ...]
     admission: AdmissionEndpoint | None = None  # where a gateway asks
     token: str | None = None  # set: be the common admission, with this token
+
+
+@dataclass(frozen=True)
+class Update:
+    """Who is there now, as the directory would tell."""
+
+    endpoints: tuple[ReplicaEndpoint, ...]
+    admission: AdmissionEndpoint | None = None
 
 
 class GatewayProcess:
@@ -57,9 +65,9 @@ class GatewayProcess:
         if not self.address:
             raise RuntimeError(f"the gateway process ended with {self.process.wait()} before it listened")
 
-    def set_endpoints(self, endpoints: Sequence[ReplicaEndpoint]) -> None:
-        """The attention replicas that there are now, as the directory would tell."""
-        self._tell(tuple(endpoints))
+    def update(self, endpoints: Sequence[ReplicaEndpoint], admission: AdmissionEndpoint | None = None) -> None:
+        """Who is there now. `admission` is for gateways."""
+        self._tell(Update(tuple(endpoints), admission))
 
     def kill(self) -> None:
         """End it at once, as a crash would."""
@@ -83,7 +91,7 @@ class GatewayProcess:
             assert stream is not None
             stream.close()
 
-    def _tell(self, what: Task | tuple[ReplicaEndpoint, ...]) -> None:
+    def _tell(self, what: Task | Update) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(msgspec.json.encode(what).decode() + "\n")
         self.process.stdin.flush()
@@ -96,9 +104,9 @@ class _Told:
         self._lines = lines
         self._stop = stop
 
-    async def follow(self, set_endpoints: Callable[[tuple[ReplicaEndpoint, ...]], None]) -> None:
+    async def follow(self, take: Callable[[Update], None]) -> None:
         while line := await self._lines.readline():
-            set_endpoints(msgspec.json.decode(line, type=tuple[ReplicaEndpoint, ...]))
+            take(msgspec.json.decode(line, type=Update))
         self._stop.set()
 
 
@@ -117,7 +125,13 @@ async def _gateway(task: Task, told: _Told, stop: asyncio.Event) -> None:
     while task.endpoints and not all(server.door.ready().values()) and time.monotonic() < deadline:
         await asyncio.sleep(0.02)
     print(f"{config.gateway.host}:{config.gateway.port}", flush=True)
-    following = asyncio.create_task(told.follow(server.set_endpoints))
+
+    def take(update: Update) -> None:
+        server.set_endpoints(update.endpoints)
+        if update.admission is not None:
+            server.set_admission(update.admission)
+
+    following = asyncio.create_task(told.follow(take))
     await stop.wait()
     following.cancel()
     await server.stop(config.gateway.drain_timeout_s)
@@ -130,7 +144,7 @@ async def _admission(task: Task, told: _Told, stop: asyncio.Event) -> None:
     replicas = Replicas(config.internal_tls, lambda: server.fleet(replicas.loads()))
     replicas.set_endpoints(task.endpoints)
     print(await server.start("127.0.0.1"), flush=True)
-    following = asyncio.create_task(told.follow(replicas.set_endpoints))
+    following = asyncio.create_task(told.follow(lambda update: replicas.set_endpoints(update.endpoints)))
     await stop.wait()
     following.cancel()
     await server.stop()

@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import random
-import socket
 import statistics
 import tempfile
 import time
@@ -34,6 +33,7 @@ import psutil
 import ray
 from ray import serve
 
+from benchmarks.free_port import free_port
 from benchmarks.proxied_app import Ingress, OwnPort, SourceReplica
 from benchmarks.sse_client import Connection, Reply, connect
 from benchmarks.token_source import serve as serve_source
@@ -76,7 +76,7 @@ def main() -> None:
     if args.haproxy:
         os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"  # before Ray starts: Serve reads it in every process
     context = multiprocessing.get_context("spawn")
-    source_port, serve_port = _free_port(), _free_port()
+    source_port, serve_port = free_port(), free_port()
     source = context.Process(target=serve_source, args=("127.0.0.1", source_port), daemon=True)
     source.start()
     assert source.pid is not None
@@ -231,13 +231,6 @@ def _quantile(values: Sequence[float], share: float) -> float:
 
 def _title(process: psutil.Process) -> str:
     return " ".join(process.cmdline())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

@@ -22,10 +22,6 @@ _DATA = b"data: "
 _DONE = b"data: [DONE]"
 
 
-class ConnectionLost(ConnectionError):
-    """The server closed the connection before the answer was complete."""
-
-
 @dataclass
 class Reply:
     """One answer, possibly still growing."""
@@ -69,12 +65,21 @@ class Reply:
         return (events[-1][0] - events[0][0]) / (len(events) - 1)
 
 
+class ConnectionLost(ConnectionError):
+    """The server closed the connection before the answer was complete."""
+
+    def __init__(self, reply: Reply | None) -> None:
+        """`reply`: what there is of the answer."""
+        super().__init__("the server closed the connection before the answer was complete")
+        self.reply = reply
+
+
 class Connection(asyncio.Protocol):
     """Use as `async with await connect(url) as connection`."""
 
     def __init__(self, host: str) -> None:
         self._host = host
-        self._reply: Reply | None = None
+        self.reply: Reply | None = None  # of the newest request
         self._waiting: asyncio.Future[None] | None = None
         self._wanted = 0  # events, or 0 for the whole answer
         self._seen = 0
@@ -97,19 +102,19 @@ class Connection(asyncio.Protocol):
         assert self._transport is not None
         self._wanted, self._seen = events, 0
         self._waiting = asyncio.get_running_loop().create_future()
-        reply = self._reply = Reply(time.monotonic())
+        reply = self.reply = Reply(time.monotonic())
         self._transport.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
         await self._waiting
         return reply
 
     async def rest(self) -> Reply:
         """The remainder of an answer of which some events were asked for."""
-        assert self._reply is not None
-        if self._reply.ended_s is None:
+        assert self.reply is not None
+        if self.reply.ended_s is None:
             self._wanted = 0
             self._waiting = asyncio.get_running_loop().create_future()
             await self._waiting
-        return self._reply
+        return self.reply
 
     def abort(self) -> float:
         """Close at once, as a client that goes away does; returns the time."""
@@ -137,28 +142,28 @@ class Connection(asyncio.Protocol):
         self._parser.feed_data(data)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._end(ConnectionLost("the server closed the connection before the answer was complete"))
+        self._end(ConnectionLost(self.reply))
 
     # --- httptools ---
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._reply is not None:
-            self._reply.headers[name.decode().lower()] = value.decode("latin-1")
+        if self.reply is not None:
+            self.reply.headers[name.decode().lower()] = value.decode("latin-1")
 
     def on_body(self, data: bytes) -> None:
-        if self._reply is None:
+        if self.reply is None:
             return
-        self._reply.status = self._parser.get_status_code()
-        self._reply.reads.append((self._now_s, data))
+        self.reply.status = self._parser.get_status_code()
+        self.reply.reads.append((self._now_s, data))
         if self._wanted:
             self._seen += data.count(_DATA)
             if self._seen >= self._wanted:
                 self._end(None)
 
     def on_message_complete(self) -> None:
-        if self._reply is not None:
-            self._reply.status = self._parser.get_status_code()
-            self._reply.ended_s = self._now_s
+        if self.reply is not None:
+            self.reply.status = self._parser.get_status_code()
+            self.reply.ended_s = self._now_s
         self._end(None)
 
     def _end(self, error: Exception | None) -> None:

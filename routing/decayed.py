@@ -1,0 +1,147 @@
+"""What was seen lately: rates, means and linear fits in which older observations count less.
+
+Time is passed in and never goes back. Each forgets with time, so that what is no longer observed returns to its prior.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+_OUTLIER = 5.0  # an observation counts as at most this many times what was expected
+
+
+class Rate:
+    """Amount per second over about the last `memory_s` seconds."""
+
+    def __init__(self, memory_s: float) -> None:
+        self._memory_s = memory_s
+        self._sum = 0.0
+        self._seen_s = 0.0  # decayed like the sum, so that a young rate is not too low
+        self._at_s: float | None = None
+
+    def add(self, amount: float, now_s: float) -> None:
+        """`amount` came at `now_s`."""
+        self.pass_time(now_s)
+        self._sum += amount
+
+    def pass_time(self, now_s: float, counts: bool = True) -> None:
+        """Until `now_s`; `counts` false: the time since last is left out, as if it had not passed."""
+        if self._at_s is None:
+            self._at_s = now_s
+        elapsed_s = now_s - self._at_s
+        if elapsed_s <= 0:
+            return
+        self._at_s = now_s
+        if counts:
+            kept = math.exp(-elapsed_s / self._memory_s)
+            self._sum *= kept
+            self._seen_s = self._seen_s * kept + self._memory_s * (1 - kept)
+
+    def per_s(self, now_s: float) -> float:
+        """Zero until a second of time has been seen: a burst of a moment says nothing about a rate."""
+        self.pass_time(now_s)
+        return self.known_per_s() or 0.0
+
+    def known_per_s(self) -> float | None:
+        """As of the last time passed; None until a second of time has been seen."""
+        return self._sum / self._seen_s if self._seen_s >= min(1.0, 0.5 * self._memory_s) else None
+
+
+class Mean:
+    """Mean of about the last `1 / weight` observations; the prior until the first."""
+
+    def __init__(self, prior: float, weight: float) -> None:
+        self.value = prior
+        self._weight = weight
+        self._count = 0
+
+    def add(self, value: float) -> None:
+        """The first observations count more, so that the prior is soon gone."""
+        self._count += 1
+        self.value += max(self._weight, 1 / self._count) * (value - self.value)
+
+
+class Fit:
+    """Least squares y = sum(coefficient_i * x_i) with coefficients >= 0, decayed, held to a prior by a ridge."""
+
+    def __init__(self, prior: Sequence[float], ridge: Sequence[float], memory_s: float) -> None:
+        """`ridge[i]`: how strongly coefficient i is held, as the sum of x_i squared that equals the prior's weight."""
+        size = len(prior)
+        self._prior = tuple(prior)
+        self._ridge = tuple(ridge)
+        self._memory_s = memory_s
+        self._xx = [[0.0] * size for _ in range(size)]
+        self._xy = [0.0] * size
+        self._count = 0.0
+        self._at_s = -math.inf
+        self._solved: tuple[float, ...] | None = self._prior
+
+    def observe(self, x: Sequence[float], y: float, now_s: float) -> None:
+        """One observation; far outliers are cut."""
+        if self._count > 10:
+            expected = self.predict(x)
+            y = min(y, _OUTLIER * max(expected, 1e-6))
+        kept = math.exp(min(0.0, (self._at_s - now_s) / self._memory_s))
+        self._at_s = max(self._at_s, now_s)
+        self._count = self._count * kept + 1
+        for i, xi in enumerate(x):
+            row = self._xx[i]
+            for j, xj in enumerate(x):
+                row[j] = row[j] * kept + xi * xj
+            self._xy[i] = self._xy[i] * kept + xi * y
+        self._solved = None
+
+    def predict(self, x: Sequence[float]) -> float:
+        """y at x."""
+        return sum(c * xi for c, xi in zip(self.coefficients(), x, strict=True))
+
+    def coefficients(self) -> tuple[float, ...]:
+        """The fit as of the last observation."""
+        if self._solved is None:
+            self._solved = self._solve()
+        return self._solved
+
+    def forget(self, now_s: float) -> None:
+        """Let time pass without an observation."""
+        kept = math.exp(min(0.0, (self._at_s - now_s) / self._memory_s))
+        if kept < 0.9:
+            self._at_s = now_s
+            self._count *= kept
+            self._xx = [[value * kept for value in row] for row in self._xx]
+            self._xy = [value * kept for value in self._xy]
+            self._solved = None
+
+    def _solve(self) -> tuple[float, ...]:
+        """Coefficients that come out negative are set to zero and the rest is solved again."""
+        free = list(range(len(self._prior)))
+        while free:
+            rows = [
+                [self._xx[i][j] + (self._ridge[i] if i == j else 0.0) for j in free]
+                + [self._xy[i] + self._ridge[i] * self._prior[i]]
+                for i in free
+            ]
+            solution = _gauss(rows)
+            if min(solution) >= 0:
+                break
+            free = [i for i, value in zip(free, solution, strict=True) if value >= 0]
+        found = [0.0] * len(self._prior)
+        if free:
+            for i, value in zip(free, solution, strict=True):
+                found[i] = value
+        return tuple(found)
+
+
+def _gauss(rows: list[list[float]]) -> list[float]:
+    """Solve a small symmetric positive definite system, given with its right side as last column."""
+    size = len(rows)
+    for pivot in range(size):
+        for below in range(pivot + 1, size):
+            factor = rows[below][pivot] / rows[pivot][pivot]
+            for column in range(pivot, size + 1):
+                rows[below][column] -= factor * rows[pivot][column]
+    solution = [0.0] * size
+    for i in reversed(range(size)):
+        known = sum(rows[i][j] * solution[j] for j in range(i + 1, size))
+        solution[i] = (rows[i][size] - known) / rows[i][i]
+    return solution
