@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from cluster.config import AdmissionConfig
-from routing.admission import Admission, AdmissionStats, Admitted, Decision
+from routing.admission import Admission, Admitted, Decision
 from routing.replica_choice import ReplicaChoice
 from routing.request import Ask, Grant, ReplicaLoad, Tenant, Usage
 
@@ -79,10 +79,6 @@ class LocalAdmission:
     def tick(self) -> None:
         """To be called every TICK_S."""
         self._say(self._admission.tick(self._clock()))
-
-    def stats(self) -> AdmissionStats:
-        """Counts since the start, and what runs and waits now."""
-        return self._admission.stats(self._clock())
 
     def _say(self, decisions: Sequence[Decision]) -> None:
         for decision in decisions:

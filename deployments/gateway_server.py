@@ -54,7 +54,8 @@ class GatewayServer:
         else:
             self.gate.decide_by(self._local)
         self._replicas = Replicas(config.internal_tls, self._on_loads)
-        self.door = GatewayDoor(self.model, gateway, self._tenants, self.gate, self._replicas, ModelTokens(config.model.path))
+        tokens = ModelTokens(config.model.path)
+        self.door = GatewayDoor(self.model, gateway, self._tenants, self.gate, self._replicas, tokens)
         rest = RestApi(self.door, gateway.max_body_mib * 2**20, self._status, self._openapi)
         self._http = HttpServer(rest.app, server_ssl_context(gateway.tls) if gateway.tls else None)
         self._grpc = None if gateway.grpc_port is None else GrpcServer(gateway, self.model, self.door)

@@ -62,9 +62,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
             async for data in events:
                 yield chat_chunk(data)
 
-    async def Complete(
-        self, request: pb.CompletionRequest, context: grpc.aio.ServicerContext
-    ) -> pb.CompletionResponse:
+    async def Complete(self, request: pb.CompletionRequest, context: grpc.aio.ServicerContext) -> pb.CompletionResponse:
         body = completion_body(request, stream=False)
         return completion_response(await ask(self._door, context, _COMPLETIONS, body))
 

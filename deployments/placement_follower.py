@@ -26,9 +26,7 @@ class PlacementFollower:
     first table. A directory that is away leaves the last table in force.
     """
 
-    def __init__(
-        self, directory: DeploymentHandle, file: PlacementFile, member: Callable[[], AttentionMember]
-    ) -> None:
+    def __init__(self, directory: DeploymentHandle, file: PlacementFile, member: Callable[[], AttentionMember]) -> None:
         """`member` is what the replica says of itself at this moment."""
         self._directory = directory
         self._file = file

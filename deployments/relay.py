@@ -75,9 +75,7 @@ class Relay:
     async def _attempt(
         self, grant: Grant, path: str, body: bytes, begun: bool
     ) -> AsyncGenerator[ResponseHead | bytes, None]:
-        async with aclosing(
-            self._replicas.send(grant.replica_id, "POST", path, body, self._request_id)
-        ) as upstream:
+        async with aclosing(self._replicas.send(grant.replica_id, "POST", path, body, self._request_id)) as upstream:
             head = await anext(upstream)
             assert isinstance(head, ResponseHead), "a replica's answer begins with its head"
             if not head.content_type.startswith(SSE):

@@ -29,9 +29,7 @@ logger = logging.getLogger("ray.serve")
 class ReplicaServer:
     """Serves `app` and GET LOAD_PATH: one ReplicaLoad per line, for as long as the replica takes requests."""
 
-    def __init__(
-        self, app: ASGIApp, load: Callable[[], Awaitable[ReplicaLoad]], tls: InternalTlsConfig | None
-    ) -> None:
+    def __init__(self, app: ASGIApp, load: Callable[[], Awaitable[ReplicaLoad]], tls: InternalTlsConfig | None) -> None:
         """`load` raises when the engine is dead."""
         self.token = secrets.token_urlsafe(32)
         self._app = app

@@ -83,7 +83,7 @@ class Pace:
 
     A decode step's time is learned as a + b * running sequences + c * prompt tokens prefilled in between, the way from
     a request's placing to its first token as d + e * prompt tokens that had to be computed until then. The expert
-    plane's queue is taken off what is observed and put back as it is now, so a change of it counts at once and only once.
+    plane's queue is taken off what is observed and put back as it is now, so a change of it counts at once.
     """
 
     def __init__(self) -> None:
@@ -96,8 +96,8 @@ class Pace:
     def observe_steps(
         self, steps: float, took_s: float, running: float, prefilled_tokens: float, queue_s: float, now_s: float
     ) -> None:
-        """A sequence got `steps` tokens in `took_s` seconds beside so many running ones (itself included), while others'
-        prompts of `prefilled_tokens` were computed on its replica and each step waited `queue_s` for the experts.
+        """A sequence got `steps` tokens in `took_s` seconds beside so many running ones (itself included), while prompts
+        of others with `prefilled_tokens` were computed on its replica and each step waited `queue_s` for the experts.
         """
         prefilled = prefilled_tokens / steps
         self._steps.observe((1.0, running, prefilled), max(0.0, took_s / steps - queue_s), now_s)
@@ -105,7 +105,7 @@ class Pace:
         self._observed_s = now_s
 
     def observe_prefill(self, tokens: float, took_s: float, queue_s: float, now_s: float) -> None:
-        """A first token came `took_s` after the request was placed, with `tokens` to compute, those before it included."""
+        """A first token came `took_s` after the request was placed, with `tokens` to compute until then."""
         self._prefill.observe((1.0, tokens), max(0.0, took_s - queue_s), now_s)
 
     def step_s(self, running: float, queue_s: float) -> float:

@@ -41,13 +41,20 @@ class ReplicaChoice:
         self._index = PrefixIndex()
         self._capacity: dict[str, int] = {}  # blocks, by replica
 
-    def pick(self, ask: Ask, candidates: Sequence[Candidate]) -> str | None:
-        """The replica to send `ask` to, or None if none has a decode slot and KV room for it now."""
-        fitting = [candidate for candidate in candidates if _fits(ask, candidate)]
-        if not fitting:
+    def pick(self, ask: Ask, candidates: Sequence[Candidate], kv_tokens: int | None = None) -> str | None:
+        """The replica to send `ask` to, or None if none has a decode slot and room in its KV cache for it now.
+
+        `kv_tokens`: what it will hold there; None: as much as it may.
+        """
+        room = ask.prompt_tokens + ask.max_new_tokens if kv_tokens is None else kv_tokens
+        return self.best(ask, [candidate for candidate in candidates if _fits(ask, candidate, room)])
+
+    def best(self, ask: Ask, candidates: Sequence[Candidate]) -> str | None:
+        """The cheapest one, whether it has room or not; None of none."""
+        if not candidates:
             return None
         # Equal costs fall out differently for each request and in no order of the replicas': nobody herds.
-        best = min(fitting, key=lambda candidate: (self.cost(ask, candidate), _lot(ask, candidate.load)))
+        best = min(candidates, key=lambda candidate: (self.cost(ask, candidate), _lot(ask, candidate.load)))
         load = best.load
         self._capacity[load.replica_id] = min(_MOST_BLOCKS, load.kv_cache_tokens // _TOKENS_PER_BLOCK)
         return load.replica_id
@@ -85,13 +92,13 @@ class ReplicaChoice:
         self._capacity.pop(replica_id, None)
 
 
-def _fits(ask: Ask, candidate: Candidate) -> bool:
+def _fits(ask: Ask, candidate: Candidate, kv_tokens: int) -> bool:
     """An idle replica takes what no replica could otherwise: its engine bounds it, or refuses it with the reason."""
     if candidate.sequences == 0:
         return True
     load = candidate.load
     has_slot = candidate.sequences + ask.sequences <= load.max_num_seqs
-    return has_slot and candidate.kv_tokens + ask.prompt_tokens + ask.max_new_tokens <= load.kv_cache_tokens
+    return has_slot and candidate.kv_tokens + kv_tokens <= load.kv_cache_tokens
 
 
 def _lot(ask: Ask, load: ReplicaLoad) -> int:

@@ -55,7 +55,7 @@ class Grant:
 
     ticket: str
     replica_id: str
-    predicted_ttft_s: float  # from arrival, time already waited included
+    predicted_ttft_s: float  # when the request came, from then
     would_refuse: str | None = None  # shadow mode: the reason it would have been refused for
     limits: RateLimits | None = None
 
