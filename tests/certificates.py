@@ -66,9 +66,7 @@ class Authority:
         """A new pair and this authority as files in `folder`; what was there is replaced."""
         folder.mkdir(parents=True, exist_ok=True)
         cert_pem, key_pem = self.pair(name, begins=min(-DAY, ends - DAY), ends=ends)
-        tls = InternalTlsConfig(
-            cert_file=folder / "tls.crt", key_file=folder / "tls.key", ca_file=folder / "ca.crt"
-        )
+        tls = InternalTlsConfig(cert_file=folder / "tls.crt", key_file=folder / "tls.key", ca_file=folder / "ca.crt")
         tls.cert_file.write_bytes(cert_pem)
         tls.key_file.write_bytes(key_pem)
         tls.ca_file.write_bytes(self.pem)

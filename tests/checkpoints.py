@@ -56,16 +56,18 @@ class Shape:
         return tuple(range(first, self.num_layers + self.num_mtp_layers))
 
 
-SHAPES: MappingProxyType[str, Shape] = MappingProxyType({
-    "q_lora_groups": Shape(),
-    "no_q_lora": Shape(q_lora_rank=None),
-    "one_group": Shape(n_group=1, topk_group=1),
-    "two_shared": Shape(num_shared_experts=2, yarn=True),
-    "sixty_experts": Shape(num_experts=60, top_k=6),  # 60 experts over 7 workers: not divisible
-    "mtp": Shape(num_mtp_layers=1),
-    "fp8": Shape(hidden_size=256, moe_intermediate_size=128, fp8_experts=True),
-    "qwen3_moe": Shape(architecture="Qwen3MoeForCausalLM", n_group=1, topk_group=1, num_shared_experts=0),
-})
+SHAPES: MappingProxyType[str, Shape] = MappingProxyType(
+    {
+        "q_lora_groups": Shape(),
+        "no_q_lora": Shape(q_lora_rank=None),
+        "one_group": Shape(n_group=1, topk_group=1),
+        "two_shared": Shape(num_shared_experts=2, yarn=True),
+        "sixty_experts": Shape(num_experts=60, top_k=6),  # 60 experts over 7 workers: not divisible
+        "mtp": Shape(num_mtp_layers=1),
+        "fp8": Shape(hidden_size=256, moe_intermediate_size=128, fp8_experts=True),
+        "qwen3_moe": Shape(architecture="Qwen3MoeForCausalLM", n_group=1, topk_group=1, num_shared_experts=0),
+    }
+)
 
 
 def make_checkpoint(
@@ -209,33 +211,65 @@ class _Maker:
 def _config(shape: Shape, dtype: str) -> dict[str, object]:
     """config.json, as the model's authors publish it (the names of before transformers 5)."""
     config: dict[str, object] = {
-        "architectures": [shape.architecture], "torch_dtype": dtype, "hidden_act": "silu",
-        "hidden_size": shape.hidden_size, "intermediate_size": 2 * shape.hidden_size,
+        "architectures": [shape.architecture],
+        "torch_dtype": dtype,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": 2 * shape.hidden_size,
         "moe_intermediate_size": shape.moe_intermediate_size,
-        "num_hidden_layers": shape.num_layers, "num_attention_heads": _HEADS, "vocab_size": VOCAB_SIZE,
-        "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False,
-        "bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "rope_theta": 10000.0, "rope_scaling": None,
-        "num_experts_per_tok": shape.top_k, "norm_topk_prob": True, "use_cache": True,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": _HEADS,
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "num_experts_per_tok": shape.top_k,
+        "norm_topk_prob": True,
+        "use_cache": True,
     }
     if shape.architecture == "Qwen3MoeForCausalLM":
         return config | {
-            "model_type": "qwen3_moe", "num_experts": shape.num_experts, "num_key_value_heads": _HEADS // 2,
-            "head_dim": _HEAD_DIM, "decoder_sparse_step": 1, "mlp_only_layers": [],
+            "model_type": "qwen3_moe",
+            "num_experts": shape.num_experts,
+            "num_key_value_heads": _HEADS // 2,
+            "head_dim": _HEAD_DIM,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
         }
     config |= {
-        "model_type": "deepseek_v3", "n_routed_experts": shape.num_experts,
+        "model_type": "deepseek_v3",
+        "n_routed_experts": shape.num_experts,
         "n_shared_experts": shape.num_shared_experts,
-        "num_key_value_heads": _HEADS, "kv_lora_rank": _KV_LORA_RANK, "q_lora_rank": shape.q_lora_rank,
-        "qk_nope_head_dim": _HEAD_DIM, "qk_rope_head_dim": _ROPE_DIM, "v_head_dim": _HEAD_DIM, "n_group": shape.n_group,
-        "topk_group": shape.topk_group, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+        "num_key_value_heads": _HEADS,
+        "kv_lora_rank": _KV_LORA_RANK,
+        "q_lora_rank": shape.q_lora_rank,
+        "qk_nope_head_dim": _HEAD_DIM,
+        "qk_rope_head_dim": _ROPE_DIM,
+        "v_head_dim": _HEAD_DIM,
+        "n_group": shape.n_group,
+        "topk_group": shape.topk_group,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
         "routed_scaling_factor": 2.5,
-        "first_k_dense_replace": 1, "moe_layer_freq": 1, "num_nextn_predict_layers": shape.num_mtp_layers,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "num_nextn_predict_layers": shape.num_mtp_layers,
     }
     if shape.yarn:
         config["max_position_embeddings"] = 2048
         config["rope_scaling"] = {
-            "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "beta_fast": 32, "beta_slow": 1,
-            "mscale": 1.0, "mscale_all_dim": 1.0,
+            "type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 512,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
         }
     if shape.fp8_experts:
         linear = ["q_a_proj", "q_b_proj", "q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
@@ -243,7 +277,9 @@ def _config(shape: Shape, dtype: str) -> dict[str, object]:
         plain += [f"{mlp}.{proj}_proj" for mlp in ("mlp", "mlp.shared_experts") for proj in ("gate", "up", "down")]
         layers = range(shape.num_layers + shape.num_mtp_layers)
         config["quantization_config"] = {
-            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
             "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
             "modules_to_not_convert": [f"model.layers.{layer}.{name}" for layer in layers for name in plain],
         }

@@ -77,17 +77,28 @@ class Engine:
         start_timeout_s: float = 300,
     ) -> None:
         self._args: dict[str, Any] = {
-            "model": str(checkpoint), "dtype": dtype, "max_model_len": 256, "max_num_seqs": 32, "seed": 0,
-            "kv_cache_memory_bytes": 256 << 20, "disable_log_stats": False, "enable_prefix_caching": False,
-            **(EAGER_ARGS if eager else {}), **(engine_args or {}),
+            "model": str(checkpoint),
+            "dtype": dtype,
+            "max_model_len": 256,
+            "max_num_seqs": 32,
+            "seed": 0,
+            "kv_cache_memory_bytes": 256 << 20,
+            "disable_log_stats": False,
+            "enable_prefix_caching": False,
+            **(EAGER_ARGS if eager else {}),
+            **(engine_args or {}),
         }
         if "kv_lora_rank" in json.loads((checkpoint / "config.json").read_text()):
             self._args.setdefault("attention_config", {"backend": _MLA_BACKEND})
             if drafter := self._args.get("speculative_config"):
                 self._args["speculative_config"] = {"attention_backend": _MLA_BACKEND, **drafter}
         self._environment = {
-            **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(threads),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             **({"TORCH_COMPILE_DISABLE": "1"} if eager else {}),  # as engine_args.engine_env does
             **(environment or {}),
         }
@@ -100,8 +111,13 @@ class Engine:
         answer_read, answer_write = os.pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.engines", str(answer_write)],
-            cwd=_REPOSITORY, env=self._environment, pass_fds=(answer_write,), start_new_session=True,
-            stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT,
+            cwd=_REPOSITORY,
+            env=self._environment,
+            pass_fds=(answer_write,),
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
         )
         os.close(answer_write)
         self._answers: IO[bytes] = os.fdopen(answer_read, "rb")
@@ -113,9 +129,7 @@ class Engine:
         self.start_s = time.monotonic() - begun
         return self
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, timeout_s: float = 300
-    ) -> EngineRun:
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, timeout_s: float = 300) -> EngineRun:
         """Continue every prompt by exactly `max_tokens` greedy tokens, all prompts in one batch."""
         answer = self._ask({"prompts": [list(prompt) for prompt in prompts], "max_tokens": max_tokens}, timeout_s)
         return EngineRun(**answer)

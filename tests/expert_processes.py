@@ -56,7 +56,8 @@ class ExpertPlane:
     def engine_args(self) -> Mapping[str, Any]:
         """What makes a vLLM engine use these experts."""
         settings = {
-            "placement_file": str(self._file.path), "model_path": str(self._config.model.path),
+            "placement_file": str(self._file.path),
+            "model_path": str(self._config.model.path),
             "dispatch": self._dispatch.model_dump(mode="json"),
             "internal_tls": self._config.internal_tls and self._config.internal_tls.model_dump(mode="json"),
         }
@@ -70,8 +71,11 @@ class ExpertPlane:
             assignment = dict.fromkeys(self._spec.moe_layers, experts)
             command = [sys.executable, "-m", "tests.expert_processes", self._config.model_dump_json()]
             process = subprocess.Popen(
-                [*command, json.dumps(assignment)], cwd=_REPOSITORY, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                [*command, json.dumps(assignment)],
+                cwd=_REPOSITORY,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
             )
             worker_id = uuid.uuid4().hex
             self._processes[worker_id] = process

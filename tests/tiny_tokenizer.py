@@ -41,13 +41,26 @@ def write_tokenizer(folder: Path) -> None:
     assert tokenizer.get_vocab_size() == VOCAB_SIZE, "the text is too short for the merges"
     tokenizer.save(str(folder / "tokenizer.json"))
     bos, eos, pad = SPECIAL_TOKENS
-    _write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": pad,
-        "clean_up_tokenization_spaces": False, "chat_template": _CHAT_TEMPLATE,
-    })
-    _write_json(folder / "generation_config.json", {
-        "bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID, "do_sample": False,
-    })
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": bos,
+            "eos_token": eos,
+            "pad_token": pad,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": _CHAT_TEMPLATE,
+        },
+    )
+    _write_json(
+        folder / "generation_config.json",
+        {
+            "bos_token_id": BOS_ID,
+            "eos_token_id": EOS_ID,
+            "pad_token_id": PAD_ID,
+            "do_sample": False,
+        },
+    )
 
 
 def _write_json(path: Path, content: dict[str, object]) -> None:

@@ -178,7 +178,9 @@ class RayCluster:
         """Environment for drivers: this process's, without what points to another Ray, with what opens this one."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         return kept | {
-            "RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token,
+            "RAY_ADDRESS": self.address,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self._token,
             "RAY_USAGE_STATS_ENABLED": "0",
         }
 
@@ -190,11 +192,26 @@ class RayCluster:
     def _start(self, host: Host, node: Node, *role: str) -> subprocess.Popen[str]:
         environment = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
         command = [
-            sys.executable, "-m", "ray.scripts.scripts", "start", *role, "--node-ip-address", host.address,
-            "--temp-dir", str(self.folder / host.name), "--num-cpus", str(node.num_cpus),
-            "--resources", json.dumps(dict(node.resources)), "--object-store-memory", str(100 << 20),
-            "--labels", ",".join(f"{name}={value}" for name, value in node.labels.items()),
-            "--include-log-monitor", "false", "--disable-usage-stats",
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            *role,
+            "--node-ip-address",
+            host.address,
+            "--temp-dir",
+            str(self.folder / host.name),
+            "--num-cpus",
+            str(node.num_cpus),
+            "--resources",
+            json.dumps(dict(node.resources)),
+            "--object-store-memory",
+            str(100 << 20),
+            "--labels",
+            ",".join(f"{name}={value}" for name, value in node.labels.items()),
+            "--include-log-monitor",
+            "false",
+            "--disable-usage-stats",
         ]
         return self._network.popen(
             host, command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

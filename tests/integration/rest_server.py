@@ -6,8 +6,8 @@ The only place that says which application that is.
 from __future__ import annotations
 
 import shutil
-import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +16,14 @@ from pathlib import Path
 import ray
 from ray import serve
 
+from benchmarks.free_port import free_port
 from cluster.config import Config
+from cluster.driver import APP, GATEWAY
 from deployments.app import BuildArgs, build
 
 MODEL = "tiny"
 MAX_MODEL_LEN = 256
+READY_S = 30.0
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -30,6 +33,7 @@ class RestServer:
 
     url: str
     model: str
+    grpc: str  # host:port
 
 
 @contextmanager
@@ -41,7 +45,7 @@ def rest_server(checkpoint: Path) -> Iterator[RestServer]:
             "attention": {
                 "max_model_len": MAX_MODEL_LEN, "kv_cache_gib": 0.25, "max_num_seqs": 8, "speculative_tokens": 1,
             },
-            "gateway": {"port": _free_port(), "max_body_mib": 1},
+            "gateway": {"port": free_port(), "grpc_port": free_port(), "max_body_mib": 1},
         }
     )  # fmt: skip
     folder = Path(tempfile.mkdtemp(prefix="deepsplit-", dir="/tmp"))  # short: sockets live in it
@@ -50,17 +54,15 @@ def rest_server(checkpoint: Path) -> Iterator[RestServer]:
             address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, _temp_dir=str(folder),
             runtime_env={"env_vars": {"PYTHONPATH": str(_REPOSITORY)}},
         )  # fmt: skip
-        serve.start(http_options={"host": config.gateway.host, "port": config.gateway.port})
-        serve.run(build(BuildArgs(config=config.model_dump_json())), route_prefix="/")
-        yield RestServer(f"http://{config.gateway.host}:{config.gateway.port}", MODEL)
+        serve.start(proxy_location="Disabled")
+        serve.run(build(BuildArgs(config=config.model_dump_json())), name=APP, route_prefix=None)
+        gateway, until_s = serve.get_deployment_handle(GATEWAY, APP), time.monotonic() + READY_S
+        while not gateway.ready.remote().result(timeout_s=READY_S):
+            assert time.monotonic() < until_s, "the gateway finds no attention replica"
+            time.sleep(0.1)
+        door = config.gateway
+        yield RestServer(f"http://{door.host}:{door.port}", MODEL, f"{door.host}:{door.grpc_port}")
     finally:
         serve.shutdown()
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

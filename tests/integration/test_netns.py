@@ -99,8 +99,12 @@ def test_a_cut_cable_stops_traffic_until_it_is_restored(network: Network) -> Non
     with network.popen(there, ["python3", "-u", "-c", _ECHO], stdout=-1) as server, _killed_at_exit(server):
         assert server.stdout is not None
         assert server.stdout.readline() == "listening\n"
-        ask = ["python3", "-c", f"import socket; s = socket.create_connection(('{there.address}', 7000), 2); "
-                                "s.sendall(b'hi'); print(s.recv(9))"]
+        ask = [
+            "python3",
+            "-c",
+            f"import socket; s = socket.create_connection(('{there.address}', 7000), 2); "
+            "s.sendall(b'hi'); print(s.recv(9))",
+        ]
         assert network.run(here, ask) == "b'hi'\n"
         assert _echo(there.address) == b"hello"  # this machine reaches the hosts too
 
@@ -155,7 +159,9 @@ def test_a_ray_cluster_spans_three_hosts(network: Network) -> None:
         first, _, third = (host.address for host in network.hosts)
         assert seen == {
             "alive": sorted(host.address for host in network.hosts),
-            "driver": first, "by_resource": third, "by_label": first,
+            "driver": first,
+            "by_resource": third,
+            "by_label": first,
         }
         folder = cluster.folder
     assert not folder.exists()

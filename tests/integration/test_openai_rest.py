@@ -156,5 +156,3 @@ def test_mtp_acceptance_is_visible(client: openai.OpenAI, server: RestServer) ->
 
 def test_ready(server: RestServer) -> None:
     assert httpx.get(f"{server.url}/ready", timeout=10).status_code == 200
-
-

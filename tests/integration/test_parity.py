@@ -54,8 +54,14 @@ def _expect(reference: Reference, engine: Engine, prompts: Prompts, what: str) -
 
 
 def _expect_split(
-    reference: Reference, checkpoint: Path, folder: Path, prompts: Prompts, shares: Sequence[Sequence[float]],
-    *, experts_from: Path | None = None, engine_args: Mapping[str, Any] | None = None,
+    reference: Reference,
+    checkpoint: Path,
+    folder: Path,
+    prompts: Prompts,
+    shares: Sequence[Sequence[float]],
+    *,
+    experts_from: Path | None = None,
+    engine_args: Mapping[str, Any] | None = None,
 ) -> int:
     """Every worker set in turn behind one engine; returns how many drafted tokens were accepted."""
     with ExpertPlane(experts_from or checkpoint, folder) as plane:
@@ -117,9 +123,7 @@ class TestDemoModel:
         clearest = sorted(range(len(prompts)), key=lambda i: -min(reference.margins[i]))[:PROMPTS]
         return [prompts[i] for i in clearest], reference.only(clearest)
 
-    def test_split_and_unsplit(
-        self, demo_model: Path, case: tuple[Prompts, Reference], tmp_path: Path
-    ) -> None:
+    def test_split_and_unsplit(self, demo_model: Path, case: tuple[Prompts, Reference], tmp_path: Path) -> None:
         prompts, reference = case
         with Engine(demo_model) as unsplit:
             _expect(reference, unsplit, prompts, "unsplit")
@@ -132,9 +136,7 @@ class TestDemoModel:
         accepted = _expect_split(reference, demo_model, tmp_path, prompts, SHARES[1:2], engine_args=MTP)
         assert accepted > 100
 
-    def test_bfloat16_within_its_bound(
-        self, demo_model: Path, case: tuple[Prompts, Reference], tmp_path: Path
-    ) -> None:
+    def test_bfloat16_within_its_bound(self, demo_model: Path, case: tuple[Prompts, Reference], tmp_path: Path) -> None:
         prompts, reference = case
         sequences = [prompt + ids for prompt, ids in zip(prompts, reference.token_ids, strict=True)]
         exact = score_reference(demo_model, sequences)

@@ -46,9 +46,7 @@ def test_a_model_without_mla_keeps_vllms_choices(tmp_path: Path) -> None:
         ({}, "auto", "auto"),
     ],
 )
-def test_auto_dtype_is_the_checkpoints(
-    tmp_path: Path, hf_config: dict[str, Any], configured: str, dtype: str
-) -> None:
+def test_auto_dtype_is_the_checkpoints(tmp_path: Path, hf_config: dict[str, Any], configured: str, dtype: str) -> None:
     config = make(tmp_path, hf_config)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": configured})})
     assert engine_args(config, {}, "auto", ())["dtype"] == dtype

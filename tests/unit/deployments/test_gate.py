@@ -136,7 +136,7 @@ def test_a_client_that_leaves_around_the_decision(decision: Decision | None, tol
 
 def test_move_and_its_refusal() -> None:
     async def run() -> None:
-        door, script, _ = gate()
+        door, _, _ = gate()
         first = asyncio.create_task(door.admit(ask("a")))
         await settle()
         door.decided(granted("a"))

@@ -71,14 +71,15 @@ async def until_closed(reader: asyncio.StreamReader) -> bytes:
 
 def test_headers_without_end_are_refused_at_their_bound() -> None:
     async def huge(port: int, _: Application) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET / HTTP/1.1\r\nhost: x\r\nx-filler: ")
-        with pytest.raises(ConnectionError):
+        try:
             for _chunk in range(1000):  # 64 MB if nobody stops it
                 writer.write(b"a" * 65536)
                 await writer.drain()
-            await until_closed(reader)
-            raise AssertionError("all of it was read")
+        except ConnectionError:
+            return
+        raise AssertionError("all of it was read")
 
     talk(2, huge)
 

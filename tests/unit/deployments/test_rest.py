@@ -181,7 +181,12 @@ LIMITS = RateLimits(100, 0, 6.0, 5000, 40, 30.5)
             QuotaExceeded("never", retry_after_s=math.inf, plane="quota", reason="tokens"), 429, "rate_limit_error",
             {"x-should-retry": "false"},
         ),
-        (Draining("bye", retry_after_s=2, plane="gateway", reason="draining"), 503, "server_error", {"retry-after": "2"}),
+        (
+            Draining("bye", retry_after_s=2, plane="gateway", reason="draining"),
+            503,
+            "server_error",
+            {"retry-after": "2"},
+        ),
         (RequestTimeout("slow"), 504, "server_error", {"x-should-retry": "false"}),
         (ReplicaUnavailable("gone"), 503, "server_error", {}),
     ],
