@@ -101,19 +101,18 @@ class Directory:
     # --- attention replicas and operators ---
 
     async def introduce(self, member: AttentionMember) -> None:
-        """What an attention replica says of itself, without waiting for its next poll."""
+        """What an attention replica says of itself, with each poll and whenever it changes."""
         self._attention[member.replica_id] = (member, time.monotonic())
         self._look()
 
     async def table(self, after_epoch: int, member: AttentionMember | None = None) -> str | None:
         """The placement table as JSON once its epoch is above `after_epoch`; None after LONG_POLL_S (ask again)."""
         self._membership.saw(after_epoch)
+        if member is not None:
+            await self.introduce(member)
         deadline = time.monotonic() + LONG_POLL_S
         while True:
             now = time.monotonic()
-            if member is not None:
-                self._attention[member.replica_id] = (member, now)
-                self._look()
             for lost in self._membership.expire(now):
                 print(f"expert worker {lost.worker_id} (pid {lost.pid} on {lost.node}) fell silent", flush=True)
             table = self._membership.table(now)

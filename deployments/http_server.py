@@ -95,6 +95,7 @@ class HttpServer:
     def __init__(self, app: ASGIApp, tls: ssl.SSLContext | None = None) -> None:
         config = uvicorn.Config(
             app,
+            interface="asgi3",  # a bound method would be taken for another
             http=BoundedProtocol,
             ws="none",
             lifespan="off",

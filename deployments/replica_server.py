@@ -73,7 +73,12 @@ class ReplicaServer:
     async def _tell_load(self, receive: Receive, send: Send) -> None:
         gone = asyncio.create_task(_until_disconnect(receive))
         try:
-            load = await self._load()  # an engine that is dead from the start is an error, not an empty stream
+            try:
+                load = await self._load()
+            except Exception:
+                logger.exception("this replica takes no requests")
+                await _reply(send, 503, b"the engine is dead; this replica's log says why")
+                return
             head = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/jsonl")]}
             await send(head)
             while not gone.done() and not self._draining:

@@ -105,19 +105,22 @@ class Replicas:
 
     async def _watch(self, endpoint: ReplicaEndpoint) -> None:
         pause_s, longest_s = _RECONNECT_S
+        silent = False  # once said, a replica's absence is not said again until it was back
         while True:
             try:
                 async for load in self._listen(endpoint):
                     self._loads[endpoint.replica_id] = load
                     self._on_change()
-                    pause_s = _RECONNECT_S[0]
+                    pause_s, silent = _RECONNECT_S[0], False
                 reason = "it takes no more requests"  # those in flight may end
             except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError) as error:
                 reason = f"{type(error).__name__}: {error}"
                 for exchange in list(self._in_flight.get(endpoint.replica_id, ())):
                     exchange.abort()  # of a hung or cut-off replica they would never end by themselves
-            if self._loads.pop(endpoint.replica_id, None) is not None:
+            if not silent:
+                silent = True
                 logger.warning("attention replica %s takes no requests: %s", endpoint.replica_id, reason)
+            if self._loads.pop(endpoint.replica_id, None) is not None:
                 self._on_change()
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, longest_s)

@@ -96,8 +96,8 @@ class Pace:
     def observe_steps(
         self, steps: float, took_s: float, running: float, prefilled_tokens: float, queue_s: float, now_s: float
     ) -> None:
-        """A sequence got `steps` tokens in `took_s` seconds beside so many running ones, itself included. Meanwhile others'
-        prompts of `prefilled_tokens` were computed on its replica, and each step waited `queue_s` for the experts.
+        """A sequence got `steps` tokens in `took_s` seconds beside so many running ones, itself included. Meanwhile
+        others' prompts of `prefilled_tokens` were computed on its replica, and each step waited `queue_s` for experts.
         """
         prefilled = prefilled_tokens / steps
         self._steps.observe((1.0, running, prefilled), max(0.0, took_s / steps - queue_s), now_s)
