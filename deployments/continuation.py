@@ -72,7 +72,11 @@ def why_not(path: str, fields: Fields) -> str | None:
     if fields.get("seed") is not None and fields.get("temperature") != 0:
         return "its seed's random numbers are lost"
     for name, value in fields.items():
-        if value is None or value in _NEUTRAL.get(name, ()):
+        if value is None:
+            continue
+        # Completions take a number of log-probabilities, and 0 is still that of the token itself.
+        neutral = () if (path, name) == (COMPLETIONS, "logprobs") else _NEUTRAL.get(name, ())
+        if value in neutral:
             continue
         if name in _REASONS:
             return _REASONS[name]
@@ -95,13 +99,12 @@ class Continuation(StreamTap):
         """As `why_not`, with what the stream has shown so far."""
         if self.strange_delta:
             return "the state of the reasoning or tool call parser is lost"
-        if not self.prompt_ids:
-            return "the replica sent no token ids"
-        return why_not(self.path, self.fields)
+        why = why_not(self.path, self.fields)
+        return "the replica sent no token ids" if why is None and not self.prompt_ids else why
 
     def closing(self) -> bytes | None:
         """What is missing of a stream whose last token had come when its replica was lost; None if tokens are."""
-        if self.finish_reason is None:
+        if len(self.finished_choices) < self.choices:
             return None
         options = self.fields.get("stream_options")
         usage = b""
@@ -122,7 +125,9 @@ class Continuation(StreamTap):
         self._pending = b""
         self.failed = self.finished = False
         request: dict[str, Any] = {name: self.fields[name] for name in _CARRIED if name in self.fields}
-        bound = self.fields.get("max_completion_tokens") or self.fields.get("max_tokens")
+        bound = self.fields.get("max_tokens")
+        if self.path == CHAT:  # completions do not know the other spelling
+            bound = self.fields.get("max_completion_tokens") or bound
         if bound is None and self.path == COMPLETIONS and "max_tokens" not in self.fields:
             bound = 16  # the API's default, which an explicit null would lift
         request |= {
@@ -141,7 +146,8 @@ class Continuation(StreamTap):
         if not self._continued:
             return data
         data |= self.head
-        if isinstance(usage := data.get("usage"), dict) and self.prompt_tokens is not None:
+        if isinstance(usage := data.get("usage"), dict):
+            self.prompt_tokens = len(self.prompt_ids)  # to the new replica, what had been generated is prompt
             generated = usage.get("completion_tokens", 0) + self._kept
             data["usage"] = usage | {
                 "prompt_tokens": self.prompt_tokens,

@@ -91,14 +91,14 @@ class Relay:
             async for chunk in upstream:
                 assert isinstance(chunk, bytes), "a replica's answer has one head"
                 passed_on = self.tap.feed(chunk)
-                if self.tap.failed:
-                    raise ReplicaUnavailable(f"replica {grant.replica_id}: its engine failed")
                 self._report(grant.ticket)
                 if passed_on:
                     if not begun:  # the head waits for the first chunk: until then a loss costs the client nothing
                         begun = True
                         yield head
                     yield passed_on
+                if self.tap.failed:  # what came before the error counts as sent
+                    raise ReplicaUnavailable(f"replica {grant.replica_id}: its engine failed")
             if not self.tap.finished:
                 raise ReplicaUnavailable(f"replica {grant.replica_id} ended its stream early")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -11,6 +12,7 @@ from deployments.peek import Fields
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 _DATA = b"data: "
 _DONE = b"data: [DONE]"
+_EVENT_END = re.compile(rb"\r?\n\r?\n")
 
 
 class StreamTap:
@@ -31,7 +33,6 @@ class StreamTap:
         self.text = ""  # what the client has, of a request's only choice
         self.prompt_ids: list[int] = []
         self.generated_ids: list[int] = []
-        self.finish_reason: str | None = None
         self.strange_delta = False  # the client has more than plain text: tool calls, reasoning
         self.head: dict[str, Any] = {}  # id, created, model, object of the stream's first chunk
         self._body = body
@@ -41,6 +42,10 @@ class StreamTap:
         self._seen_prompts: set[int] = set()
         n = fields.get("n")
         self._n = n if isinstance(n, int) and n > 0 else 1
+        prompt = fields.get("prompt")
+        several = isinstance(prompt, list) and len(prompt) > 0 and not isinstance(prompt[0], int)
+        self.choices = self._n * (len(prompt) if several and isinstance(prompt, list) else 1)
+        self.finished_choices: set[int] = set()
 
     def upstream_body(self) -> bytes:
         """What the replica is sent."""
@@ -60,7 +65,10 @@ class StreamTap:
 
     def feed(self, chunk: bytes) -> bytes:
         """Bytes as the replica sent them, cut anywhere -> whole events for the client; may be empty."""
-        *events, self._pending = (self._pending + chunk).split(b"\n\n")
+        if b"\n" not in chunk:  # within a huge event, which is not searched again and again
+            self._pending += chunk
+            return b""
+        *events, self._pending = _EVENT_END.split(self._pending + chunk)
         out = [self._event(event) for event in events]
         return b"".join(event + b"\n\n" for event in out if event)
 
@@ -69,6 +77,8 @@ class StreamTap:
         return data
 
     def _event(self, event: bytes) -> bytes:
+        if self.failed:
+            return b""  # the engine ends a stream that failed as if it were complete
         if event.startswith(_DONE):
             self.finished = True
             return event
@@ -104,10 +114,11 @@ class StreamTap:
             if ids or text:
                 self.saw_token = True
                 self.generated_tokens += len(ids) if ids else 1
+            if choice.get("finish_reason") is not None:
+                self.finished_choices.add(choice.get("index", 0))
             if choice.get("index") == 0:
                 self.generated_ids += ids or ()
                 self.text += text or ""
-                self.finish_reason = choice.get("finish_reason") or self.finish_reason
             if delta is not None and any(value for key, value in delta.items() if key not in ("role", "content")):
                 self.strange_delta = True
             if ids is not None and not self._wants_ids:

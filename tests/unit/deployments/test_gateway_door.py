@@ -215,6 +215,19 @@ def test_a_loss_in_mid_stream_goes_on_elsewhere_from_what_was_sent() -> None:
     run(scenario)
 
 
+def test_what_came_in_one_packet_with_the_engines_error_is_not_lost() -> None:
+    async def scenario() -> None:
+        error = b'data: {"error": {"message": "EngineCore died", "code": 500}}\n\ndata: [DONE]\n\n'
+        rest = [event(ord("y")), event(ord("z"), finish="length"), b"data: [DONE]\n\n"]
+        world = World(Fleet([SSE, b"".join([*stream("wxyz")[:2], error])], [SSE, *rest]))
+        body = await whole(await world.door.answer(CALL))
+        assert text_of(body) == "wxyz"
+        assert body.count(b"[DONE]") == 1
+        assert world.nothing_left()
+
+    run(scenario)
+
+
 def test_what_cannot_go_on_exactly_says_why() -> None:
     async def scenario() -> None:
         world = World(Fleet([SSE, *stream("wxyz")[:2], LOST]))
