@@ -9,11 +9,13 @@ from contextlib import aclosing, suppress
 from typing import Protocol
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import DeepsplitError, RequestError, RequestTimeout, RequestTooLarge
 from deployments.door import Answer, Call, Door
@@ -57,6 +59,7 @@ class RestApi:
                 *(Route(path, self._handle) for path in GET_PATHS),
                 *(Route(path, self._handle, methods=["POST"]) for path in POST_PATHS),
             ],
+            middleware=[Middleware(_RequestIds)],
             exception_handlers={
                 DeepsplitError: _on_deepsplit_error,
                 HTTPException: _on_http_exception,
@@ -84,7 +87,7 @@ class RestApi:
             method=request.method,
             path=request.url.path,
             body=await self._read_body(request) if request.method == "POST" else b"",
-            request_id=request.headers.get("x-request-id", "")[:MAX_ID_CHARS] or uuid.uuid4().hex,
+            request_id=request.state.request_id,
             key=_key(request),
             priority=request.headers.get("x-deepsplit-priority"),
             timeout_s=_seconds(request, "x-deepsplit-timeout-s"),
@@ -121,6 +124,24 @@ class RestApi:
         return b"".join(chunks)
 
 
+class _RequestIds:
+    """Every request has an id, the client's if it sent one, and every response shows it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = Headers(scope=scope).get("x-request-id", "")[:MAX_ID_CHARS] or uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
 class _Stream(StreamingResponse):
     """Server-sent events, one chunk per token. However it ends, the generation behind it does too."""
 
@@ -148,7 +169,7 @@ async def _events(path: str, answer: Answer) -> AsyncGenerator[bytes, None]:
 async def _while_connected(request: Request, work: Awaitable[Response]) -> Response:
     """The response; a client that goes away meanwhile cancels `work`, as it would a stream that has begun."""
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(request.receive())
+    leaving = asyncio.ensure_future(_until_disconnect(request.receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
@@ -159,6 +180,11 @@ async def _while_connected(request: Request, work: Awaitable[Response]) -> Respo
             task.cancel()
         with suppress(asyncio.CancelledError, DeepsplitError):
             await working
+
+
+async def _until_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _key(request: Request) -> str | None:
