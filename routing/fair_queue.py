@@ -28,6 +28,7 @@ class _Flow:
     weight: float
     ends: float = 0.0  # virtual end of its last request
     waiting: int = 0
+    last_tag: float = -math.inf  # of its waiting requests: what is paid back to it does not let later ones pass them
     demand: Rate = field(default_factory=lambda: Rate(_DEMAND_MEMORY_S))  # slots asked for per second
 
 
@@ -62,7 +63,7 @@ class FairQueue:
     def next_tag(self, tenant: Tenant) -> float:
         """The tag that the tenant's next request will have."""
         flow = self._flows.get(tenant.name)
-        return self._now if flow is None else max(self._now, flow.ends)
+        return self._now if flow is None else self._next_tag(flow)
 
     def before(self, tag: float) -> tuple[int, int]:
         """Slots and KV tokens of the waiting requests that start before a new one with this tag."""
@@ -82,7 +83,7 @@ class FairQueue:
                 continue
             if number > _MOST_OVERTAKERS:
                 break
-            room = (tag - max(self._now, flow.ends)) * flow.weight / self._cost_per_slot
+            room = (tag - self._next_tag(flow)) * flow.weight / self._cost_per_slot
             if room > 0:
                 found += min(room, within_s * flow.demand.per_s(now_s))
         return found
@@ -111,14 +112,14 @@ class FairQueue:
         if ticket.moved:
             return
         moved_up = ticket.cost / flow.weight
-        if flow.ends > ticket.tag + moved_up and flow.waiting:
+        if flow.waiting:
             name = ticket.ask.tenant.name
             later = [
                 one for one in self if one.ask.tenant.name == name and not one.moved and one.number > ticket.number
             ]  # fmt: skip
             for one in later:
                 self._take_out(one)
-                one.tag -= moved_up
+                one.tag = flow.last_tag = max(ticket.tag, one.tag - moved_up)
                 self._insert(one, flow)
         flow.ends -= moved_up
 
@@ -132,8 +133,11 @@ class FairQueue:
         return sum(flow.demand.per_s(now_s) for flow in self._flows.values())
 
     def _tag(self, ticket: Ticket, flow: _Flow) -> None:
-        ticket.tag = max(self._now, flow.ends)
-        flow.ends = ticket.tag + ticket.cost / flow.weight
+        ticket.tag = flow.last_tag = self._next_tag(flow)
+        flow.ends = max(self._now, flow.ends) + ticket.cost / flow.weight
+
+    def _next_tag(self, flow: _Flow) -> float:
+        return max(self._now, flow.ends, flow.last_tag if flow.waiting else -math.inf)
 
     def _insert(self, ticket: Ticket, flow: _Flow) -> None:
         insort(self._order, (ticket.tag, ticket.number, ticket))
