@@ -9,9 +9,32 @@ from typing import Any
 import msgspec
 
 _REFERENCE = re.compile(r"#/components/schemas/([^\"/]+)")
+_TEXT = {"type": ["string", "null"]}
 _ERROR = {
     "description": "An error in OpenAI's shape. 429 and 503 say in `Retry-After` when to ask again.",
-    "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}},
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["error"],
+                "properties": {
+                    "error": {
+                        "type": "object",
+                        "required": ["message", "type"],
+                        "properties": {
+                            "message": {"type": "string"},
+                            "type": {"type": "string"},
+                            "param": _TEXT,
+                            # The engine's own errors have the status here, the gateway's a word.
+                            "code": {"type": ["string", "integer", "null"]},
+                            "plane": {"type": "string", "description": "What limits."},
+                            "reason": {"type": "string"},
+                        },
+                    }
+                },
+            }
+        }
+    },
 }
 
 
@@ -26,7 +49,10 @@ def gateway_document(engine: bytes, version: str, served: Collection[str], own: 
         if path in served:
             paths[path] = operations
             for operation in operations.values():
-                operation.setdefault("responses", {}).setdefault("default", _ERROR)
+                answers = operation.get("responses", {})
+                # Every error may be the gateway's, and the engine's own have the same shape.
+                good = {status: answer for status, answer in answers.items() if status.startswith("2")}
+                operation["responses"] = good | {"default": _ERROR}
     document = {
         "openapi": theirs["openapi"],
         "info": {"title": "deepsplit", "version": version},

@@ -33,7 +33,7 @@ class RestServer:
 
     url: str
     model: str
-    grpc: str  # host:port
+    grpc_address: str  # host:port
 
 
 @contextmanager
