@@ -1,4 +1,4 @@
-"""Streams a completion over gRPC: python examples/grpc_client.py "def fibonacci(n):" [--address HOST:PORT] [--key KEY]."""
+"""Streams a completion over gRPC; see --help."""
 
 from __future__ import annotations
 
