@@ -55,11 +55,8 @@ class StreamTap:
 
     def whole(self, body: bytes) -> None:
         """Take the counts from an answer that was not streamed."""
-        try:
-            answer = msgspec.json.decode(body)
-        except msgspec.DecodeError:
-            return
-        if isinstance(answer, dict):
+        answer = _json_object(body)
+        if answer is not None:
             self._take_usage(answer.get("usage"))
             self.finished = self.saw_token = True
 
@@ -85,11 +82,8 @@ class StreamTap:
         at = 0 if event.startswith(_DATA) else event.find(b"\n" + _DATA) + 1
         if at == 0 and not event.startswith(_DATA):
             return event  # a comment that keeps the connection alive
-        try:
-            data = msgspec.json.decode(event[at + len(_DATA) :])
-        except msgspec.DecodeError:
-            return event
-        if not isinstance(data, dict):
+        data = _json_object(event[at + len(_DATA) :])
+        if data is None:
             return event
         if "error" in data and "choices" not in data and self.path in (COMPLETIONS, CHAT):
             self.failed = True
@@ -159,3 +153,11 @@ class StreamTap:
                 self._take_usage(holder.get("usage"))
         if kind in ("message_stop", "response.completed", "response.incomplete", "response.failed", "error"):
             self.finished = True
+
+
+def _json_object(text: bytes) -> dict[str, Any] | None:
+    try:
+        data = msgspec.json.decode(text)
+    except (ValueError, RecursionError):  # DecodeError and UnicodeDecodeError are ValueErrors
+        return None
+    return data if isinstance(data, dict) else None
