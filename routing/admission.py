@@ -349,6 +349,10 @@ class Admission:
         slots, kv_tokens = queue.before(tag)
         for higher in self._higher(ask.priority):
             slots, kv_tokens = slots + higher.slots, kv_tokens + higher.kv_tokens
+        for one in [queue, *self._higher(ask.priority)]:
+            for moved in one.moved():
+                if not self._has_where_to_go(moved):  # it holds up nobody
+                    slots, kv_tokens = slots - moved.slots, kv_tokens - moved.kv_tokens
         if not slots and self._pick(ticket) is not None:
             return _Wait(0.0, "attention")
         first = self._until_free(ask.priority, slots + ticket.slots, kv_tokens + ticket.kv_tokens, now_s)
@@ -372,7 +376,9 @@ class Admission:
         # At least one slot: what is free is in pieces of which none is large enough.
         for_slots_s = releases.slots(taken_per_s).time_of(max(1.0, slots))
         for_kv_s = releases.kv_tokens(taken_per_s * self._next_kv.value).time_of(kv_tokens)
-        return _Wait(for_kv_s, "kv_cache") if for_kv_s > for_slots_s else _Wait(for_slots_s, self._best_step(1)[1])
+        if for_kv_s > for_slots_s or slots <= 0 < kv_tokens:
+            return _Wait(max(for_kv_s, for_slots_s), "kv_cache")
+        return _Wait(for_slots_s, self._best_step(1)[1])
 
     def _releases_now(self, now_s: float) -> Releases:
         if self._releases is None or now_s - self._releases[0] > _RELEASES_HOLD_S:

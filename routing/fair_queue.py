@@ -11,6 +11,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from routing.decayed import Rate
 from routing.request import Tenant
@@ -49,6 +50,10 @@ class FairQueue:
     def __iter__(self) -> Iterator[Ticket]:
         """In order. A copy: the queue may change meanwhile."""
         return iter([ticket for _, _, ticket in self._order])
+
+    def moved(self) -> Iterator[Ticket]:
+        """Those that ran and wait again; they stand before all others."""
+        return takewhile(lambda ticket: ticket.moved, (ticket for _, _, ticket in self._order))
 
     def last(self) -> Ticket | None:
         """The latest of the most over-served tenant. None if nobody waits but requests that were moved."""
