@@ -44,9 +44,7 @@ class _Sequence:
 class StandinReplica:
     """One replica on a port of its own, on the running event loop."""
 
-    def __init__(
-        self, replica_id: str, service: ServiceModel, name: str = MODEL, eos_every: int | None = None
-    ) -> None:
+    def __init__(self, replica_id: str, service: ServiceModel, name: str = MODEL, eos_every: int | None = None) -> None:
         """`eos_every`: one token in so many ends its sequence; None: each runs to its bound."""
         self.replica_id = replica_id
         self.engine = Engine(service)

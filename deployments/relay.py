@@ -80,7 +80,8 @@ class Relay:
             assert isinstance(head, ResponseHead), "a replica's answer begins with its head"
             if not head.content_type.startswith(SSE):
                 whole = b"".join([chunk async for chunk in upstream if isinstance(chunk, bytes)])
-                if head.status in _RETRIED_STATUS and (begun or self._resends_left):
+                elsewhere = any(load.replica_id != grant.replica_id for load in self._replicas.loads())
+                if head.status in _RETRIED_STATUS and self._resends_left and elsewhere:
                     raise ReplicaUnavailable(f"replica {grant.replica_id} answered {head.status}")
                 if begun:  # a continuation that the engine refuses
                     raise ReplicaUnavailable(f"replica {grant.replica_id} would not continue: {head.status}")
