@@ -87,6 +87,8 @@ class Replicas:
         """Break all connections."""
         for replica_id in list(self._watching):
             self._forget(replica_id)
+        for replica_id in list(self._in_flight):
+            self._abort(replica_id)  # closing the session alone leaves their readers waiting
         if self._session is not None:
             await self._session.close()
 
@@ -113,10 +115,11 @@ class Replicas:
                     self._on_change()
                     pause_s, silent = _RECONNECT_S[0], False
                 reason = "it takes no more requests"  # those in flight may end
-            except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError) as error:
+            except (
+                Exception
+            ) as error:  # whatever a broken replica provokes: a watch that died would call it live forever
                 reason = f"{type(error).__name__}: {error}"
-                for exchange in list(self._in_flight.get(endpoint.replica_id, ())):
-                    exchange.abort()  # of a hung or cut-off replica they would never end by themselves
+                self._abort(endpoint.replica_id)  # of a hung or cut-off replica they would never end by themselves
             if not silent:
                 silent = True
                 logger.warning("attention replica %s takes no requests: %s", endpoint.replica_id, reason)
@@ -130,8 +133,16 @@ class Replicas:
         timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=SILENCE_S)
         async with self._client().get(url, headers=_headers(endpoint), timeout=timeout) as response:
             response.raise_for_status()
-            async for line in response.content:
+            while True:
+                async with asyncio.timeout(SILENCE_S):  # aiohttp's own does not see a stream whose chunks are broken
+                    line = await response.content.readline()
+                if not line:
+                    return
                 yield msgspec.json.decode(line, type=ReplicaLoad)
+
+    def _abort(self, replica_id: str) -> None:
+        for exchange in list(self._in_flight.get(replica_id, ())):
+            exchange.abort()
 
     def _forget(self, replica_id: str) -> None:
         self._endpoints.pop(replica_id, None)
