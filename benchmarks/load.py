@@ -36,6 +36,7 @@ class Sent:
     ended_s: float | None = None  # None: cut off with the load
     status: int = 0
     token_s: list[float] = field(default_factory=list)  # when each token came
+    predicted_ttft_s: float | None = None  # by admission, from when it got the request
     refusal: str | None = None  # reason
     failure: str | None = None  # neither answered, refused nor cut off
 
@@ -125,6 +126,8 @@ async def closed_loop(client: Client, arrivals: Iterator[Arrival], at_once: int,
 
 def _read(sent: Sent, reply: Reply) -> None:
     sent.status = reply.status
+    if (predicted_s := reply.headers.get("x-deepsplit-predicted-ttft-s")) is not None:
+        sent.predicted_ttft_s = float(predicted_s)
     if reply.status not in (0, 200):
         error = json.loads(reply.body)["error"]
         if reply.status in (429, 503):

@@ -44,6 +44,7 @@ class Figures:
     asked: Mapping[str, int]  # by class
     reasons: Mapping[str, int]
     refusal_s: list[float]
+    errors: Mapping[str, list[tuple[float, float]]]  # by class: TTFT predicted minus actual, and relative to actual
     late_s: list[float]  # how late the generator was
     tenant_tokens: Mapping[str, int]
     failures: Mapping[str, int]
@@ -88,10 +89,21 @@ def figures(sent: Sequence[Sent], window: Window, admission: AdmissionConfig) ->
         asked=Counter(one.arrival.priority for one in due),
         reasons=Counter(one.refusal for one in refused if one.refusal is not None),
         refusal_s=[one.ended_s - one.sent_s for one in refused if one.ended_s is not None],
+        errors={name: [e for one in due if one.arrival.priority == name for e in _error(one)] for name in CLASSES},
         late_s=[one.sent_s - one.due_s for one in due],
         tenant_tokens=tenant_tokens,
         failures=Counter(one.failure for one in due if one.failure is not None),
     )
+
+
+def _error(sent: Sent) -> list[tuple[float, float]]:
+    """Seconds and share by which admission predicted too much. From when it was sent: the generator's own lateness
+    is not admission's to predict.
+    """
+    if sent.predicted_ttft_s is None or not sent.token_s:
+        return []
+    actual_s = sent.token_s[0] - sent.sent_s
+    return [(sent.predicted_ttft_s - actual_s, sent.predicted_ttft_s / actual_s - 1)]
 
 
 def jain(shares: Sequence[float]) -> float:
@@ -117,10 +129,10 @@ class Run:
 def print_load(title: str, enforced: Run, off: Run, most: float, admission: AdmissionConfig) -> None:
     """Both modes side by side. `most`: the highest goodput of any load with shedding."""
     both = (enforced.figures, off.figures)
-    print(f"\n{title}\n  {'':44}{'enforce':>36}{'off':>36}")
+    print(f"\n{title}\n  {'':52}{'enforce':>36}{'off':>36}")
 
     def row(name: str, cells: Sequence[str]) -> None:
-        print(f"  {name:44}" + "".join(f"{cell:>36}" for cell in cells))
+        print(f"  {name:52}" + "".join(f"{cell:>36}" for cell in cells))
 
     row("goodput, tokens/s (share of maximum)", [f"{one.goodput:.0f} ({one.goodput / most:.1%})" for one in both])
     row("all tokens/s", [f"{one.throughput:.0f}" for one in both])
@@ -137,6 +149,10 @@ def print_load(title: str, enforced: Run, off: Run, most: float, admission: Admi
     row(f"Jain, {' and '.join(EQUAL)}", [f"{_fairness(one):.3f}" for one in both])
     row("generator late p50 / p99 ms", [_ms(one.late_s) for one in both])
     row("failed", [", ".join(f"{n}x {why}" for why, n in one.failures.items()) or "0" for one in both])
+    for name in ("interactive", "batch"):
+        errors = enforced.figures.errors[name]
+        row(f"{name}: TTFT predicted - actual, p1 / p50 / p99", [_spread([s for s, _ in errors], "{:+.2f}", " s"), "-"])
+        row("  of actual", [_spread([share for _, share in errors], "{:+.0%}"), "-"])
     row("cores used", [" ".join(f"{name} {cores:.2f}" for name, cores in one.cpu.items()) for one in (enforced, off)])
 
 
@@ -160,6 +176,12 @@ def print_verdict(enforced: Sequence[Figures], capacity: float, admission: Admis
 
 def _fairness(one: Figures) -> float:
     return jain([one.tenant_tokens.get(name, 0) for name in EQUAL])
+
+
+def _spread(values: Sequence[float], form: str, unit: str = "") -> str:
+    if not values:
+        return "-"
+    return " / ".join(form.format(quantile(values, share)) for share in (0.01, 0.5, 0.99)) + unit
 
 
 def _ms(values: Sequence[float]) -> str:

@@ -146,6 +146,8 @@ class GatewayDoor:
                 self._prompt_size.learn(len(outline.prompt_text), tap.prompt_tokens)
 
         headers = rate_limit_headers(grant.limits) | {"x-request-id": call.request_id}
+        if grant.predicted_ttft_s > 0:  # `admission.mode: off` predicts nothing
+            headers["x-deepsplit-predicted-ttft-s"] = f"{grant.predicted_ttft_s:.3f}"
         return await _open(relay.run(grant), deadline, headers, ended)
 
     def _ask(self, call: Call, tenant: Tenant, outline: Peek) -> Ask:

@@ -155,6 +155,7 @@ def test_a_stream_passes_through_and_what_was_added_for_us_does_not() -> None:
         world = World(Fleet([SSE, *stream("wxyz")]))
         answer = await world.door.answer(CALL)
         assert (answer.status, answer.headers["x-request-id"]) == (200, "r1")
+        assert float(answer.headers["x-deepsplit-predicted-ttft-s"]) >= 0
         body = await whole(answer)
         assert text_of(body) == "wxyz"
         assert body.endswith(b"data: [DONE]\n\n")
