@@ -24,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("no_leftovers")
 
 MODEL = "standin"
 AT_ONCE = 20
-# Between two equal rounds, after some that fill caches and arenas (flat from the fifth on). The allocator gives back late; a leak of one
-# connection's buffers per attack would be several times as much.
+# Between two equal rounds, after some that fill caches and arenas. The allocator gives back late;
+# a leak of one connection's buffers per attack would be several times as much.
 GROWTH_BYTES = 8 * 2**20
 SERVICE = ServiceModel(slots=512, kv_cache_tokens=2**22, base_s=0.005, sequence_s=0.0, prefill_tokens_per_s=1e6)
 
