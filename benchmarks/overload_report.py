@@ -129,10 +129,10 @@ class Run:
 def print_load(title: str, enforced: Run, off: Run, most: float, admission: AdmissionConfig) -> None:
     """Both modes side by side. `most`: the highest goodput of any load with shedding."""
     both = (enforced.figures, off.figures)
-    print(f"\n{title}\n  {'':52}{'enforce':>36}{'off':>36}")
+    print(f"\n{title}\n  {'':52}{'enforce':>42}{'off':>42}")
 
     def row(name: str, cells: Sequence[str]) -> None:
-        print(f"  {name:52}" + "".join(f"{cell:>36}" for cell in cells))
+        print(f"  {name:52}" + "".join(f"{cell:>42}" for cell in cells))
 
     row("goodput, tokens/s (share of maximum)", [f"{one.goodput:.0f} ({one.goodput / most:.1%})" for one in both])
     row("all tokens/s", [f"{one.throughput:.0f}" for one in both])
