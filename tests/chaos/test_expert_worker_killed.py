@@ -31,7 +31,7 @@ def cli(no_leftovers: None, demo_model: Path, tmp_path_factory: pytest.TempPathF
             "model": {"path": str(demo_model), "name": "demo", "dtype": "float32"},
             "attention": {"kv_cache_gib": 0.25, "speculative_tokens": 1, "max_model_len": 1024},
             "experts": {"workers": 2},
-            "gateway": {"port": free_port()},
+            "gateway": {"port": free_port(), "grpc_port": free_port()},
         }
         made.up(made.write_config(config))
         yield made
