@@ -25,6 +25,14 @@ KEEP_ALIVE_S = 75
 _BACKLOG = 2048
 
 
+def _not_a_cancellation(record: logging.LogRecord) -> bool:
+    """Requests that are cut off when the grace is over are no bugs, and need no traceback each."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
+logging.getLogger("uvicorn.error").addFilter(_not_a_cancellation)
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 with the three bounds that it lacks: header size, header time, time without a read."""
 
