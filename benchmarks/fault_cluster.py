@@ -7,6 +7,7 @@ import os
 import random
 import secrets
 import signal
+import socket
 import tempfile
 import time
 import urllib.request
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.free_port import free_port
 from benchmarks.gateway_process import GatewayProcess
 from benchmarks.service_model import ServiceModel
 from benchmarks.standin_fleet import Standin, StandinFleet
@@ -36,21 +36,28 @@ class FaultCluster:
         self._replicas: dict[str, StandinFleet] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="deepsplit-")
         model = write_model(Path(self._folder.name))
-        self._configs = [_config(model, gateways) for _ in range(gateways)]
+        self._held: list[socket.socket] = []
+        self._configs = [self._config(model, gateways) for _ in range(gateways)]
         self._admission: GatewayProcess | None = None
         self._gateways: list[GatewayProcess | None] = [None] * gateways
         self.urls = [f"http://127.0.0.1:{config.gateway.port}" for config in self._configs]
-        for _ in range(replicas):
-            self._add_replica()
-        self._admission = self._start_admission()
-        for index in range(gateways):
-            self.start_gateway(index)
+        try:
+            for _ in range(replicas):
+                self._add_replica()
+            self._admission = self._start_admission()
+            for index in range(gateways):
+                self.start_gateway(index)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End everything at once."""
         for process in (*self._gateways, self._admission, *self._replicas.values()):
             if process is not None:
                 process.kill()
+        for held in self._held:
+            held.close()
         self._folder.cleanup()
 
     def start_gateway(self, index: int) -> None:
@@ -91,6 +98,24 @@ class FaultCluster:
         assert process is not None
         return process
 
+    def _config(self, model: Path, gateways: int) -> Config:
+        ports = {"port": self._hold_port(), "grpc_port": self._hold_port()}
+        return Config.model_validate(
+            {
+                "model": {"path": str(model), "name": MODEL},
+                "gateway": ports | {"replicas": gateways, "drain_timeout_s": 20},
+            }
+        )
+
+    def _hold_port(self) -> int:
+        """Bound, not listening: nobody else gets the port while its gateway is dead. Gateways share their ports."""
+        held = socket.socket()
+        self._held.append(held)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])
+
     def _add_replica(self) -> None:
         name = f"r{next(self._names)}"
         self._replicas[name] = StandinFleet([Standin(name, self._service, MODEL, None)])
@@ -119,12 +144,3 @@ def _requests_at(endpoint: ReplicaEndpoint) -> int:
     with urllib.request.urlopen(request, timeout=10) as answer:
         load = msgspec.json.decode(answer.readline(), type=ReplicaLoad)
     return load.running + load.waiting
-
-
-def _config(model: Path, gateways: int) -> Config:
-    return Config.model_validate(
-        {
-            "model": {"path": str(model), "name": MODEL},
-            "gateway": {"port": free_port(), "grpc_port": free_port(), "replicas": gateways, "drain_timeout_s": 20},
-        }
-    )

@@ -181,12 +181,16 @@ class RemoteAdmission:
     """
 
     def __init__(self) -> None:
-        self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
 
     async def events(self) -> AsyncIterator[bytes]:
         """What goes out, for the stream."""
-        while True:
-            yield await self._outbox.get()
+        while (message := await self._outbox.get()) is not None:
+            yield message
+
+    def close(self) -> None:
+        """End `events`: grpc leaves the task that reads them waiting when a stream breaks."""
+        self._outbox.put_nowait(None)
 
     def offer(self, ask: Ask) -> None:
         self._send(Offer(ask))
@@ -277,7 +281,10 @@ class FleetAdmission:
             self.connected = True
             self._gate.decide_by(remote)
             logger.info("common admission reached at %s", address)
-            async for message in call:
-                self._gate.decided(decode_decision(message))
-                if self._moved.is_set():
-                    return
+            try:
+                async for message in call:
+                    self._gate.decided(decode_decision(message))
+                    if self._moved.is_set():
+                        return
+            finally:
+                remote.close()

@@ -29,8 +29,8 @@ SHARES: Sequence[Sequence[float]] = ([1], [3, 1], [1, 2, 4])
 # 60 experts on 7 workers: 9 or 8 each.
 SEVEN: Sequence[Sequence[float]] = ([1] * 7,)
 MTP: Mapping[str, Any] = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
-# Seed 0 has a step whose last chosen expert leads the next one by 5e-7: which of them wins depends on the processor. With
-# seed 2 the narrowest of all routing choices is 5e-5.
+# Seed 0 has a step whose last chosen expert leads the next one by 5e-7: which one wins depends on the processor. The
+# narrowest routing choice of seed 2 is 5e-5.
 PROMPT_SEEDS: Mapping[str, int] = {"qwen3_moe": 2}
 # Two float32 programs of this size differ by about 3e-5 in log-probability; a margin below that would be luck.
 MIN_MARGIN, MAX_LOGPROB_DIFFERENCE = 1e-4, 2e-4
