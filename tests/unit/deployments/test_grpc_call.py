@@ -240,7 +240,7 @@ def test_a_fault_of_ours_says_nothing_of_itself() -> None:
     [
         ((("x-deepsplit-ttft-s", "soon"),), None, grpc.StatusCode.INVALID_ARGUMENT),
         ((("x-deepsplit-ttft-s", "-1"),), None, grpc.StatusCode.INVALID_ARGUMENT),
-        ((), 0.0, grpc.StatusCode.DEADLINE_EXCEEDED),
+        ((), -1.0, grpc.StatusCode.DEADLINE_EXCEEDED),
     ],
 )
 def test_calls_that_cannot_begin(
