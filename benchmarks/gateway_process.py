@@ -146,7 +146,8 @@ async def _admission(task: Task, told: _Told, stop: asyncio.Event) -> None:
     config = Config.model_validate_json(task.config)
     assert task.token is not None
     server = AdmissionServer(config.admission, time.monotonic, task.token, config.internal_tls)
-    replicas = Replicas(config.internal_tls, lambda: server.fleet(replicas.loads()))
+    silence_s = config.gateway.replica_timeout_s
+    replicas = Replicas(config.internal_tls, silence_s, lambda: server.fleet(replicas.loads()))
     replicas.set_endpoints(task.endpoints)
     print(await server.start("127.0.0.1"), flush=True)
     following = asyncio.create_task(told.follow(lambda update: replicas.set_endpoints(update.endpoints)))

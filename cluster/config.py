@@ -181,6 +181,8 @@ class GatewayConfig(Section):
     request_timeout_s: float = Field(600.0, gt=0, description="Longest life of one request.")
     drain_timeout_s: float = Field(30.0, ge=0, description="How long a stopping gateway lets running requests end "
                                                            "before it ends them with an error.")
+    replica_timeout_s: float = Field(5.0, gt=0, description="Silence after which an attention replica is taken as lost "
+                                                            "(hung, or cut off).")
     max_resends: int = Field(2, ge=0, description="How often one request may be sent to another attention replica "
                                                   "after the one that had it was lost.")
 

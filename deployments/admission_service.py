@@ -34,7 +34,7 @@ class AdmissionService:
         token = secrets.token_hex(32)
         self._directory = directory
         self._server = AdmissionServer(config.admission, time.monotonic, token, config.internal_tls)
-        self._replicas = Replicas(config.internal_tls, self._on_loads)
+        self._replicas = Replicas(config.internal_tls, config.gateway.replica_timeout_s, self._on_loads)
         # A cluster of our own is this machine alone.
         host = "127.0.0.1" if config.ray.address is None else ray.util.get_node_ip_address()
         self._endpoint = AdmissionEndpoint(await self._server.start(host), token)

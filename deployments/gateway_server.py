@@ -53,7 +53,7 @@ class GatewayServer:
             self._fleet = FleetAdmission(self.gate, self._decide_alone, config.internal_tls)
         else:
             self.gate.decide_by(self._local)
-        self._replicas = Replicas(config.internal_tls, self._on_loads)
+        self._replicas = Replicas(config.internal_tls, gateway.replica_timeout_s, self._on_loads)
         tokens = ModelTokens(config.model.path)
         self.door = GatewayDoor(self.model, gateway, self._tenants, self.gate, self._replicas, tokens)
         rest = RestApi(self.door, gateway.max_body_mib * 2**20, self._status, self._openapi)

@@ -16,7 +16,6 @@ from deployments.fleet import ReplicaEndpoint, ResponseHead
 from routing.request import ReplicaLoad
 from routing.tls import internal_client_ssl_context
 
-SILENCE_S = 2.0  # a replica that says nothing for this long takes no requests
 CONNECT_TIMEOUT_S = 2.0
 _RECONNECT_S = (0.1, 2.0)  # first and longest pause
 _READ_BUFFER_BYTES = 256 * 1024
@@ -27,9 +26,12 @@ logger = logging.getLogger("ray.serve")
 class Replicas:
     """Live replicas and their loads; requests on their way. Belongs to one event loop."""
 
-    def __init__(self, tls: InternalTlsConfig | None, on_change: Callable[[], None]) -> None:
-        """`on_change` is called whenever `loads()` would answer differently."""
+    def __init__(self, tls: InternalTlsConfig | None, silence_s: float, on_change: Callable[[], None]) -> None:
+        """A replica that says nothing for `silence_s` takes no requests. `on_change` is called whenever `loads()` would
+        answer differently.
+        """
         self._on_change = on_change
+        self._silence_s = silence_s
         self._tls = tls
         self._session: aiohttp.ClientSession | None = None
         self._endpoints: dict[str, ReplicaEndpoint] = {}
@@ -130,11 +132,11 @@ class Replicas:
 
     async def _listen(self, endpoint: ReplicaEndpoint) -> AsyncGenerator[ReplicaLoad, None]:
         url = endpoint.url + "/deepsplit/load"
-        timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=SILENCE_S)
+        timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=self._silence_s)
         async with self._client().get(url, headers=_headers(endpoint), timeout=timeout) as response:
             response.raise_for_status()
             while True:
-                async with asyncio.timeout(SILENCE_S):  # aiohttp's own does not see a stream whose chunks are broken
+                async with asyncio.timeout(self._silence_s):  # aiohttp's own does not see a stream whose chunks are broken
                     line = await response.content.readline()
                 if not line:
                     return

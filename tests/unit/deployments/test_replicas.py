@@ -40,7 +40,6 @@ def fleet() -> Iterator[StandinFleet]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas_module, "SILENCE_S", 1.0)
     monkeypatch.setattr(replicas_module, "_RECONNECT_S", (0.05, 0.2))
 
 
@@ -52,7 +51,7 @@ class World:
     replicas: Replicas = field(init=False)
 
     def __post_init__(self) -> None:
-        self.replicas = Replicas(None, self._changed)
+        self.replicas = Replicas(None, 1.0, self._changed)
 
     def _changed(self) -> None:
         self.changes += 1
