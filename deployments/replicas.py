@@ -136,7 +136,8 @@ class Replicas:
         async with self._client().get(url, headers=_headers(endpoint), timeout=timeout) as response:
             response.raise_for_status()
             while True:
-                async with asyncio.timeout(self._silence_s):  # aiohttp's own does not see a stream whose chunks are broken
+                # aiohttp's own does not see a stream whose chunks are broken
+                async with asyncio.timeout(self._silence_s):
                     line = await response.content.readline()
                 if not line:
                     return
