@@ -3,7 +3,10 @@
 The launcher names it by import string, `deployments.app:build`, as `serve run` and a RayService do.
 """
 
-from pydantic import BaseModel, ConfigDict
+import json
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 from ray import serve
 
 from cluster.config import Config
@@ -14,17 +17,23 @@ from deployments.expert_worker import expert_deployment
 from deployments.gateway import gateway_deployment
 
 
+def _parsed(config: object) -> object:
+    return json.loads(config) if isinstance(config, str) else config
+
+
 class BuildArgs(BaseModel):
-    """What `serve run` passes on."""
+    """What `serve run` passes on: a whole Config, as JSON in a string or as the mapping itself, as a Serve
+    configuration file has it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    config: str  # a whole Config as JSON
+    config: Annotated[Config, BeforeValidator(_parsed)]
 
 
 def build(args: BuildArgs) -> serve.Application:
     """gateway -> attention -> directory <- experts; several gateways share one admission."""
-    config = Config.model_validate_json(args.config)
+    config = args.config
     directory = directory_deployment(config)
     experts = expert_deployment(config, directory)
     attention = attention_deployment(config, directory)
