@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ray import serve
@@ -71,6 +71,7 @@ class Directory:
         self._gateways: dict[str, tuple[GatewayMember, float]] = {}
         self._admission: AdmissionEndpoint | None = None
         self._draining = False
+        self._leaving: set[str] = set()  # nodes that are about to go
         self._view = FleetView(time.time_ns(), (), None, False)  # never a version of an earlier directory
         self._viewed = asyncio.Event()
 
@@ -151,10 +152,13 @@ class Directory:
 
     async def gateway(self, member: GatewayMember, after_version: int) -> FleetView | None:
         """The fleet once its version is not `after_version`; None after LONG_POLL_S (ask again). While draining: at
-        once, so that `drain` sees each gateway's progress.
+        once, so that `drain` and `leave_node` see each gateway's progress.
         """
         self._gateways[member.gateway_id] = (member, time.monotonic())
-        return self._view if self._draining else await self._next_view(after_version)
+        if not self._draining and member.node not in self._leaving:
+            view = await self._next_view(after_version)
+            return view if view is None or member.node not in self._leaving else replace(view, draining=True)
+        return replace(self._view, draining=True)
 
     async def admission(self, endpoint: AdmissionEndpoint, after_version: int) -> FleetView | None:
         """As `gateway`, for the common admission, which says where it listens."""
@@ -166,9 +170,27 @@ class Directory:
         """Have every gateway refuse new requests; returns how many they still hold. Ask again until it is 0."""
         self._draining = True
         self._look()
+        return _still_open(self._live_gateways())
+
+    async def leave_node(self, node: str) -> int:
+        """Have the gateways on `node` refuse new requests, and give its attention replicas none. Returns how many
+        requests still need the node; ask again until it is 0. A node with neither is needed as long as a gateway that
+        is leaving has requests: then the whole cluster may be going.
+        """
+        self._leaving.add(node)
+        self._look()
+        gateways = self._live_gateways()
+        here = [m for m in gateways if m.node == node]
+        if here:
+            return _still_open(here)
+        replicas = {m.replica_id for m in self._live_attention(time.monotonic()) if m.node == node}
+        if replicas:
+            return sum(m.in_flight.get(replica_id, 0) for m in gateways for replica_id in replicas)
+        return _still_open([m for m in gateways if m.node in self._leaving])
+
+    def _live_gateways(self) -> list[GatewayMember]:
         now = time.monotonic()
-        live = [m for m, heard in self._gateways.values() if now - heard < _POLLS_UNTIL_LOST * LONG_POLL_S]
-        return sum(m.open_requests if m.draining else max(1, m.open_requests) for m in live)
+        return [m for m, heard in self._gateways.values() if now - heard < _POLLS_UNTIL_LOST * LONG_POLL_S]
 
     async def _next_view(self, after_version: int) -> FleetView | None:
         deadline = time.monotonic() + LONG_POLL_S
@@ -183,7 +205,7 @@ class Directory:
     def _look(self) -> int:
         """Bring the view up to date; returns its version."""
         endpoints = tuple(
-            ReplicaEndpoint(m.replica_id, m.url, m.token, m.pid, m.node)
+            ReplicaEndpoint(m.replica_id, m.url, m.token, m.pid, m.node, m.node in self._leaving)
             for m in self._live_attention(time.monotonic())
             if m.state == "ready"
         )
@@ -202,6 +224,11 @@ class Directory:
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _still_open(gateways: Sequence[GatewayMember]) -> int:
+    """Requests of gateways that are to drain; one that does not know of it yet may still take some."""
+    return sum(m.open_requests if m.draining else max(1, m.open_requests) for m in gateways)
 
 
 def directory_deployment(config: Config) -> serve.Application:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -19,7 +20,9 @@ class GatewayMember:
 
     gateway_id: str
     pid: int
+    node: str
     open_requests: int
+    in_flight: Mapping[str, int]  # requests that attention replicas have of this gateway, by replica id
     draining: bool
 
 
@@ -32,6 +35,7 @@ class ReplicaEndpoint:
     token: str  # bearer token that its private port wants
     pid: int
     node: str
+    leaving: bool = False  # its node is about to go: what it has may end, nothing new
 
 
 @dataclass(frozen=True)

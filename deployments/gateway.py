@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -62,10 +63,11 @@ class Gateway:
 
     async def _follow(self) -> None:
         """Keeps up with the directory, by long poll; one that is away leaves everything as it is."""
-        gateway_id, version = f"gateway-{uuid.uuid4().hex[:8]}", -1
+        gateway_id, node, version = f"gateway-{uuid.uuid4().hex[:8]}", ray.util.get_node_ip_address(), -1
         while True:
-            door = self._server.door
-            member = GatewayMember(gateway_id, os.getpid(), door.open_requests, self._draining is not None)
+            server, draining = self._server, self._draining is not None
+            open_requests, in_flight = server.door.open_requests, server.in_flight()
+            member = GatewayMember(gateway_id, os.getpid(), node, open_requests, in_flight, draining)
             try:
                 view: FleetView | None = await self._directory.gateway.remote(member, version)
                 if view is not None:

@@ -70,6 +70,10 @@ class GatewayServer:
             await self._grpc.start()
         self._ticking = asyncio.create_task(self._tick())
 
+    def in_flight(self) -> dict[str, int]:
+        """Requests that attention replicas have, by replica id."""
+        return self._replicas.in_flight()
+
     def set_endpoints(self, endpoints: Sequence[ReplicaEndpoint]) -> None:
         """The attention replicas that there are."""
         self._replicas.set_endpoints(endpoints)

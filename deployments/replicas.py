@@ -44,7 +44,9 @@ class Replicas:
         it takes requests: a directory that has just been restarted knows nobody yet.
         """
         for endpoint in endpoints:
-            if self._endpoints.get(endpoint.replica_id) != endpoint:
+            if endpoint.leaving:
+                self._forget(endpoint.replica_id)  # what is in flight goes on
+            elif self._endpoints.get(endpoint.replica_id) != endpoint:
                 self._forget(endpoint.replica_id)
                 self._endpoints[endpoint.replica_id] = endpoint
                 self._watching[endpoint.replica_id] = asyncio.create_task(self._watch(endpoint))
@@ -55,6 +57,10 @@ class Replicas:
     def loads(self) -> list[ReplicaLoad]:
         """What each live replica last said."""
         return list(self._loads.values())
+
+    def in_flight(self) -> dict[str, int]:
+        """Requests on their way, by replica."""
+        return {replica_id: len(exchanges) for replica_id, exchanges in self._in_flight.items()}
 
     async def send(
         self, replica_id: str, method: str, path: str, body: bytes, request_id: str

@@ -248,6 +248,21 @@ def test_what_the_directory_forgets_stays_while_it_answers(fleet: StandinFleet) 
     run(scenario)
 
 
+def test_a_replica_whose_node_leaves_ends_what_it_has_and_gets_nothing_new(fleet: StandinFleet) -> None:
+    async def scenario(world: World) -> None:
+        world.replicas.set_endpoints(fleet.endpoints)
+        await world.until("a")
+        body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 40, "stream": True}).encode()
+        task = await world.running(body)
+        world.replicas.set_endpoints([replace(endpoint, leaving=True) for endpoint in fleet.endpoints])
+        assert world.live() == []  # although it says that it takes requests
+        assert world.replicas.in_flight() == {"a": 1}
+        assert (await task).endswith(b"data: [DONE]\n\n")
+        assert world.replicas.in_flight() == {}
+
+    run(scenario)
+
+
 def test_closing_breaks_off_what_runs(fleet: StandinFleet) -> None:
     async def scenario(world: World) -> None:
         world.replicas.set_endpoints(fleet.endpoints)

@@ -1,0 +1,66 @@
+"""Before a pod or a host goes: `python -m deployments.node_drain --wait-s 600` on it, as Kubernetes' preStop hook does.
+
+The gateways on this node refuse what is new, its attention replicas get nothing new, and the command waits until
+nothing that runs needs the node any more. Connects to the node's own Ray, with the token in its environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from cluster.driver import APP
+from deployments.directory import NAME as DIRECTORY
+
+SETTLE_S = 5.0  # until load balancers have heard that this pod takes no more connections
+_POLL_S = 0.5
+_AWAY_S = 10.0  # a directory that is away for longer has nobody left to protect
+_CALL_TIMEOUT_S = 5.0
+
+
+def drain(
+    still_open: Callable[[], int], wait_s: float, monotonic: Callable[[], float], sleep: Callable[[float], None]
+) -> str:
+    """Ask until `still_open()` says 0; returns how it ended. Gives up after `wait_s`, and when the directory has not
+    answered for a while.
+    """
+    deadline = monotonic() + wait_s
+    sleep(min(SETTLE_S, wait_s))
+    answered, left = monotonic(), -1
+    while True:
+        try:
+            left, answered = still_open(), monotonic()
+        except Exception as error:  # Ray raises many kinds; each means that nobody answers
+            if monotonic() - answered > _AWAY_S:
+                return f"the directory is away ({type(error).__name__}): nothing to wait for"
+        if left == 0:
+            return "drained"
+        if monotonic() >= deadline:
+            return f"{left} request(s) still open after {wait_s:g} s: going all the same"
+        sleep(_POLL_S)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fails if Ray is not there."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--wait-s", type=float, required=True, help="longest wait, in seconds")
+    wait_s = parser.parse_args(arguments).wait_s
+
+    import ray
+    from ray import serve
+
+    ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), namespace="serve", log_to_driver=False)
+    node = ray.util.get_node_ip_address()
+
+    def still_open() -> int:
+        # Looked up each time: a directory that was restarted has a new handle.
+        handle = serve.get_deployment_handle(DIRECTORY, APP)
+        return int(handle.leave_node.remote(node).result(timeout_s=_CALL_TIMEOUT_S))
+
+    print(f"node {node}: {drain(still_open, wait_s, time.monotonic, time.sleep)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
