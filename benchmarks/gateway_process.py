@@ -24,6 +24,7 @@ from deployments.fleet import AdmissionEndpoint, ReplicaEndpoint
 from deployments.fleet_admission import AdmissionServer
 from deployments.gateway_server import GatewayServer
 from deployments.replicas import Replicas
+from monitoring.exporter import ProcessRegistry
 
 START_S = 60.0
 
@@ -121,7 +122,7 @@ async def _gateway(task: Task, told: _Told, stop: asyncio.Event) -> None:
     async def status() -> dict[str, object]:
         return {}
 
-    server = GatewayServer(config, status)
+    server = GatewayServer(config, status, ProcessRegistry())
     await server.start()
     server.set_endpoints(task.endpoints)
     if task.admission is not None:

@@ -223,6 +223,18 @@ class AdmissionConfig(Section):
     max_waiting: int = Field(512, ge=0, description="Most requests that wait for an attention replica, fleet-wide.")
 
 
+class MonitoringConfig(Section):
+    """What operators see (docs/observability.md)."""
+
+    port: int = Field(9400, ge=0, le=65472, description="First port for scrape targets: each process takes the first "
+                                                        "free one of 64 from here on; 0: any free port.")
+    host: str | None = Field(None, description="Address that scrape targets listen on; loopback on a local cluster, "
+                                               "the node's own address on a joined one, if not set.")
+    expert_load: Literal["top", "full"] = Field(
+        "top", description="Per-expert metrics: the fullest 8 experts of each layer, or the full matrix of layers and "
+                           "experts (a DeepSeek-V3: 29,696 series more per attention replica).")
+
+
 class InternalTlsConfig(Section):
     """Mutual TLS between gateway, attention replicas and expert workers. Changed files serve new connections."""
 
@@ -254,9 +266,16 @@ class Config(Section):
     dispatch: DispatchConfig = Field(default_factory=DispatchConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
+    monitoring: MonitoringConfig = Field(default_factory=MonitoringConfig)
     internal_tls: InternalTlsConfig | None = Field(
         None, description="Mutual TLS inside the cluster; plain TCP if not set.")
     ray: RayConfig = Field(default_factory=RayConfig)
+
+    def own_host(self, node: str) -> str:
+        """Address for ports that only the cluster needs, on the host with address `node`: a cluster of our own is this
+        machine alone.
+        """
+        return "127.0.0.1" if self.ray.address is None else node
 
     @property
     def stop_within_s(self) -> float:

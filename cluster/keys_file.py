@@ -66,6 +66,7 @@ class TenantEntry(Section):
     requests_per_minute: int | None = Field(None, ge=1, strict=True)
     tokens_per_minute: int | None = Field(None, ge=1, strict=True)  # prompt plus generated
     max_streams: int | None = Field(None, ge=1, strict=True)  # in flight at once, fleet-wide
+    operator: bool = Field(False, strict=True)  # may read the cluster's metrics and service discovery
 
     @model_validator(mode="after")
     def _may_do_something(self) -> Self:

@@ -18,6 +18,8 @@ from cluster.config import Config
 from deployments.fleet import AdmissionEndpoint, FleetView
 from deployments.fleet_admission import AdmissionServer
 from deployments.replicas import Replicas
+from deployments.scrape import scrape_process
+from monitoring.exporter import ProcessRegistry
 
 NAME = "admission"
 _RETRY_S = 0.5
@@ -35,9 +37,10 @@ class AdmissionService:
         self._directory = directory
         self._server = AdmissionServer(config.admission, time.monotonic, token, config.internal_tls)
         self._replicas = Replicas(config.internal_tls, config.gateway.replica_timeout_s, self._on_loads)
-        # A cluster of our own is this machine alone.
-        host = "127.0.0.1" if config.ray.address is None else ray.util.get_node_ip_address()
-        self._endpoint = AdmissionEndpoint(await self._server.start(host), token)
+        node = ray.util.get_node_ip_address()
+        self._scrape = scrape_process(ProcessRegistry(), "admission", "", node, config)
+        address = await self._server.start(config.own_host(node))
+        self._endpoint = AdmissionEndpoint(address, token)
         self._following = asyncio.create_task(self._follow())
 
     async def check_health(self) -> None:
@@ -52,7 +55,9 @@ class AdmissionService:
         version = -1
         while True:
             try:
-                view: FleetView | None = await self._directory.admission.remote(self._endpoint, version)
+                view: FleetView | None = await self._directory.admission.remote(
+                    self._endpoint, self._scrape.target, version
+                )
                 if view is not None:
                     version = view.version
                     self._replicas.set_endpoints(view.endpoints)
@@ -67,6 +72,7 @@ class AdmissionService:
                 await following
             await self._server.stop()
             await self._replicas.close()
+            self._scrape.stop()
 
 
 def admission_deployment(config: Config, directory: serve.Application) -> serve.Application:

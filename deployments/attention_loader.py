@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Generator
@@ -9,6 +10,7 @@ from collections.abc import Generator
 import torch
 from safetensors import SafetensorError, safe_open
 from vllm.config import ModelConfig, VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
@@ -18,6 +20,11 @@ from cluster.model import is_routed_expert, load_checkpoint_index, load_model_sp
 from deployments.expert_weights import DTYPES
 from deployments.parent_watch import end_with_parent
 from deployments.remote_experts import RemoteExpertsSettings, RemoteRoutedExperts, settings_of
+from deployments.scrape import ProcessScrape, write_scrape_file
+from monitoring.dispatch_meter import DispatchMeter
+from monitoring.expert_load import ExpertLoad
+from monitoring.exporter import ProcessRegistry
+from monitoring.metrics import DispatchMetrics
 from routing.client import ExpertClient, ExpertShape
 from routing.expert_load import ExpertLoadFile
 from routing.grpc_channel import model_id
@@ -49,10 +56,11 @@ class AttentionOnlyLoader(DefaultModelLoader):
                 f"model cannot be split"
             )
         end_with_parent()
-        client = _client(settings, model_config.dtype)
         _wait_for_experts(settings, sorted(layer.layer_index for layer in layers))
-        for layer in layers:
-            layer.client = client
+        if get_tensor_model_parallel_rank() == 0:  # the only one that dispatches
+            client = _client(settings, model_config.dtype)
+            for layer in layers:
+                layer.client = client
         return model
 
     def get_all_weights(
@@ -92,14 +100,19 @@ def _wait_for_experts(settings: RemoteExpertsSettings, layers: list[int]) -> Non
         time.sleep(0.1)
 
 
+@functools.cache
 def _client(settings: RemoteExpertsSettings, model_dtype: torch.dtype) -> ExpertClient:
+    """One per process: the main model and its MTP layer share streams, metrics and their scrape target."""
     spec = load_model_spec(settings.model_path)
     shape = ExpertShape(
         model_id((settings.model_path / "config.json").read_bytes(), spec.moe_layers),
         spec.hidden_size,
         spec.num_experts,
     )
-    return ExpertClient(
+    registry, monitoring = ProcessRegistry(), settings.monitoring
+    experts = ExpertLoad(spec.num_experts, monitoring.expert_load, time.monotonic)
+    registry.register(experts)
+    client = ExpertClient(
         settings.dispatch,
         shape,
         PlacementFile(settings.placement_file),
@@ -107,4 +120,12 @@ def _client(settings: RemoteExpertsSettings, model_dtype: torch.dtype) -> Expert
         DTYPES.get(settings.dispatch.combine_dtype, model_dtype),
         settings.internal_tls,
         ExpertLoadFile(settings.expert_load_file),
+        DispatchMeter(DispatchMetrics(registry), experts),
     )
+    assert monitoring.host is not None, "the replica fills it in"
+    certificates = {} if settings.internal_tls is None else {"internal_tls": settings.internal_tls.cert_file}
+    scrape = ProcessScrape(
+        registry, "engine", settings.replica_id, settings.node, monitoring.host, monitoring.port, certificates
+    )
+    write_scrape_file(settings.scrape_file, scrape.target)
+    return client

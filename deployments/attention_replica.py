@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from prometheus_client import REGISTRY
 from ray import serve
 from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackConfig
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
@@ -36,6 +37,9 @@ from deployments.engine_args import engine_args, engine_env
 from deployments.placement_follower import PlacementFollower
 from deployments.remote_experts import LOAD_FORMAT, RemoteExpertsSettings, check_installed
 from deployments.replica_server import ReplicaServer
+from deployments.scrape import read_scrape_file, scrape_process
+from monitoring.exporter import ProcessRegistry
+from monitoring.metrics import EngineMetrics
 from routing.expert_load import ExpertLoadFile
 from routing.placement import PlacementFile
 from routing.request import ReplicaLoad
@@ -95,7 +99,16 @@ class AttentionReplica(LLMServer):
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._max_num_seqs = config.attention.max_num_seqs
         self._expert_load: ExpertLoadFile | None = None
-        self._member = AttentionMember(self._replica_id, os.getpid(), ray.util.get_node_ip_address(), "starting")
+        self._measured: EngineStats | None = None  # at the last scrape
+        node = ray.util.get_node_ip_address()
+        registry = ProcessRegistry(REGISTRY)  # vLLM's
+        self._metrics = EngineMetrics(registry)
+        self._metrics.slots.set(self._max_num_seqs)
+        self._scrape = scrape_process(registry, "attention", self._replica_id, node, config)
+        registry.before_scrape(self._measure)
+        self._member = AttentionMember(
+            self._replica_id, os.getpid(), node, "starting", scrape=(self._scrape.target,)
+        )
         additional: dict[str, Any] = {}
         load_format = "auto"
         if directory is not None:
@@ -105,19 +118,23 @@ class AttentionReplica(LLMServer):
                 model_path=config.model.path,
                 dispatch=config.dispatch,
                 internal_tls=config.internal_tls,
+                monitoring=config.monitoring.model_copy(
+                    update={"host": config.monitoring.host or config.own_host(node)}
+                ),
+                node=node,
+                replica_id=self._replica_id,
                 start_timeout_s=config.ray.start_timeout_s,
             )
             additional, load_format = settings.as_additional_config(), LOAD_FORMAT
             self._expert_load = ExpertLoadFile(settings.expert_load_file)
             file = PlacementFile(settings.placement_file)
-            self._follower = PlacementFollower(directory, file, lambda: self._member)
+            self._engine_scrape_file = settings.scrape_file
+            self._follower = PlacementFollower(directory, file, self._introduction)
         args = engine_args(config, additional, load_format, CompilationConfig._attention_ops)
         self._start_timeout_s = config.ray.start_timeout_s
         await super().__init__(llm_config(config, args), engine_cls=LocalEngine)
         self._server = ReplicaServer(await self.__serve_build_asgi_app__(), self._load, config.internal_tls)
-        # A cluster of our own is this machine alone, so nothing beyond it needs to reach the replica.
-        node = ray.util.get_node_ip_address()
-        url = await self._server.start("127.0.0.1" if config.ray.address is None else node)
+        url = await self._server.start(config.own_host(node))
         self._member = replace(self._member, state="ready", url=url, token=self._server.token)
         if directory is not None:
             await directory.introduce.remote(self._member)  # the follower's next poll would do, but comes later
@@ -149,25 +166,38 @@ class AttentionReplica(LLMServer):
             running=stats.running,
             waiting=stats.waiting,
             kv_cache_usage=stats.kv_cache_usage,
-            experts_queue_s=0.0 if self._expert_load is None else self._expert_load.read(time.time()),
+            experts_queue_s=self._experts_queue_s(),
         )
 
     async def engine_stats(self) -> EngineStats:
         """What the engine last reported. Raises if the engine is dead."""
         await self.check_health()
-        totals: dict[str, float] = {}
-        for metric in get_metrics_snapshot():
-            if isinstance(metric, Counter | Gauge):
-                totals[metric.name] = totals.get(metric.name, 0) + metric.value
-        return EngineStats(
-            running=int(totals["vllm:num_requests_running"]),
-            waiting=int(totals["vllm:num_requests_waiting"]),
-            kv_cache_usage=totals["vllm:kv_cache_usage_perc"],
-            spec_draft_tokens=int(totals.get("vllm:spec_decode_num_draft_tokens", 0)),
-            spec_accepted_tokens=int(totals.get("vllm:spec_decode_num_accepted_tokens", 0)),
-            generation_tokens=int(totals["vllm:generation_tokens"]),
-            prompt_tokens=int(totals["vllm:prompt_tokens"]),
-        )
+        stats = _engine_stats()
+        assert stats is not None, "the engine is there as soon as this class is"
+        return stats
+
+    def _measure(self) -> None:
+        """For a scrape, on its thread; before the engine is there, it has nothing to say."""
+        stats = _engine_stats()
+        if stats is None:
+            return
+        metrics, before = self._metrics, self._measured
+        metrics.running.set(stats.running)
+        metrics.waiting.set(stats.waiting)
+        metrics.kv_cache_usage.set(stats.kv_cache_usage)
+        metrics.experts_queue.set(self._experts_queue_s())
+        metrics.mtp_drafted.inc(stats.spec_draft_tokens - (before.spec_draft_tokens if before else 0))
+        metrics.mtp_accepted.inc(stats.spec_accepted_tokens - (before.spec_accepted_tokens if before else 0))
+        self._measured = stats
+
+    def _experts_queue_s(self) -> float:
+        return 0.0 if self._expert_load is None else self._expert_load.read(time.time())
+
+    def _introduction(self) -> AttentionMember:
+        """What the directory is told: with the engine's scrape target, once that listens."""
+        if len(self._member.scrape) == 1 and (engine := read_scrape_file(self._engine_scrape_file)) is not None:
+            self._member = replace(self._member, scrape=(*self._member.scrape, engine))
+        return self._member
 
     async def __del__(self) -> None:
         server = getattr(self, "_server", None)  # absent if the constructor failed early, as are those below
@@ -181,3 +211,24 @@ class AttentionReplica(LLMServer):
             engine._engine_client.shutdown()
         await super().__del__()
         self._scratch.cleanup()
+        if (scrape := getattr(self, "_scrape", None)) is not None:
+            scrape.stop()
+
+
+def _engine_stats() -> EngineStats | None:
+    """From vLLM's metrics in this process; None before the engine is there."""
+    totals: dict[str, float] = {}
+    for metric in get_metrics_snapshot():
+        if isinstance(metric, Counter | Gauge):
+            totals[metric.name] = totals.get(metric.name, 0) + metric.value
+    if "vllm:num_requests_running" not in totals:
+        return None
+    return EngineStats(
+        running=int(totals["vllm:num_requests_running"]),
+        waiting=int(totals["vllm:num_requests_waiting"]),
+        kv_cache_usage=totals["vllm:kv_cache_usage_perc"],
+        spec_draft_tokens=int(totals.get("vllm:spec_decode_num_draft_tokens", 0)),
+        spec_accepted_tokens=int(totals.get("vllm:spec_decode_num_accepted_tokens", 0)),
+        generation_tokens=int(totals["vllm:generation_tokens"]),
+        prompt_tokens=int(totals["vllm:prompt_tokens"]),
+    )

@@ -14,12 +14,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import ray
 from ray import serve
 
 from cluster.config import Config
 from cluster.model import load_model_spec
 from cluster.shares import split_shares
 from deployments.fleet import AdmissionEndpoint, FleetView, GatewayMember, ReplicaEndpoint
+from deployments.ray_agents import RayAgents
+from deployments.scrape import scrape_process
+from monitoring.discovery import ScrapeTarget
+from monitoring.exporter import ProcessRegistry
+from monitoring.metrics import DirectoryMetrics
 from routing.membership import Member, Membership
 
 NAME = "Directory"
@@ -37,6 +43,7 @@ class AttentionMember:
     state: str  # starting, ready (it takes requests at `url`) or draining
     url: str = ""
     token: str = ""
+    scrape: tuple[ScrapeTarget, ...] = ()  # its own, and its engine's once that listens
 
 
 @dataclass(frozen=True)
@@ -72,19 +79,36 @@ class Directory:
         self._admission: AdmissionEndpoint | None = None
         self._draining = False
         self._leaving: set[str] = set()  # nodes that are about to go
+        self._admission_scrape: ScrapeTarget | None = None
         self._view = FleetView(time.time_ns(), (), None, False)  # never a version of an earlier directory
         self._viewed = asyncio.Event()
+        node = ray.util.get_node_ip_address()
+        registry = ProcessRegistry()
+        self._metrics = DirectoryMetrics(registry)
+        self._metrics.members_wanted.labels("experts").set(experts.workers)
+        self._metrics.members_wanted.labels("attention").set(config.attention.replicas)
+        self._metrics.members_wanted.labels("gateway").set(config.gateway.replicas)
+        for event in ("joined", "ready", "left", "lost"):  # from 0 on, or rates miss the first
+            self._metrics.worker_events.labels(event)
+        self._scrape = scrape_process(registry, "directory", "", node, config)
+        self._agents = RayAgents()
 
     # --- expert workers ---
 
     async def join(self, worker_id: str, pid: int, node: str) -> Assignment | None:
         """The share of a new expert worker; None: all are taken, ask again."""
         slot = self._membership.join(worker_id, pid, node, time.monotonic())
-        return None if slot is None else Assignment(slot, self._slots[slot])
+        if slot is None:
+            return None
+        self._metrics.worker_events.labels("joined").inc()
+        self._look()
+        return Assignment(slot, self._slots[slot])
 
     async def announce(self, member: Member, seen_epoch: int) -> bool:
         """See `Membership.announce`."""
         accepted = self._membership.announce(member, seen_epoch, time.monotonic())
+        if accepted and member.state == "ready":
+            self._metrics.worker_events.labels("ready").inc()
         self._wake()
         return accepted
 
@@ -97,6 +121,7 @@ class Directory:
     async def leave(self, worker_id: str) -> None:
         """A worker that ends in good order."""
         self._membership.leave(worker_id)
+        self._metrics.worker_events.labels("left").inc()
         self._wake()
 
     # --- attention replicas and operators ---
@@ -114,8 +139,7 @@ class Directory:
         deadline = time.monotonic() + LONG_POLL_S
         while True:
             now = time.monotonic()
-            for lost in self._membership.expire(now):
-                print(f"expert worker {lost.worker_id} (pid {lost.pid} on {lost.node}) fell silent", flush=True)
+            self._expire(now)
             table = self._membership.table(now)
             if table is not None and table.epoch > after_epoch:
                 return table.to_json()
@@ -130,7 +154,7 @@ class Directory:
     async def status(self) -> str:
         """State of both planes as JSON; `deepsplit status` prints it."""
         now = time.monotonic()
-        self._membership.expire(now)
+        self._expire(now)
         table = self._membership.table(now)
         alive = self._live_attention(now)
         return json.dumps(
@@ -160,9 +184,11 @@ class Directory:
             return view if view is None or member.node not in self._leaving else replace(view, draining=True)
         return replace(self._view, draining=True)
 
-    async def admission(self, endpoint: AdmissionEndpoint, after_version: int) -> FleetView | None:
+    async def admission(
+        self, endpoint: AdmissionEndpoint, scrape: ScrapeTarget, after_version: int
+    ) -> FleetView | None:
         """As `gateway`, for the common admission, which says where it listens."""
-        self._admission = endpoint
+        self._admission, self._admission_scrape = endpoint, scrape
         self._look()
         return await self._next_view(after_version)
 
@@ -170,7 +196,7 @@ class Directory:
         """Have every gateway refuse new requests; returns how many they still hold. Ask again until it is 0."""
         self._draining = True
         self._look()
-        return _still_open(self._live_gateways())
+        return _still_open(self._live_gateways(time.monotonic()))
 
     async def leave_node(self, node: str) -> int:
         """Have the gateways on `node` refuse new requests, and give its attention replicas none. Returns how many
@@ -179,7 +205,7 @@ class Directory:
         """
         self._leaving.add(node)
         self._look()
-        gateways = self._live_gateways()
+        gateways = self._live_gateways(time.monotonic())
         here = [m for m in gateways if m.node == node]
         if here:
             return _still_open(here)
@@ -187,10 +213,6 @@ class Directory:
         if replicas:
             return sum(m.in_flight.get(replica_id, 0) for m in gateways for replica_id in replicas)
         return _still_open([m for m in gateways if m.node in self._leaving])
-
-    def _live_gateways(self) -> list[GatewayMember]:
-        now = time.monotonic()
-        return [m for m, heard in self._gateways.values() if now - heard < _POLLS_UNTIL_LOST * LONG_POLL_S]
 
     async def _next_view(self, after_version: int) -> FleetView | None:
         deadline = time.monotonic() + LONG_POLL_S
@@ -203,27 +225,67 @@ class Directory:
         return self._view
 
     def _look(self) -> int:
-        """Bring the view up to date; returns its version."""
+        """Bring the view and the metrics up to date; returns the view's version."""
+        now = time.monotonic()
+        self._expire(now)
+        attention, gateways = self._live_attention(now), self._live_gateways(now)
         endpoints = tuple(
             ReplicaEndpoint(m.replica_id, m.url, m.token, m.pid, m.node, m.node in self._leaving)
-            for m in self._live_attention(time.monotonic())
+            for m in attention
             if m.state == "ready"
         )
-        view = FleetView(self._view.version, endpoints, self._admission, self._draining)
+        targets = [
+            self._scrape.target,
+            *(m.scrape for m in gateways),
+            *(target for m in attention for target in m.scrape),
+            *(m.scrape for m in self._membership.members() if m.scrape is not None),
+            *self._agents.targets(now),
+        ]
+        if self._admission_scrape is not None:
+            targets.append(self._admission_scrape)
+        view = FleetView(self._view.version, endpoints, self._admission, self._draining, tuple(targets))
         if view != self._view:
             self._view = replace(view, version=view.version + 1)
             self._viewed.set()
             self._viewed = asyncio.Event()
+            self._count()
         return self._view.version
+
+    def _count(self) -> None:
+        now, metrics = time.monotonic(), self._metrics
+        attention, gateways = self._live_attention(now), self._live_gateways(now)
+        table = self._membership.table(now)
+        metrics.epoch.set(table.epoch if table else 0)
+        metrics.uncovered.set(self._membership.uncovered())
+        for state in ("loading", "ready"):
+            workers = [m for m in self._membership.members() if m.state == state]
+            metrics.members.labels("experts", state).set(len(workers))
+        for state in ("starting", "ready", "draining"):
+            metrics.members.labels("attention", state).set(sum(m.state == state for m in attention))
+        for state, draining in (("ready", False), ("draining", True)):
+            metrics.members.labels("gateway", state).set(sum(m.draining == draining for m in gateways))
+
+    def _expire(self, now_s: float) -> None:
+        for lost in self._membership.expire(now_s):
+            self._metrics.worker_events.labels("lost").inc()
+            print(f"expert worker {lost.worker_id} (pid {lost.pid} on {lost.node}) fell silent", flush=True)
+            self._count()
 
     def _live_attention(self, now_s: float) -> list[AttentionMember]:
         alive = [m for m, heard in self._attention.values() if now_s - heard < _POLLS_UNTIL_LOST * LONG_POLL_S]
         self._attention = {m.replica_id: self._attention[m.replica_id] for m in alive}
         return alive
 
+    def _live_gateways(self, now_s: float) -> list[GatewayMember]:
+        alive = [m for m, heard in self._gateways.values() if now_s - heard < _POLLS_UNTIL_LOST * LONG_POLL_S]
+        self._gateways = {m.gateway_id: self._gateways[m.gateway_id] for m in alive}
+        return alive
+
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+        self._look()
+        self._count()
 
 
 def _still_open(gateways: Sequence[GatewayMember]) -> int:

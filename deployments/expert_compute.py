@@ -5,6 +5,7 @@ Legend: T rows, K expert slots per row, N held experts of the layer, P rows of o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -22,9 +23,18 @@ _VLLM_ROWS = 32  # mean rows per expert up to which vLLM's kernel is used; same 
 class ExpertCompute:
     """Computes one worker's experts. Not thread-safe; the server computes one batch at a time."""
 
-    def __init__(self, weights: ExpertWeights, threads: int, kernel: Literal["auto", "torch"] = "auto") -> None:
-        """`auto` also holds small models' weights in the layout of vLLM's kernel, if it is installed (_BOTH_BYTES)."""
+    def __init__(
+        self,
+        weights: ExpertWeights,
+        threads: int,
+        kernel: Literal["auto", "torch"] = "auto",
+        on_rows: Callable[[list[int]], None] = lambda rows_N: None,
+    ) -> None:
+        """`auto` also holds small models' weights in the layout of vLLM's kernel, if it is installed (_BOTH_BYTES).
+        `on_rows` is told how many rows each held expert of the layer got, with each batch.
+        """
         torch.set_num_threads(threads)
+        self._on_rows = on_rows
         self._layers = weights.layers
         self._slots = {layer: _slot_of(experts, weights.num_experts) for layer, experts in weights.layers.items()}
         self._packed: dict[int, LayerExperts] = {}  # a second copy, for few rows
@@ -50,6 +60,7 @@ class ExpertCompute:
         hidden_TH = hidden_TH.to(device=device, dtype=dtype)
         output_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=device)
         rows = _rows(slots_TK, weights_TK, len(experts.ids), device)
+        self._on_rows(rows.counts_N)
         packed = self._packed.get(layer)
         if packed is not None and rows.per_expert <= _VLLM_ROWS and len(rows.tokens_P):
             add_vllm(packed, hidden_TH, rows, output_TH)

@@ -11,6 +11,7 @@ from cluster.config import Config
 from cluster.model import load_checkpoint_index, load_model_spec
 from deployments.expert_compute import ExpertCompute
 from deployments.expert_weights import load_experts
+from monitoring.expert_meter import ExpertMeter
 from routing.grpc_channel import model_id
 from routing.server import ExpertServer
 
@@ -35,22 +36,33 @@ class _Progress:
 class ExpertHost:
     """Loads some experts (layer -> expert ids) and serves them. Raises CheckpointError or StartupError."""
 
-    def __init__(self, config: Config, experts: Mapping[int, tuple[int, ...]]) -> None:
+    def __init__(self, config: Config, experts: Mapping[int, tuple[int, ...]], meter: ExpertMeter) -> None:
         if config.internal_tls is not None:
             load_internal(config.internal_tls, time.time())  # before a load of minutes
         spec = load_model_spec(config.model.path)
         chosen = (config.experts.dtype, config.model.dtype, spec.dtype)
         dtype = next(name for name in chosen if name != "auto")
         index = load_checkpoint_index(config.model.path)
+        began_s = time.monotonic()
         weights = load_experts(index, spec, experts, dtype, config.experts.device, _Progress())
+        meter.metrics.load.set(time.monotonic() - began_s)
+        meter.metrics.weights.set(weights.nbytes)
+        meter.metrics.held.set(sum(map(len, experts.values())))
         self.bytes_read = weights.bytes_read
+        self._meter = meter
         self._server = ExpertServer(
-            ExpertCompute(weights, config.experts.threads).forward,
+            ExpertCompute(weights, config.experts.threads, on_rows=meter.gemms).forward,
             spec.hidden_size,
             model_id((config.model.path / "config.json").read_bytes(), spec.moe_layers),
             config.dispatch,
             config.internal_tls,
+            meter=meter,
         )
+
+    def measure(self) -> None:
+        """Bring the metrics up to date."""
+        self._meter.fold()
+        self._meter.metrics.waiting.set(self._server.waiting())
 
     def start(self, host: str) -> str:
         """Listen on a free port of `host`; returns host:port."""

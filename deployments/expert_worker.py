@@ -23,6 +23,10 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Config
 from deployments.directory import Assignment, Standing
+from deployments.scrape import scrape_process
+from monitoring.expert_meter import ExpertMeter
+from monitoring.exporter import ProcessRegistry
+from monitoring.metrics import ExpertMetrics
 from routing.membership import Member
 
 if TYPE_CHECKING:
@@ -53,13 +57,20 @@ class ExpertWorker:
         self._failure: str | None = None
         worker_id, node = f"experts-{uuid.uuid4().hex[:8]}", ray.util.get_node_ip_address()
         assignment = await self._join(worker_id, os.getpid(), node)
-        # Heartbeats from now on: a real checkpoint loads for minutes.
-        self._member = Member(worker_id, assignment.slot, os.getpid(), node, "", "loading", 0.0)
+        # Heartbeats and metrics from now on: a real checkpoint loads for minutes.
+        registry = ProcessRegistry()
+        meter = ExpertMeter(ExpertMetrics(registry))
+        self._scrape = scrape_process(registry, "experts", worker_id, node, config)
+        self._member = Member(
+            worker_id, assignment.slot, os.getpid(), node, "", "loading", 0.0, self._scrape.target
+        )  # fmt: skip
+        with contextlib.suppress(*DIRECTORY_AWAY):
+            await self._announce()
         self._beating = asyncio.create_task(self._beat())
 
-        self._host = await asyncio.to_thread(_load, config, assignment.experts)
-        # A cluster of our own is this machine alone, so nothing beyond it needs to reach the experts.
-        address = self._host.start(config.experts.host or ("127.0.0.1" if config.ray.address is None else node))
+        self._host = await asyncio.to_thread(_load, config, assignment.experts, meter)
+        registry.before_scrape(self._host.measure)
+        address = self._host.start(config.experts.host or config.own_host(node))
         self._member = dataclasses.replace(self._member, address=address, state="ready")
         with contextlib.suppress(*DIRECTORY_AWAY):  # the next heartbeat will announce it
             await self._announce()
@@ -111,13 +122,16 @@ class ExpertWorker:
         host = getattr(self, "_host", None)
         if host is not None:
             await asyncio.to_thread(host.stop, 1.0)
+        scrape = getattr(self, "_scrape", None)
+        if scrape is not None:
+            scrape.stop()
 
 
-def _load(config: Config, experts: Mapping[int, tuple[int, ...]]) -> ExpertHost:
+def _load(config: Config, experts: Mapping[int, tuple[int, ...]], meter: ExpertMeter) -> ExpertHost:
     """In a thread, import of torch included: the event loop must go on with heartbeats."""
     from deployments.expert_host import ExpertHost
 
-    return ExpertHost(config, experts)
+    return ExpertHost(config, experts, meter)
 
 
 def expert_deployment(config: Config, directory: serve.Application) -> serve.Application:

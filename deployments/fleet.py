@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from monitoring.discovery import ScrapeTarget
+
 
 @dataclass(frozen=True)
 class AdmissionEndpoint:
@@ -24,6 +26,7 @@ class GatewayMember:
     open_requests: int
     in_flight: Mapping[str, int]  # requests that attention replicas have of this gateway, by replica id
     draining: bool
+    scrape: ScrapeTarget
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class FleetView:
     endpoints: tuple[ReplicaEndpoint, ...]
     admission: AdmissionEndpoint | None
     draining: bool  # the whole application is about to stop
+    targets: tuple[ScrapeTarget, ...] = ()  # every process that has metrics
 
 
 @dataclass(frozen=True)

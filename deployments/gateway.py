@@ -23,6 +23,8 @@ from cluster.errors import ReplicaUnavailable
 from deployments.attention import EngineStats
 from deployments.fleet import FleetView, GatewayMember
 from deployments.gateway_server import GatewayServer
+from deployments.scrape import scrape_process
+from monitoring.exporter import ProcessRegistry
 
 NAME = "gateway"
 # Serve's own head node: clients of a cluster whose gateways were not placed otherwise find them there.
@@ -48,8 +50,12 @@ class Gateway:
         self._attention = attention
         self._drain_timeout_s = config.gateway.drain_timeout_s
         self._draining: asyncio.Task[None] | None = None
-        self._server = GatewayServer(config, self._cluster_status)
+        registry = ProcessRegistry()
+        self._server = GatewayServer(config, self._cluster_status, registry)
         await self._server.start()
+        node = ray.util.get_node_ip_address()
+        self._id = f"gateway-{uuid.uuid4().hex[:8]}"
+        self._scrape = scrape_process(registry, "gateway", self._id, node, config)
         self._following = asyncio.create_task(self._follow())
 
     async def ready(self) -> bool:
@@ -63,11 +69,11 @@ class Gateway:
 
     async def _follow(self) -> None:
         """Keeps up with the directory, by long poll; one that is away leaves everything as it is."""
-        gateway_id, node, version = f"gateway-{uuid.uuid4().hex[:8]}", ray.util.get_node_ip_address(), -1
+        version = -1
         while True:
-            server, draining = self._server, self._draining is not None
+            server, draining, scrape = self._server, self._draining is not None, self._scrape.target
             open_requests, in_flight = server.door.open_requests, server.in_flight()
-            member = GatewayMember(gateway_id, os.getpid(), node, open_requests, in_flight, draining)
+            member = GatewayMember(self._id, os.getpid(), scrape.node, open_requests, in_flight, draining, scrape)
             try:
                 view: FleetView | None = await self._directory.gateway.remote(member, version)
                 if view is not None:
@@ -81,6 +87,7 @@ class Gateway:
 
     def _take(self, view: FleetView) -> None:
         self._server.set_endpoints(view.endpoints)
+        self._server.set_targets(view.targets)
         if view.admission is not None:
             self._server.set_admission(view.admission)
         if view.draining and self._draining is None:
@@ -106,6 +113,9 @@ class Gateway:
         server = getattr(self, "_server", None)
         if server is not None:
             await server.stop(self._drain_timeout_s)
+        scrape = getattr(self, "_scrape", None)
+        if scrape is not None:
+            scrape.stop()
 
 
 def gateway_deployment(

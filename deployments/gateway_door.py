@@ -30,6 +30,7 @@ from deployments.gate import Gate
 from deployments.peek import Peek, model_of, parse, peek
 from deployments.rate_limits import rate_limit_headers
 from deployments.relay import Relay, Replicas
+from deployments.request_meter import RequestMeter, RequestMeters
 from routing.prefix_index import prefix_hashes
 from routing.prompt_size import PromptSize
 from routing.request import Ask, Priority, Tenant
@@ -43,6 +44,7 @@ _DRAIN_POLL_S = 0.05
 
 logger = logging.getLogger("ray.serve")
 
+Ended = Callable[[BaseException | None, int], None]  # by which error (None: well), with the replica's status
 
 class Tokens(Protocol):
     """The model's tokenizer, for the rare request that needs it here; see `deployments.tokens.ModelTokens`."""
@@ -62,6 +64,7 @@ class GatewayDoor:
         gate: Gate,
         replicas: Replicas,
         text: Tokens,
+        meters: RequestMeters,
     ) -> None:
         self._model = model
         self._config = config
@@ -69,6 +72,7 @@ class GatewayDoor:
         self._gate = gate
         self._replicas = replicas
         self._text = text
+        self._meters = meters
         self._prompt_size = PromptSize()
         self._open: set[Deadline] = set()
         self._draining = False
@@ -88,7 +92,16 @@ class GatewayDoor:
 
     async def answer(self, call: Call) -> Answer:
         """See Door."""
+        meter = self._meters.request(call.path, call.path in GENERATES)
+        try:
+            return await self._answer(call, meter)
+        except BaseException as error:
+            meter.end(error, 0)
+            raise
+
+    async def _answer(self, call: Call, meter: RequestMeter) -> Answer:
         tenant = self.identify(call.key)
+        meter.identified(tenant)
         if self._draining:
             raise Draining(
                 "this gateway is stopping: send the request again", retry_after_s=_RETRY_DRAINING_S, plane="gateway",
@@ -105,8 +118,8 @@ class GatewayDoor:
         self._open.add(deadline)
         try:
             if call.path in GENERATES:
-                return await self._generate(call, tenant, deadline)
-            return await self._pass_on(call, tenant, deadline)
+                return await self._generate(call, tenant, deadline, meter)
+            return await self._pass_on(call, tenant, deadline, meter)
         except BaseException:
             self._open.discard(deadline)
             raise
@@ -131,17 +144,22 @@ class GatewayDoor:
 
     # --- generation ---
 
-    async def _generate(self, call: Call, tenant: Tenant, deadline: Deadline) -> Answer:
+    async def _generate(self, call: Call, tenant: Tenant, deadline: Deadline, meter: RequestMeter) -> Answer:
         outline = peek(call.path, parse(call.body))
         self._check_model(tenant, outline.model)
         ask = self._ask(call, tenant, outline)
         await self._check_prompt(outline)
+        meter.waits(ask.priority)
         grant = await deadline.wait(self._gate.admit(ask))
+        meter.admitted(grant)
         tap = Continuation(call.path, outline.fields, call.body, self._text.decode)
-        relay = Relay(tap, self._gate, self._replicas, call.request_id, self._config.max_resends)
+        relay = Relay(tap, self._gate, self._replicas, call.request_id, self._config.max_resends, meter)
 
-        def ended() -> None:
+        def ended(error: BaseException | None, status: int) -> None:
             self._open.discard(deadline)
+            if isinstance(error, GeneratorExit) and tap.finished:  # a client that had it all and went
+                error = None
+            meter.end(error, status, tap.prompt_tokens or 0, tap.generated_tokens)
             if tap.prompt_tokens is not None and not outline.prompt_ids:
                 self._prompt_size.learn(len(outline.prompt_text), tap.prompt_tokens)
 
@@ -175,11 +193,16 @@ class GatewayDoor:
 
     # --- all else ---
 
-    async def _pass_on(self, call: Call, tenant: Tenant, deadline: Deadline) -> Answer:
+    async def _pass_on(self, call: Call, tenant: Tenant, deadline: Deadline, meter: RequestMeter) -> Answer:
         if call.body:
             self._check_model(tenant, model_of(parse(call.body)))
         headers = {"x-request-id": call.request_id}
         tried: set[str] = set()
+
+        def ended(error: BaseException | None, status: int) -> None:
+            self._open.discard(deadline)
+            meter.end(error, status)
+
         while True:
             left = [load.replica_id for load in self._replicas.loads() if load.replica_id not in tried]
             if not left or len(tried) > self._config.max_resends:
@@ -190,7 +213,7 @@ class GatewayDoor:
             replica_id = random.choice(left)
             answer = self._replicas.send(replica_id, call.method, call.path, call.body, call.request_id)
             try:
-                return await _open(answer, deadline, headers, lambda: self._open.discard(deadline))
+                return await _open(answer, deadline, headers, ended)
             except ReplicaUnavailable as error:
                 logger.warning("request %s goes on elsewhere: %s", call.request_id, error)
                 tried.add(replica_id)
@@ -213,17 +236,18 @@ class _Chunks(AsyncGenerator[bytes, None]):
     """
 
     def __init__(
-        self, answer: AsyncGenerator[ResponseHead | bytes, None], deadline: Deadline, ended: Callable[[], None]
+        self, answer: AsyncGenerator[ResponseHead | bytes, None], deadline: Deadline, status: int, ended: Ended
     ) -> None:
         self._answer = answer
         self._deadline = deadline
+        self._status = status
         self._ended = ended
 
     async def asend(self, value: None) -> bytes:
         try:
             chunk = await self._deadline.wait(anext(self._answer))
-        except BaseException:
-            await self.aclose()
+        except BaseException as error:
+            await self._end(None if isinstance(error, StopAsyncIteration) else error)
             raise
         assert isinstance(chunk, bytes)
         return chunk
@@ -238,26 +262,25 @@ class _Chunks(AsyncGenerator[bytes, None]):
         raise typ
 
     async def aclose(self) -> None:
+        await self._end(GeneratorExit())
+
+    async def _end(self, error: BaseException | None) -> None:
         try:
             await self._answer.aclose()
         finally:
-            self._ended()
+            self._ended(error, self._status)
 
 
 async def _open(
-    answer: AsyncGenerator[ResponseHead | bytes, None],
-    deadline: Deadline,
-    headers: Mapping[str, str],
-    ended: Callable[[], None],
+    answer: AsyncGenerator[ResponseHead | bytes, None], deadline: Deadline, headers: Mapping[str, str], ended: Ended
 ) -> Answer:
-    chunks = _Chunks(answer, deadline, ended)
     try:
         head = await deadline.wait(anext(answer))
         assert isinstance(head, ResponseHead)
     except BaseException:
         await answer.aclose()
         raise
-    return Answer(head.status, head.content_type, headers, chunks)
+    return Answer(head.status, head.content_type, headers, _Chunks(answer, deadline, head.status, ended))
 
 
 def _priority(asked: str | None, tenant: Tenant) -> Priority:

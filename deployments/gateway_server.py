@@ -20,9 +20,14 @@ from deployments.gateway_door import GatewayDoor
 from deployments.grpc_api import GrpcServer
 from deployments.http_server import HttpServer
 from deployments.openapi import gateway_document
+from deployments.operator_pages import OperatorPages
 from deployments.replicas import Replicas
+from deployments.request_meter import RequestMeters
 from deployments.rest import GET_PATHS, POST_PATHS, RestApi
 from deployments.tokens import ModelTokens
+from monitoring.discovery import ScrapeTarget, discovery_document
+from monitoring.exporter import ProcessRegistry
+from monitoring.metrics import GatewayMetrics
 from routing.tenants import TenantsFile
 from routing.tls import server_ssl_context
 
@@ -30,6 +35,8 @@ _OWN_PATHS = {
     "/health": "This process is alive.",
     "/ready": "Whether a request would find a replica, per model; 503 if not.",
     "/openapi.json": "This document.",
+    "/metrics": "Prometheus metrics of this gateway replica; for operators.",
+    "/sd/prometheus": "Prometheus HTTP service discovery of every process of the cluster; for operators.",
     "/v1/deepsplit/status": "State of both planes, of the engine and of admission.",
 }
 
@@ -39,7 +46,7 @@ ClusterStatus = Callable[[], Awaitable[Mapping[str, object]]]
 class GatewayServer:
     """One gateway. Raises ConfigError or StartupError."""
 
-    def __init__(self, config: Config, cluster_status: ClusterStatus) -> None:
+    def __init__(self, config: Config, cluster_status: ClusterStatus, registry: ProcessRegistry) -> None:
         """Must be made inside the event loop that it will run on."""
         gateway = config.gateway
         self.model = config.model.name or config.model.path.name
@@ -55,8 +62,12 @@ class GatewayServer:
             self.gate.decide_by(self._local)
         self._replicas = Replicas(config.internal_tls, gateway.replica_timeout_s, self._on_loads)
         tokens = ModelTokens(config.model.path)
-        self.door = GatewayDoor(self.model, gateway, self._tenants, self.gate, self._replicas, tokens)
-        rest = RestApi(self.door, gateway.max_body_mib * 2**20, self._status, self._openapi)
+        self._metrics = GatewayMetrics(registry)
+        meters = RequestMeters(self._metrics, config.admission, time.monotonic)
+        self.door = GatewayDoor(self.model, gateway, self._tenants, self.gate, self._replicas, tokens, meters)
+        self._targets: Sequence[ScrapeTarget] = ()
+        pages = OperatorPages(registry, lambda: discovery_document(self._targets, self.model), self._status)
+        rest = RestApi(self.door, gateway.max_body_mib * 2**20, pages, self._openapi)
         self._http = HttpServer(rest.app, server_ssl_context(gateway.tls) if gateway.tls else None)
         self._grpc = None if gateway.grpc_port is None else GrpcServer(gateway, self.model, self.door)
         self._document: bytes | None = None
@@ -77,6 +88,10 @@ class GatewayServer:
     def set_endpoints(self, endpoints: Sequence[ReplicaEndpoint]) -> None:
         """The attention replicas that there are."""
         self._replicas.set_endpoints(endpoints)
+
+    def set_targets(self, targets: Sequence[ScrapeTarget]) -> None:
+        """Every process of the cluster that has metrics."""
+        self._targets = targets
 
     def set_admission(self, endpoint: AdmissionEndpoint) -> None:
         """Where the common admission of several gateways listens."""
@@ -103,7 +118,9 @@ class GatewayServer:
         return self._local
 
     def _on_loads(self) -> None:
-        self.gate.fleet(self._replicas.loads())
+        loads = self._replicas.loads()
+        self._metrics.replicas.set(len(loads))
+        self.gate.fleet(loads)
 
     async def _tick(self) -> None:
         while True:

@@ -11,6 +11,7 @@ from cluster.errors import ReplicaUnavailable, StreamLost
 from deployments.continuation import Continuation
 from deployments.fleet import ResponseHead
 from deployments.gate import Gate
+from deployments.request_meter import RequestMeter
 from routing.request import Grant, ReplicaLoad, Usage
 
 SSE = "text/event-stream"
@@ -33,12 +34,21 @@ class Replicas(Protocol):
 class Relay:
     """Yields the answer's head and then its chunks. Keeps the gate up to date and finishes the ticket at the end."""
 
-    def __init__(self, tap: Continuation, gate: Gate, replicas: Replicas, request_id: str, max_resends: int) -> None:
+    def __init__(
+        self,
+        tap: Continuation,
+        gate: Gate,
+        replicas: Replicas,
+        request_id: str,
+        max_resends: int,
+        meter: RequestMeter,
+    ) -> None:
         self.tap = tap
         self._gate = gate
         self._replicas = replicas
         self._request_id = request_id
         self._resends_left = max_resends
+        self._meter = meter
         self._first_token_told = False
 
     async def run(self, grant: Grant) -> AsyncGenerator[ResponseHead | bytes, None]:
@@ -65,6 +75,7 @@ class Relay:
                     if self._resends_left == 0:
                         raise
                     self._resends_left -= 1
+                    self._meter.resent(begun)
                     logger.warning("request %s goes on elsewhere: %s", self._request_id, error)
                 if begun:
                     path, body = await self.tap.continue_request()
@@ -109,6 +120,7 @@ class Relay:
                 self._first_token_told = True
                 self._gate.first_token(ticket)
             self._gate.progress(ticket, self.tap.generated_tokens)
+            self._meter.progress(self.tap.generated_tokens)
 
     def _usage(self) -> Usage | None:
         if self.tap.prompt_tokens is None:

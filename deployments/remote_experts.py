@@ -24,7 +24,7 @@ from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExp
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import extract_layer_index
 
-from cluster.config import DispatchConfig, InternalTlsConfig
+from cluster.config import DispatchConfig, InternalTlsConfig, MonitoringConfig
 from cluster.errors import StartupError
 from deployments.cpu_router_ops import define_missing
 from routing.client import ExpertClient
@@ -43,12 +43,20 @@ class RemoteExpertsSettings(BaseModel):
     model_path: Path
     dispatch: DispatchConfig
     internal_tls: InternalTlsConfig | None = None
+    monitoring: MonitoringConfig = MonitoringConfig(host="127.0.0.1", port=0)
+    node: str = "127.0.0.1"  # as the replica calls its host
+    replica_id: str = ""
     start_timeout_s: float = 600.0  # longest wait for the first table
 
     @property
     def expert_load_file(self) -> Path:
         """Where the engine tells its Serve replica how long rows wait at the expert workers (routing.expert_load)."""
         return self.placement_file.with_name("expert_load")
+
+    @property
+    def scrape_file(self) -> Path:
+        """Where the engine tells its Serve replica where its metrics are (deployments.scrape)."""
+        return self.placement_file.with_name("scrape")
 
     def as_additional_config(self) -> dict[str, Any]:
         """The mapping for vLLM's `additional_config`."""

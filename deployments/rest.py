@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import DeepsplitError, RequestError, RequestTimeout, RequestTooLarge
 from deployments.door import Answer, Call, Door
+from deployments.operator_pages import OperatorPages
 from deployments.rest_errors import error_event, error_response, http_error_response
 from routing.request import Tenant
 
@@ -36,26 +37,22 @@ class RestDoor(Door, Protocol):
     def identify(self, key: str | None) -> Tenant: ...
 
 
-Status = Callable[[], Awaitable[Mapping[str, object]]]
-
-
 class RestApi:
     """Routes and handlers. `app` is the ASGI application."""
 
     def __init__(
-        self, door: RestDoor, max_body_bytes: int, status: Status, openapi: Callable[[], Awaitable[bytes]]
+        self, door: RestDoor, max_body_bytes: int, pages: OperatorPages, openapi: Callable[[], Awaitable[bytes]]
     ) -> None:
-        """`status` and `openapi` raise DeepsplitError when no replica answers."""
+        """`openapi` raises DeepsplitError when no replica answers."""
         self._door = door
         self._max_body_bytes = max_body_bytes
-        self._status_source = status
         self._openapi_source = openapi
         self.app = Starlette(
             routes=[
                 Route("/health", self._health),
                 Route("/ready", self._ready),
                 Route("/openapi.json", self._openapi),
-                Route("/v1/deepsplit/status", self._status),
+                *pages.routes(door, _key),
                 *(Route(path, self._handle) for path in GET_PATHS),
                 *(Route(path, self._handle, methods=["POST"]) for path in POST_PATHS),
             ],
@@ -77,10 +74,6 @@ class RestApi:
 
     async def _openapi(self, request: Request) -> Response:
         return Response(await self._openapi_source(), media_type="application/json")
-
-    async def _status(self, request: Request) -> Response:
-        self._door.identify(_key(request))
-        return JSONResponse(dict(await self._status_source()))
 
     async def _handle(self, request: Request) -> Response:
         call = Call(

@@ -3,45 +3,45 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Metric, ProcessCollector, start_http_server
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Metric, ProcessCollector, disable_created_metrics, start_http_server
 
 PORTS = 64  # most scrape targets of one host
 
 
-class BeforeScrape(Collector):
-    """Has `refresh` bring gauges up to date whenever somebody scrapes. Register it before what it refreshes."""
+class ProcessRegistry(CollectorRegistry):
+    """One process's metrics: its own, and its memory, CPU time and file descriptors."""
 
-    def __init__(self, refresh: Callable[[], None]) -> None:
-        self._refresh = refresh
+    def __init__(self, library: CollectorRegistry | None = None) -> None:
+        """`library`: of a library in this process, whose metrics come along; it must have the process's own."""
+        super().__init__()
+        disable_created_metrics()  # a second series for each counter and histogram
+        self._refreshers: list[Callable[[], None]] = []
+        if library is None:
+            ProcessCollector(registry=self)
+        else:
+            self.register(library)
 
-    def describe(self) -> Iterable[Metric]:
-        """Nothing of its own."""
-        return ()
+    def before_scrape(self, refresh: Callable[[], None]) -> None:
+        """Have `refresh` bring metrics up to date whenever somebody scrapes, on the scraping thread."""
+        self._refreshers.append(refresh)
 
-    def collect(self) -> Iterable[Metric]:
-        """See Collector."""
-        self._refresh()
-        return ()
-
-
-def process_registry() -> CollectorRegistry:
-    """A registry with the process's own memory, CPU time and file descriptors."""
-    registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
-    return registry
+    def collect(self) -> Iterator[Metric]:
+        """See CollectorRegistry."""
+        for refresh in self._refreshers:
+            refresh()
+        yield from super().collect()
 
 
 @dataclass(frozen=True)
 class Exporter:
     """A listening scrape target."""
 
-    address: str  # host:port
+    port: int
     _server: WSGIServer
     _thread: Thread
 
@@ -65,6 +65,5 @@ def start_exporter(registry: CollectorRegistry, host: str, first_port: int) -> E
             if error.errno != errno.EADDRINUSE:
                 raise
             continue
-        shown = f"[{host}]" if ":" in host else host
-        return Exporter(f"{shown}:{server.server_port}", server, thread)
+        return Exporter(server.server_port, server, thread)
     raise OSError(errno.EADDRINUSE, f"all ports from {ports[0]} to {ports[-1]} are in use")

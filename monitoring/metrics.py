@@ -28,7 +28,7 @@ class ProcessMetrics:
     """Of every process."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.info = Info("deepsplit_process", "Version and role of this process.", registry=registry)
+        self.info = Info("deepsplit_process", "Version of this process.", registry=registry)
         self.certificate_expiry = Gauge(
             "deepsplit_certificate_expiry_timestamp_seconds",
             "When a certificate that this process shows ends, in Unix time.",
@@ -120,15 +120,15 @@ class DirectoryMetrics:
             "deepsplit_uncovered_experts", "Experts of one layer that no live worker holds.", registry=registry
         )
         self.members = Gauge(
-            "deepsplit_members", "Processes that the directory knows, by role and state.", ["role", "state"],
+            "deepsplit_members", "Processes that the directory knows, by kind and state.", ["member", "state"],
             registry=registry,
         )  # fmt: skip
         self.members_wanted = Gauge(
-            "deepsplit_members_wanted", "Processes that the configuration asks for.", ["role"], registry=registry
+            "deepsplit_members_wanted", "Processes that the configuration asks for.", ["member"], registry=registry
         )
         self.worker_events = Counter(
-            "deepsplit_expert_worker_events", "Expert workers that joined, became ready, left in good order, or fell "
-            "silent.", ["event"], registry=registry,
+            "deepsplit_expert_worker_events", "Expert workers that joined, became ready, left in good order, or were "
+            "lost (fell silent).", ["event"], registry=registry,
         )  # fmt: skip
 
 
@@ -206,14 +206,14 @@ class DispatchMetrics:
         )
         self.worker_seconds = Counter(
             "deepsplit_dispatch_worker_seconds", "Time in each worker, queue and compute, by the worker's word.",
-            ["worker"], registry=registry,
+            ["expert_worker"], registry=registry,
         )  # fmt: skip
         self.worker_replies = Counter(
-            "deepsplit_dispatch_worker_replies", "Replies of each worker.", ["worker"], registry=registry
+            "deepsplit_dispatch_worker_replies", "Replies of each worker.", ["expert_worker"], registry=registry
         )
         self.last_replies = Counter(
             "deepsplit_dispatch_last_replies", "Dispatches in which this worker, of several, took longest.",
-            ["worker"], registry=registry,
+            ["expert_worker"], registry=registry,
         )  # fmt: skip
 
 

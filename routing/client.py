@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from cluster.config import DispatchConfig, InternalTlsConfig
-from cluster.errors import DispatchTimeout, StalePlacement, UncoveredExperts, WorkerLost
+from cluster.errors import DeepsplitError, DispatchTimeout, StalePlacement, UncoveredExperts, WorkerLost
+from monitoring.dispatch_meter import DispatchMeter, DispatchSample
 from routing.dispatcher import Part, Split, combine, split
 from routing.expert_load import ExpertLoadFile, StepQueue
 from routing.placement import PlacementFile, PlacementTable, WorkerEndpoint
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02  # how often a dispatch without a holder looks at the placement file
 _WATCHDOG_S = 0.1  # resolution of call_timeout_s, and how often the load file is written at most
+_BLOCKED_S = 20e-6  # a reply that took no longer to read had come before
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class _Dispatch:
     deadline: float  # monotonic seconds
     uncovered_deadline: float
     sent: list[_Sent]
-    queue_us: int = 0  # longest wait at a worker
+    sample: DispatchSample
+    sent_at: float = 0.0  # monotonic seconds, when the last row was handed over
+    meanwhile_at: float = 0.0  # when the shared expert was done
 
 
 class ExpertClient:
@@ -74,8 +78,10 @@ class ExpertClient:
         combine_dtype: torch.dtype,
         tls: InternalTlsConfig | None = None,
         load_file: ExpertLoadFile | None = None,
+        meter: DispatchMeter | None = None,
     ) -> None:
-        """`tls`: mutual TLS with the workers; plain TCP without. `load_file` is told how long rows wait at the workers.
+        """`tls`: mutual TLS with the workers; plain TCP without. `load_file` is told how long rows wait at the workers,
+        `meter` how each dispatch went.
 
         Raises StartupError when the files of `tls` cannot be used.
         """
@@ -86,6 +92,7 @@ class ExpertClient:
         self._combine_dtype = combine_dtype
         self._channels = None if tls is None else ExpertChannels(tls)
         self._load_file = load_file
+        self._meter = meter
         self._queue = StepQueue()
         self._ids = count(1)
         self._lock = threading.Lock()
@@ -122,20 +129,31 @@ class ExpertClient:
             now + self._settings.dispatch_timeout_s,
             now + self._settings.uncovered_timeout_s,
             [],
+            DispatchSample(len(hidden_TH)),
         )
+        if self._meter is not None:
+            self._meter.chose(layer, dispatch.remaining_TK)
         with self._lock:
             try:
                 self._send_remaining(dispatch)
                 meanwhile()
+                dispatch.meanwhile_at = time.monotonic()
+                dispatch.sample.shared_s = dispatch.meanwhile_at - dispatch.sent_at
                 lost = self._collect(dispatch)
                 while (dispatch.remaining_TK != NO_EXPERT).any():
                     if time.monotonic() > dispatch.deadline:
                         raise DispatchTimeout(f"layer {layer}: dispatch.dispatch_timeout_s passed; last: {lost}")
                     self._send_remaining(dispatch)
                     lost = self._collect(dispatch)
-                self._queue.add(layer, dispatch.queue_us / 1e6, time.monotonic())
+                self._queue.add(layer, dispatch.sample.wait_s, time.monotonic())
                 return dispatch.output_TH
+            except DeepsplitError as error:
+                dispatch.sample.failure = error.outcome
+                raise
             finally:
+                dispatch.sample.total_s = time.monotonic() - now
+                if self._meter is not None:
+                    self._meter.record(dispatch.sample)
                 # Replies of an abandoned dispatch must not wait in a stream for the next one.
                 for sent in dispatch.sent:
                     self._drop(sent.worker_id)
@@ -150,12 +168,17 @@ class ExpertClient:
     # --- sending ---
 
     def _send_remaining(self, dispatch: _Dispatch) -> None:
+        began = time.monotonic()
         while True:
             table, planned = self._split(dispatch)
             if not planned.uncovered:
                 break
             self._wait_for_holder(dispatch.layer, planned.uncovered, dispatch.uncovered_deadline)
+            dispatch.sample.uncovered_wait_s += time.monotonic() - began
+            began = time.monotonic()
+        dispatch.sample.pack_s += time.monotonic() - began
         dispatch.sent = [self._send_part(dispatch, part, table) for part in planned.parts]
+        dispatch.sent_at = time.monotonic()
 
     def _split(self, dispatch: _Dispatch) -> tuple[PlacementTable, Split]:
         table = self._placement.current()
@@ -183,6 +206,8 @@ class ExpertClient:
         self._lost_at = {w: at for w, at in self._lost_at.items() if w in live}
         self._routes.clear()
         self._table = table
+        if self._meter is not None:
+            self._meter.placement(table.epoch, live)
 
     def _wait_for_holder(self, layer: int, experts: tuple[int, ...], wait_until: float) -> None:
         if self._settings.on_uncovered == "fail" or time.monotonic() > wait_until:
@@ -202,8 +227,9 @@ class ExpertClient:
         return self._links[worker.worker_id]
 
     def _send_part(self, dispatch: _Dispatch, part: Part, table: PlacementTable) -> _Sent:
-        worker = table.workers[part.worker]
+        worker, sample = table.workers[part.worker], dispatch.sample
         link = self._link(worker)
+        began = time.monotonic()
         rows_R = torch.from_numpy(part.rows_R)
         whole = len(part.rows_R) == len(dispatch.hidden_TH)
         hidden_RH = dispatch.hidden_TH if whole else dispatch.hidden_TH[rows_R]
@@ -216,7 +242,13 @@ class ExpertClient:
                 next(self._ids), table.epoch, dispatch.layer, deadline_ms,
                 hidden_RH[rows], ids_RK[rows], weights_RK[rows], self._combine_dtype,
             )  # fmt: skip
-            link.send(encode_request(request))
+            frame = encode_request(request)
+            packed = time.monotonic()
+            link.send(frame)
+            sample.bytes_out += len(frame)
+            sample.pack_s += packed - began
+            began = time.monotonic()
+            sample.send_s += began - packed
             frames.append((request.request_id, rows))
         return _Sent(part, worker.worker_id, tuple(frames))
 
@@ -233,28 +265,46 @@ class ExpertClient:
         """Take every outstanding reply; returns the last loss, whose rows stay in `remaining_TK`."""
         lost: Exception | None = None
         outstanding, dispatch.sent = dispatch.sent, []
+        received, slowest = time.monotonic(), (0.0, 0.0, 0.0)  # queue and compute, queue, compute
         for position, sent in enumerate(outstanding):
             try:
-                reply_RH, queue_us = self._receive_part(sent, dispatch.deadline)
+                reply_RH, queue_s, compute_s = self._receive_part(sent, dispatch.deadline)
             except (WorkerLost, StalePlacement, DispatchTimeout) as error:
                 lost = error
+                dispatch.sample.retries.append(error.outcome)
                 self._lose(sent.worker_id, error)
                 continue
             except BaseException:
                 dispatch.sent = outstanding[position:]
                 raise
             self._lost_at.pop(sent.worker_id, None)
-            dispatch.queue_us = max(dispatch.queue_us, queue_us)
+            received = time.monotonic()
+            slowest = max(slowest, (queue_s + compute_s, queue_s, compute_s))
+            dispatch.sample.workers.append((sent.worker_id, queue_s + compute_s))
+            dispatch.sample.bytes_in += HEADER_BYTES * len(sent.frames) + reply_RH.nbytes
             combine(dispatch.output_TH, sent.part, reply_RH)
             rows_R, ids_RK = sent.part.rows_R, sent.part.expert_ids_RK
             dispatch.remaining_TK[rows_R] = np.where(ids_RK >= 0, NO_EXPERT, dispatch.remaining_TK[rows_R])
+            dispatch.sample.combine_s += time.monotonic() - received
+        self._account(dispatch, received, *slowest)
         return lost
 
-    def _receive_part(self, sent: _Sent, deadline: float) -> tuple[torch.Tensor, int]:
+    def _account(
+        self, dispatch: _Dispatch, received: float, worker_s: float, queue_s: float, compute_s: float
+    ) -> None:
+        """The slowest worker's part of the round trip, and what is left of it for the way there and back."""
+        sample = dispatch.sample
+        sample.wait_s += queue_s
+        sample.compute_s += compute_s
+        if received - dispatch.meanwhile_at > _BLOCKED_S:
+            sample.return_s = (sample.return_s or 0.0) + max(0.0, received - dispatch.sent_at - worker_s)
+
+    def _receive_part(self, sent: _Sent, deadline: float) -> tuple[torch.Tensor, float, float]:
+        """Output [R, H], and the seconds that the worker's queue and its experts took."""
         link = self._links.get(sent.worker_id)
         if link is None:
             raise WorkerLost(f"expert worker {sent.worker_id} left the placement")
-        pieces, queue_us = [], 0
+        pieces, queue_us, compute_us = [], 0, 0
         for request_id, rows in sent.frames:
             timeout_s = min(self._settings.call_timeout_s, deadline - time.monotonic())
             reply = link.receive(request_id, timeout_s)
@@ -262,7 +312,8 @@ class ExpertClient:
                 raise WorkerLost(f"expert worker {link.address} answered with shape {tuple(reply.output_TH.shape)}")
             pieces.append(reply.output_TH)
             queue_us += reply.queue_us
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces), queue_us
+            compute_us += reply.compute_us
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces), queue_us / 1e6, compute_us / 1e6
 
     # --- links ---
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from monitoring.discovery import ScrapeTarget
 from routing.placement import PlacementTable, WorkerEndpoint
 
 State = Literal["loading", "ready"]
@@ -27,6 +28,7 @@ class Member:
     address: str  # host:port; empty while loading
     state: State
     heard_s: float  # clock of its last sign of life
+    scrape: ScrapeTarget | None = None  # None: not told yet
 
 
 class Membership:
@@ -112,16 +114,21 @@ class Membership:
         ready = [member for member in self.members() if member.state == "ready"]
         if not self._published:
             recovered = self._seen_epoch > 0 and now_s - self._started_s > self._timeout_s
-            self._published = self._covers_all(ready) or (bool(ready) and recovered)
+            self._published = not self._uncovered() or (bool(ready) and recovered)
         if not self._published:
             return None
         return PlacementTable(
             self._epoch, tuple(WorkerEndpoint(m.worker_id, m.address, self._slots[m.slot]) for m in ready)
         )
 
-    def _covers_all(self, ready: Sequence[Member]) -> bool:
+    def uncovered(self) -> int:
+        """Experts, over all layers, that no ready worker holds."""
+        return len(self._uncovered())
+
+    def _uncovered(self) -> set[tuple[int, int]]:
+        ready = [member for member in self._members.values() if member.state == "ready"]
         covered = {pair for member in ready for pair in _pairs(self._slots[member.slot])}
-        return covered == {pair for slot in self._slots for pair in _pairs(slot)}
+        return {pair for slot in self._slots for pair in _pairs(slot)} - covered
 
 
 def _pairs(slot: Mapping[int, tuple[int, ...]]) -> set[tuple[int, int]]:

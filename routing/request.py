@@ -33,6 +33,7 @@ class Tenant:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None  # prompt plus generated
     max_streams: int | None = None  # in flight at once, fleet-wide
+    operator: bool = False  # may read the cluster's metrics and service discovery
 
 
 @dataclass(frozen=True)

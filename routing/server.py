@@ -11,13 +11,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import grpc
 import torch
 
 from cluster.config import DispatchConfig, InternalTlsConfig
-from cluster.errors import DeepsplitError, DispatchTimeout, FrameError, StartupError, WorkerLost
+from cluster.errors import DeepsplitError, DispatchTimeout, StartupError, WorkerLost
+from monitoring.expert_meter import BatchSample, ExpertMeter
 from routing.grpc_channel import METHOD, MODEL_KEY, SERVICE, channel_options
 from routing.tls import expert_server_credentials, peer_is
 from routing.wire import Reply, Request, decode_request, encode_error, encode_reply, peek_request_id
@@ -50,8 +52,11 @@ class LayerBatcher:
     thread switch and concurrent ones share a batch.
     """
 
-    def __init__(self, experts: Experts, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, experts: Experts, meter: ExpertMeter | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._experts = experts
+        self._meter = meter
         self._clock = clock
         self._waiting: deque[_Work] = deque()
         self._computing = threading.Lock()
@@ -65,6 +70,10 @@ class LayerBatcher:
             if not work.done:
                 self._compute_waiting()
         return work
+
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
 
     def _compute_waiting(self) -> None:
         by_layer: dict[tuple[int, torch.dtype, int], list[_Work]] = {}
@@ -102,6 +111,9 @@ class LayerBatcher:
         for work, piece in zip(group, output_TH.split([len(r.hidden_TH) for r in requests]), strict=True):
             work.output_TH, work.compute_us = piece, compute_us
             work.queue_us = int((started - work.arrived) * 1e6)
+        if self._meter is not None:
+            queued = tuple(started - work.arrived for work in group)
+            self._meter.batch(BatchSample(len(output_TH), compute_us / 1e6, queued))
         return None
 
 
@@ -120,8 +132,10 @@ class ExpertServer:
         settings: DispatchConfig,
         tls: InternalTlsConfig | None = None,
         max_streams: int = 64,
+        meter: ExpertMeter | None = None,
     ) -> None:
-        self._batcher = LayerBatcher(experts)
+        self._batcher = LayerBatcher(experts, meter)
+        self._meter = meter
         self._hidden_size = hidden_size
         self._model_id = model_id
         self._tls = tls
@@ -163,17 +177,36 @@ class ExpertServer:
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"this worker serves model {self._model_id}, the caller {theirs}: one cluster, one checkpoint",
             )
-        for frame in frames:
-            yield self._answer(frame)
+        with self._counted():
+            for frame in frames:
+                yield self._answer(frame)
+
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return self._batcher.waiting()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        if self._meter is None:
+            yield
+            return
+        with self._meter.metrics.streams.track_inprogress():
+            yield
 
     def _answer(self, frame: bytes) -> bytes:
+        request_id = peek_request_id(frame)
         try:
-            request = decode_request(frame, self._hidden_size)
-        except FrameError as error:
-            return encode_error(peek_request_id(frame), error)
+            reply, outcome = self._reply(decode_request(frame, self._hidden_size)), "ok"
+        except DeepsplitError as error:
+            reply, outcome = encode_error(request_id, error), error.outcome
+        if self._meter is not None:
+            self._meter.answered(outcome)
+        return reply
+
+    def _reply(self, request: Request) -> bytes:
         work = self._batcher.submit(request)
         if work.error is not None:
-            return encode_error(request.request_id, work.error)
+            raise work.error
         assert work.output_TH is not None
         output_TH = work.output_TH.to(request.reply_dtype)
         return encode_reply(

@@ -13,7 +13,7 @@ from routing.reloading import ReloadedFiles
 from routing.request import Priority, Tenant
 
 _HOW = "send it as `Authorization: Bearer KEY` (REST) or metadata `authorization: Bearer KEY` (gRPC)"
-_ANYBODY = Tenant("anonymous", classes=tuple(Priority))
+_ANYBODY = Tenant("anonymous", classes=tuple(Priority), operator=True)
 
 
 class Tenants:
@@ -76,4 +76,5 @@ def _tenant(entry: TenantEntry) -> Tenant:
         entry.requests_per_minute,
         entry.tokens_per_minute,
         entry.max_streams,
+        entry.operator,
     )

@@ -18,9 +18,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CollectorRegistry
+
 from cluster.config import Config, DispatchConfig, Dtype, ExpertsConfig, InternalTlsConfig, ModelConfig
 from cluster.model import load_model_spec
 from cluster.shares import split_shares
+from monitoring.expert_meter import ExpertMeter
+from monitoring.metrics import ExpertMetrics
 from routing.placement import PlacementFile, PlacementTable, WorkerEndpoint
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
@@ -103,7 +107,7 @@ class ExpertPlane:
 def _serve(config: Config, experts: Mapping[int, tuple[int, ...]]) -> None:
     from deployments.expert_host import ExpertHost
 
-    host = ExpertHost(config, experts)
+    host = ExpertHost(config, experts, ExpertMeter(ExpertMetrics(CollectorRegistry())))
     print(host.start("127.0.0.1"), flush=True)
     sys.stdin.read()  # until the parent goes away
     host.stop(0)

@@ -10,15 +10,18 @@ import pytest
 from cluster.config import Config
 from deployments.directory import AttentionMember, Directory
 from deployments.fleet import FleetView, GatewayMember
+from monitoring.discovery import ScrapeTarget
 
 
 @pytest.fixture
 def directory(demo_model: Path) -> Directory:
-    return Directory(Config.model_validate({"model": {"path": demo_model}}).model_dump_json())
+    config = {"model": {"path": demo_model}, "monitoring": {"port": 0}}
+    return Directory(Config.model_validate(config).model_dump_json())
 
 
 def gateway(node: str, open_requests: int, draining: bool = False, **in_flight: int) -> GatewayMember:
-    return GatewayMember(f"gateway-{node}", 1, node, open_requests, in_flight, draining)
+    scrape = ScrapeTarget("gateway", f"{node}:9400", node)
+    return GatewayMember(f"gateway-{node}", 1, node, open_requests, in_flight, draining, scrape)
 
 
 async def seen_by(directory: Directory, member: GatewayMember) -> FleetView:

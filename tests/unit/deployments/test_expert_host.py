@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from cluster.config import Config, ModelConfig
 from cluster.errors import StartupError
 from deployments.expert_host import ExpertHost
+from monitoring.expert_meter import ExpertMeter
+from monitoring.metrics import ExpertMetrics
 from tests.certificates import DAY, Authority
 
 
@@ -16,4 +19,4 @@ def test_unusable_certificates_are_found_before_the_load(tmp_path: Path) -> None
     tls = Authority("ours").issue(tmp_path, ends=-DAY)
     config = Config(model=ModelConfig(path=tmp_path / "no-model-here"), internal_tls=tls)
     with pytest.raises(StartupError, match=r"internal_tls\.cert_file \S+ expired"):
-        ExpertHost(config, {})
+        ExpertHost(config, {}, ExpertMeter(ExpertMetrics(CollectorRegistry())))

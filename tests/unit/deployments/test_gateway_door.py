@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from cluster.api_keys import key_hash, new_key
 from cluster.config import AdmissionConfig, GatewayConfig
@@ -33,6 +34,8 @@ from deployments.door import Answer, Call
 from deployments.fleet import ResponseHead
 from deployments.gate import Gate, LocalAdmission
 from deployments.gateway_door import GatewayDoor
+from deployments.request_meter import RequestMeters
+from monitoring.metrics import GatewayMetrics
 from routing.request import ReplicaLoad
 from routing.tenants import TenantsFile
 
@@ -109,7 +112,9 @@ class World:
         self.gate.decide_by(admission)
         self.gate.fleet(fleet.loads())
         config = GatewayConfig.model_validate({"max_resends": 2, **limits})
-        self.door = GatewayDoor("tiny", config, TenantsFile(keys), self.gate, fleet, Words())
+        self.registry = CollectorRegistry()
+        meters = RequestMeters(GatewayMetrics(self.registry), AdmissionConfig(), time.monotonic)
+        self.door = GatewayDoor("tiny", config, TenantsFile(keys), self.gate, fleet, Words(), meters)
 
     def nothing_left(self) -> bool:
         return self.gate.open_tickets() == 0 and self.door.open_requests == 0

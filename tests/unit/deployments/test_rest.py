@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry, Counter
 from starlette.types import Message
 
 from cluster.errors import (
@@ -25,6 +26,7 @@ from cluster.errors import (
     Unauthenticated,
 )
 from deployments.door import Answer, Call
+from deployments.operator_pages import OperatorPages
 from deployments.rest import MAX_ID_CHARS, RestApi
 from routing.request import Tenant
 
@@ -70,7 +72,7 @@ class EchoDoor:
     def identify(self, key: str | None) -> Tenant:
         if key == "wrong":
             raise Unauthenticated("no such key")
-        return Tenant("t")
+        return Tenant("t", operator=key != "guest")
 
 
 async def status() -> Mapping[str, object]:
@@ -82,7 +84,9 @@ async def document() -> bytes:
 
 
 def api(door: EchoDoor) -> RestApi:
-    return RestApi(door, 2**20, status, document)
+    registry = CollectorRegistry()
+    Counter("deepsplit_seen", "Something seen.", registry=registry).inc()
+    return RestApi(door, 2**20, OperatorPages(registry, lambda: b'[{"targets": []}]', status), document)
 
 
 def client(door: EchoDoor) -> httpx.AsyncClient:
@@ -246,7 +250,22 @@ def test_health_readiness_status_and_document() -> None:
     assert get(sick, "/health").status_code == 200
     assert (get(sick, "/ready").status_code, get(EchoDoor(), "/ready").status_code) == (503, 200)
     assert get(EchoDoor(), "/v1/deepsplit/status").json() == {"model": "tiny"}
-    assert get(EchoDoor(), "/v1/deepsplit/status", {"authorization": "Bearer wrong"}).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/v1/deepsplit/status", "/metrics", "/sd/prometheus"])
+def test_operator_pages_are_for_operators(path: str) -> None:
+    assert get(EchoDoor(), path).status_code == 200
+    assert get(EchoDoor(), path, {"authorization": "Bearer wrong"}).status_code == 401
+    refused = get(EchoDoor(), path, {"authorization": "Bearer guest"})
+    assert refused.status_code == 403
+    assert "operator: true" in refused.json()["error"]["message"]
+
+
+def test_metrics_and_discovery_as_prometheus_reads_them() -> None:
+    metrics = get(EchoDoor(), "/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain; version=")
+    assert "deepsplit_seen_total 1.0" in metrics.text
+    assert get(EchoDoor(), "/sd/prometheus").json() == [{"targets": []}]
     assert get(EchoDoor(), "/openapi.json").json()["openapi"] == "3.1.0"
 
 

@@ -25,7 +25,7 @@ class Gated:
         self.batches: list[tuple[int, int]] = []  # (layer, rows)
         self.done: list[_Work] = []
         self.entered, self.open = threading.Event(), threading.Event()
-        self.batcher = LayerBatcher(self._compute, lambda: self.seconds)
+        self.batcher = LayerBatcher(self._compute, clock=lambda: self.seconds)
 
     def _compute(
         self, layer: int, hidden_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor

@@ -1,0 +1,43 @@
+"""Metrics of hot paths: a sample costs the path one append, and a thread puts it into counters and histograms."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+_INTERVAL_S = 0.1
+T = TypeVar("T")
+
+
+class Deferred(Generic[T]):
+    """Hands every recorded sample to `add`, one at a time, soon."""
+
+    def __init__(self, add: Callable[[T], None]) -> None:
+        self._add = add
+        self._samples: deque[T] = deque()
+        self._folding = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread.start()
+
+    def record(self, sample: T) -> None:
+        """Thread-safe; about 0.1 us."""
+        self._samples.append(sample)
+
+    def fold(self) -> None:
+        """Take in all that was recorded so far, now."""
+        with self._folding:
+            while self._samples:
+                self._add(self._samples.popleft())
+
+    def close(self) -> None:
+        """Take in what is left and end the thread."""
+        self._stop.set()
+        self._thread.join()
+        self.fold()
+
+    def _run(self) -> None:
+        while not self._stop.wait(_INTERVAL_S):
+            self.fold()
