@@ -5,19 +5,19 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONFIG ?= examples/local.yaml
 
-.PHONY: help serve test lint env docs protos clean
+.PHONY: help serve test lint env docs protos chart clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 env: $(READY) ## build the environment from the lock files
 
-$(READY): lock/cpu.txt lock/torch-cpu.txt pyproject.toml
+$(READY): lock/cpu.txt lock/test.txt lock/torch-cpu.txt pyproject.toml
 	@echo "[env] building $(VENV) from lock/ (a few minutes, once)" >&2
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or set PYTHON=" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r lock/torch-cpu.txt
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r lock/cpu.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r lock/cpu.txt -r lock/test.txt
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -38,6 +38,11 @@ docs: $(READY) ## regenerate docs/configuration.md
 protos: $(READY) ## regenerate the gRPC stubs from deployments/protos
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
 		$$(find deployments/protos -name '*.proto')
+
+chart: $(READY) ## regenerate the chart's schema, README and copies, check it, package it into dist/
+	$(BIN)/python helm/generate.py
+	$(BIN)/helm lint --strict helm/deepsplit
+	$(BIN)/helm package helm/deepsplit --destination dist
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

@@ -43,6 +43,7 @@
 {{- $workers := 0 -}}
 {{- range $name, $group := .Values.experts.groups -}}
 {{- $workers = add $workers $group.workers -}}
+{{- if $group.workers -}}
 {{- $at := printf "experts.groups.%s" $name -}}
 {{- if eq ($experts.device | default "cpu") "cuda" -}}
 {{- if not (get $group.resources.limits "nvidia.com/gpu") -}}
@@ -52,6 +53,7 @@
 {{- $cpus := int (include "deepsplit.cpus" (dict "name" $at "group" $group)) -}}
 {{- if gt (int ($experts.threads | default 0)) $cpus -}}
 {{- fail (printf "config.experts.threads is %d, but %s.resources.limits.cpu is %d: raise the limit or lower the threads" (int $experts.threads) $at $cpus) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

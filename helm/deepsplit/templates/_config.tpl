@@ -69,7 +69,7 @@ internal_tls: set tls.internal
 {{- else -}}
 {{- $_ := set $gateway "keys_file" (printf "%s/keys/keys.yaml" $mounted) -}}
 {{- end -}}
-{{- if ne .Values.tls.gateway.mode "off" -}}
+{{- if ne .Values.tls.gateway.mode "disabled" -}}
 {{- $_ := set $gateway "tls" (dict "cert_file" (printf "%s/tls/tls.crt" $mounted) "key_file" (printf "%s/tls/tls.key" $mounted)) -}}
 {{- end -}}
 {{- $attention := merge (dict "placement" (dict "resources" (dict "deepsplit-attention" 1))) ($config.attention | default dict) -}}
@@ -82,13 +82,13 @@ internal_tls: set tls.internal
 {{- $even := true -}}
 {{- range $name, $group := .Values.experts.groups -}}
 {{- $workers = add $workers $group.workers -}}
-{{- if and (ne ($experts.device | default "cpu") "cuda") (not $experts.threads) -}}
+{{- if and $group.workers (ne ($experts.device | default "cpu") "cuda") (not $experts.threads) -}}
 {{- $_ := set $experts "threads" (int (include "deepsplit.cpus" (dict "name" (printf "experts.groups.%s" $name) "group" $group))) -}}
 {{- end -}}
 {{- range until (int $group.workers) -}}
 {{- $shares = append $shares ($group.share | default 1) -}}
 {{- end -}}
-{{- if ne (float64 ($group.share | default 1)) 1.0 -}}{{- $even = false -}}{{- end -}}
+{{- if and $group.workers (ne (float64 ($group.share | default 1)) 1.0) -}}{{- $even = false -}}{{- end -}}
 {{- end -}}
 {{- $_ := set $experts "workers" $workers -}}
 {{- if not $even -}}{{- $_ := set $experts "shares" $shares -}}{{- end -}}
@@ -96,7 +96,7 @@ internal_tls: set tls.internal
 {{- $_ := set $config "attention" $attention -}}
 {{- $_ := set $config "experts" $experts -}}
 {{- $_ := set $config "ray" (merge (dict "address" "auto") ($config.ray | default dict)) -}}
-{{- if ne .Values.tls.internal.mode "off" -}}
+{{- if ne .Values.tls.internal.mode "disabled" -}}
 {{- $_ := set $config "internal_tls" (dict
       "cert_file" (printf "%s/internal-tls/tls.crt" $mounted) "key_file" (printf "%s/internal-tls/tls.key" $mounted)
       "ca_file" (printf "%s/internal-tls/ca.crt" $mounted)) -}}

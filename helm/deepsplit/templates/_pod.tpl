@@ -161,7 +161,7 @@ spec:
           subPath: {{ . }}
           {{- end }}
         {{- end }}
-        {{- if ne $values.tls.internal.mode "off" }}
+        {{- if ne $values.tls.internal.mode "disabled" }}
         - name: internal-tls
           mountPath: /etc/deepsplit/internal-tls
           readOnly: true
@@ -172,7 +172,7 @@ spec:
           mountPath: /etc/deepsplit/keys
           readOnly: true
         {{- end }}
-        {{- if ne $values.tls.gateway.mode "off" }}
+        {{- if ne $values.tls.gateway.mode "disabled" }}
         - name: tls
           mountPath: /etc/deepsplit/tls
           readOnly: true
@@ -190,7 +190,7 @@ spec:
         medium: Memory
         sizeLimit: {{ $group.shmSize | default "512Mi" }}
     {{- include "deepsplit.modelVolume" . | nindent 4 }}
-    {{- if ne $values.tls.internal.mode "off" }}
+    {{- if ne $values.tls.internal.mode "disabled" }}
     - name: internal-tls
       secret:
         secretName: {{ include "deepsplit.internalTlsSecret" $root }}
@@ -206,7 +206,7 @@ spec:
           - key: keys.yaml
             path: keys.yaml
     {{- end }}
-    {{- if ne $values.tls.gateway.mode "off" }}
+    {{- if ne $values.tls.gateway.mode "disabled" }}
     - name: tls
       secret:
         secretName: {{ include "deepsplit.gatewayTlsSecret" $root }}
@@ -268,7 +268,7 @@ readinessProbe:
   httpGet:
     path: /ready
     port: serve
-    scheme: {{ ternary "HTTP" "HTTPS" (eq .root.Values.tls.gateway.mode "off") }}
+    scheme: {{ ternary "HTTP" "HTTPS" (eq .root.Values.tls.gateway.mode "disabled") }}
   periodSeconds: 2
   timeoutSeconds: 2
   failureThreshold: 2
