@@ -140,7 +140,7 @@ def test_the_keys_file_is_one(rendered: dict[str, list[Manifest]]) -> None:
     assert (operator.name, search.name, search.requests_per_minute, search.weight) == ("operator", "search", 600, 2.5)
     text = the(rendered["defaults"], "Secret", f"{NAME}-keys")["stringData"]["keys.yaml"]
     (only,) = parse_keys(Path("keys.yaml"), text).tenants
-    assert only.name == "operator"
+    assert (only.name, only.operator) == ("operator", True)
 
 
 # --- generated files ---------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ experts.placement: set experts.groups.NAME.nodeSelector, .tolerations or .affini
 experts.host: workers listen on their pod's address; leave it out
 experts.max_per_node: each pod holds one worker; set experts.groups.NAME.workers
 internal_tls: set tls.internal
+monitoring.host: scrape targets listen on their pod's address; leave it out
+monitoring.port: scrape targets take the ports from 9400 on, which the network policies open; leave it out
 {{- end -}}
 
 {{- define "deepsplit.refuseDerivedKeys" -}}
