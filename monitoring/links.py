@@ -1,0 +1,22 @@
+"""Where alerts and dashboards point to. The bases are parameters of the generators."""
+
+from __future__ import annotations
+
+RUNBOOKS = "https://deepsplit.example/docs/runbooks"  # reserved name: put your own with `make observability RUNBOOKS=…`
+BOARDS = ("overview", "gateway", "attention", "experts", "dispatcher")
+
+
+def runbook(base: str, alert: str) -> str:
+    """URL of an alert's page in docs/runbooks."""
+    return f"{base.rstrip('/')}/{alert}.md"
+
+
+def board_uid(board: str) -> str:
+    """Grafana's id of a dashboard."""
+    assert board in BOARDS, board
+    return f"deepsplit-{board}"
+
+
+def board_path(board: str) -> str:
+    """Path of a dashboard, below Grafana's own address."""
+    return f"/d/{board_uid(board)}"
