@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONFIG ?= examples/local.yaml
 
-.PHONY: help serve test lint env docs protos chart clean
+.PHONY: help serve test lint env docs rules protos chart clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -32,8 +32,12 @@ lint: $(READY) ## ruff, mypy, import contracts
 test: lint ## lint and every test
 	$(BIN)/python -m pytest
 
-docs: $(READY) ## regenerate docs/configuration.md
+docs: $(READY) ## regenerate docs/configuration.md and docs/metrics.md
 	$(BIN)/python -m cluster.reference > docs/configuration.md
+	$(BIN)/python -m monitoring.catalogue > docs/metrics.md
+
+rules: $(READY) ## regenerate the alerting rules; RUNBOOKS=URL of docs/runbooks where you serve it
+	$(BIN)/python -m monitoring.alerts $(if $(RUNBOOKS),--runbooks $(RUNBOOKS)) > monitoring/rules/deepsplit.yaml
 
 protos: $(READY) ## regenerate the gRPC stubs from deployments/protos
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \

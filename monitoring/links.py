@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-RUNBOOKS = "https://deepsplit.example/docs/runbooks"  # reserved name: put your own with `make observability RUNBOOKS=…`
+RUNBOOKS = "https://deepsplit.example/docs/runbooks"  # reserved name: put your own with `make rules RUNBOOKS=…`
 BOARDS = ("overview", "gateway", "attention", "experts", "dispatcher")
 
 

@@ -10,7 +10,7 @@ from monitoring.alerts import attention, experts, objectives, targets
 from monitoring.alerts.rule import Group
 from monitoring.links import RUNBOOKS
 
-_HEAD = "# Generated from monitoring/alerts by `make observability`; do not edit.\n"
+_HEAD = "# Generated from monitoring/alerts by `make rules`; do not edit.\n"
 
 
 def all_groups() -> list[Group]:

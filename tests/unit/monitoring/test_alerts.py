@@ -30,7 +30,7 @@ def promtool(*arguments: str | Path) -> None:
 
 
 def test_the_file_is_the_generated_one() -> None:
-    assert RULES.read_text(encoding="utf-8") == rules(), "run: make observability"
+    assert RULES.read_text(encoding="utf-8") == rules(), "run: make rules"
 
 
 def test_promtool_accepts_the_rules() -> None:

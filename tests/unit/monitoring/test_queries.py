@@ -29,7 +29,7 @@ REPLIES = "deepsplit_dispatch_worker_replies_total"
         ("sum by (class) (deepsplit_requests_total) / sum by (tenant) (deepsplit_requests_total)", "never match"),
         (f"sum by (model) ({REPLIES}) / on (expert_worker) sum by (model) ({REPLIES})", "no label"),
         (f"{REPLIES} * ignoring (worker) sum ({REPLIES})", "never match"),
-        ("sum by (model (up)", "expected"),
+        ("sum by (model (up)", "unclosed"),
     ],
 )
 def test_faults_are_found(query: str, fault: str) -> None:
