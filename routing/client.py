@@ -92,7 +92,7 @@ class ExpertClient:
         self._combine_dtype = combine_dtype
         self._channels = None if tls is None else ExpertChannels(tls)
         self._load_file = load_file
-        self._meter = meter
+        self.meter = meter
         self._queue = StepQueue()
         self._ids = count(1)
         self._lock = threading.Lock()
@@ -131,8 +131,8 @@ class ExpertClient:
             [],
             DispatchSample(len(hidden_TH)),
         )
-        if self._meter is not None:
-            self._meter.chose(layer, dispatch.remaining_TK)
+        if self.meter is not None:
+            self.meter.chose(layer, dispatch.remaining_TK)
         with self._lock:
             try:
                 self._send_remaining(dispatch)
@@ -152,8 +152,8 @@ class ExpertClient:
                 raise
             finally:
                 dispatch.sample.total_s = time.monotonic() - now
-                if self._meter is not None:
-                    self._meter.record(dispatch.sample)
+                if self.meter is not None:
+                    self.meter.record(dispatch.sample)
                 # Replies of an abandoned dispatch must not wait in a stream for the next one.
                 for sent in dispatch.sent:
                     self._drop(sent.worker_id)
@@ -206,8 +206,8 @@ class ExpertClient:
         self._lost_at = {w: at for w, at in self._lost_at.items() if w in live}
         self._routes.clear()
         self._table = table
-        if self._meter is not None:
-            self._meter.placement(table.epoch, live)
+        if self.meter is not None:
+            self.meter.placement(table.epoch, live)
 
     def _wait_for_holder(self, layer: int, experts: tuple[int, ...], wait_until: float) -> None:
         if self._settings.on_uncovered == "fail" or time.monotonic() > wait_until:

@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry
 from cluster.config import Config, DispatchConfig, Dtype, ExpertsConfig, InternalTlsConfig, ModelConfig
 from cluster.model import load_model_spec
 from cluster.shares import split_shares
-from monitoring.expert_meter import ExpertMeter
+from monitoring.expert_meter import BatchSample, ExpertMeter
 from monitoring.metrics import ExpertMetrics
 from routing.placement import PlacementFile, PlacementTable, WorkerEndpoint
 
@@ -67,7 +67,9 @@ class ExpertPlane:
         }
         return {"load_format": "deepsplit", "additional_config": {"deepsplit": settings}}
 
-    def start(self, shares: Sequence[float], replicas: int = 1) -> tuple[WorkerEndpoint, ...]:
+    def start(
+        self, shares: Sequence[float], replicas: int = 1, metered: bool = True
+    ) -> tuple[WorkerEndpoint, ...]:
         """Start one process per share and wait until all listen; nobody uses them before `publish`."""
         held = split_shares(self._spec.num_experts, shares, replicas)
         started = []
@@ -75,7 +77,7 @@ class ExpertPlane:
             assignment = dict.fromkeys(self._spec.moe_layers, experts)
             command = [sys.executable, "-m", "tests.expert_processes", self._config.model_dump_json()]
             process = subprocess.Popen(
-                [*command, json.dumps(assignment)],
+                [*command, json.dumps(assignment), str(int(metered))],
                 cwd=_REPOSITORY,
                 text=True,
                 stdin=subprocess.PIPE,
@@ -104,10 +106,19 @@ class ExpertPlane:
         process.communicate()
 
 
-def _serve(config: Config, experts: Mapping[int, tuple[int, ...]]) -> None:
+class _NoMeter(ExpertMeter):
+    def batch(self, sample: BatchSample) -> None: ...
+
+    def gemms(self, rows_N: list[int]) -> None: ...
+
+    def answered(self, outcome: str) -> None: ...
+
+
+def _serve(config: Config, experts: Mapping[int, tuple[int, ...]], metered: bool) -> None:
     from deployments.expert_host import ExpertHost
 
-    host = ExpertHost(config, experts, ExpertMeter(ExpertMetrics(CollectorRegistry())))
+    meter = (ExpertMeter if metered else _NoMeter)(ExpertMetrics(CollectorRegistry()))
+    host = ExpertHost(config, experts, meter)
     print(host.start("127.0.0.1"), flush=True)
     sys.stdin.read()  # until the parent goes away
     host.stop(0)
@@ -117,4 +128,5 @@ if __name__ == "__main__":
     _serve(
         Config.model_validate_json(sys.argv[1]),
         {int(layer): tuple(experts) for layer, experts in json.loads(sys.argv[2]).items()},
+        sys.argv[3] == "1",
     )
