@@ -147,9 +147,10 @@ class DispatchConfig(Section):
                                                                "its experts.")
     reconnect_interval_s: float = Field(0.2, gt=0, description="How often a lost worker is tried again while nobody "
                                                                "else holds its experts.")
-    on_uncovered: Literal["wait", "fail"] = Field(
-        "wait", description="When no live worker holds an expert: wait for one, or fail at once (the engine's requests "
-                            "fail, and it restarts).")
+    on_uncovered: Literal["wait", "degrade", "fail"] = Field(
+        "wait", description="When no live worker holds an expert: wait for one; go on at once without it, with the "
+                            "weights of a token's other experts scaled up (a token with none left waits); or fail at "
+                            "once (the engine's requests fail, and it restarts).")
     uncovered_timeout_s: float = Field(60.0, ge=0, description="Longest wait for a holder to come back.")
 
 

@@ -40,7 +40,7 @@ from deployments.replica_server import ReplicaServer
 from deployments.scrape import read_scrape_file, scrape_process
 from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import EngineMetrics
-from routing.expert_load import ExpertLoadFile
+from routing.expert_load import ExpertLoadFile, ExpertPlane
 from routing.placement import PlacementFile
 from routing.request import ReplicaLoad
 
@@ -158,6 +158,7 @@ class AttentionReplica(LLMServer):
     async def _load(self) -> ReplicaLoad:
         """For the gateways. Raises if the engine is dead."""
         stats = await self.engine_stats()
+        plane = self._expert_plane()
         cache = self.engine._engine_client.vllm_config.cache_config
         return ReplicaLoad(
             self._replica_id,
@@ -166,7 +167,8 @@ class AttentionReplica(LLMServer):
             running=stats.running,
             waiting=stats.waiting,
             kv_cache_usage=stats.kv_cache_usage,
-            experts_queue_s=self._experts_queue_s(),
+            experts_queue_s=plane.queue_s,
+            degraded=plane.degraded,
         )
 
     async def engine_stats(self) -> EngineStats:
@@ -185,13 +187,13 @@ class AttentionReplica(LLMServer):
         metrics.running.set(stats.running)
         metrics.waiting.set(stats.waiting)
         metrics.kv_cache_usage.set(stats.kv_cache_usage)
-        metrics.experts_queue.set(self._experts_queue_s())
+        metrics.experts_queue.set(self._expert_plane().queue_s)
         metrics.mtp_drafted.inc(stats.spec_draft_tokens - (before.spec_draft_tokens if before else 0))
         metrics.mtp_accepted.inc(stats.spec_accepted_tokens - (before.spec_accepted_tokens if before else 0))
         self._measured = stats
 
-    def _experts_queue_s(self) -> float:
-        return 0.0 if self._expert_load is None else self._expert_load.read(time.time())
+    def _expert_plane(self) -> ExpertPlane:
+        return ExpertPlane() if self._expert_load is None else self._expert_load.read(time.time())
 
     def _introduction(self) -> AttentionMember:
         """What the directory is told: with the engine's scrape target, once that listens."""

@@ -7,6 +7,7 @@ import logging
 import random
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Protocol
 
@@ -166,7 +167,10 @@ class GatewayDoor:
         headers = rate_limit_headers(grant.limits) | {"x-request-id": call.request_id}
         if grant.predicted_ttft_s > 0:  # `admission.mode: off` predicts nothing
             headers["x-deepsplit-predicted-ttft-s"] = f"{grant.predicted_ttft_s:.3f}"
-        return await _open(relay.run(grant), deadline, headers, ended)
+        answer = await _open(relay.run(grant), deadline, headers, ended)
+        if any(load.degraded for load in self._replicas.loads() if load.replica_id == relay.replica_id):
+            return replace(answer, headers={**answer.headers, "x-deepsplit-degraded": "true"})
+        return answer
 
     def _ask(self, call: Call, tenant: Tenant, outline: Peek) -> Ask:
         priority = _priority(call.priority, tenant)

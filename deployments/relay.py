@@ -48,12 +48,14 @@ class Relay:
         self._replicas = replicas
         self._request_id = request_id
         self._resends_left = max_resends
+        self.replica_id = ""  # where it runs
         self._meter = meter
         self._first_token_told = False
 
     async def run(self, grant: Grant) -> AsyncGenerator[ResponseHead | bytes, None]:
         """Raises ReplicaUnavailable or a Refusal when nobody else can take it, StreamLost when it cannot go on."""
         path, body = self.tap.path, self.tap.upstream_body()
+        self.replica_id = grant.replica_id
         begun = False
         try:
             while True:
@@ -80,6 +82,7 @@ class Relay:
                 if begun:
                     path, body = await self.tap.continue_request()
                 grant = await self._gate.move(grant.ticket)
+                self.replica_id = grant.replica_id
         finally:
             self._gate.finish(grant.ticket, self._usage())
 

@@ -27,6 +27,7 @@ class DispatchSample:
     return_s: float | None = None  # None: hidden by the shared expert
     combine_s: float = 0.0
     uncovered_wait_s: float = 0.0
+    degraded_rows: int = 0
     bytes_out: int = 0
     bytes_in: int = 0
     retries: list[str] = field(default_factory=list)  # outcomes of the errors that caused them
@@ -75,6 +76,7 @@ class DispatchMeter:
         metrics.bytes.labels("out").inc(sample.bytes_out)
         metrics.bytes.labels("in").inc(sample.bytes_in)
         metrics.uncovered_wait.inc(sample.uncovered_wait_s)
+        metrics.degraded_rows.inc(sample.degraded_rows)
         for reason in sample.retries:
             metrics.retries.labels(reason).inc()
         if sample.failure:

@@ -20,7 +20,7 @@ from cluster.config import DispatchConfig, InternalTlsConfig
 from cluster.errors import DeepsplitError, DispatchTimeout, StalePlacement, UncoveredExperts, WorkerLost
 from monitoring.dispatch_meter import DispatchMeter, DispatchSample
 from routing.dispatcher import Part, Split, combine, split
-from routing.expert_load import ExpertLoadFile, StepQueue
+from routing.expert_load import FRESH_S, ExpertLoadFile, ExpertPlane, StepQueue
 from routing.placement import PlacementFile, PlacementTable, WorkerEndpoint
 from routing.tls import ExpertChannels
 from routing.wire import HEADER_BYTES, NO_EXPERT, Request, encode_request, request_bytes
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02  # how often a dispatch without a holder looks at the placement file
 _WATCHDOG_S = 0.1  # resolution of call_timeout_s, and how often the load file is written at most
+_LEAST_SHARE = 1e-3  # of a row's weight, below which nothing of it is left
 _BLOCKED_S = 20e-6  # a reply that took no longer to read had come before
 
 
@@ -62,6 +63,7 @@ class _Dispatch:
     uncovered_deadline: float
     sent: list[_Sent]
     sample: DispatchSample
+    dropped_T: np.ndarray  # float32: weight of each row's experts that it goes without
     sent_at: float = 0.0  # monotonic seconds, when the last row was handed over
     meanwhile_at: float = 0.0  # when the shared expert was done
 
@@ -98,6 +100,7 @@ class ExpertClient:
         self._lock = threading.Lock()
         self._links: dict[str, WorkerLink] = {}  # worker_id -> live link
         self._lost_at: dict[str, float] = {}  # worker_id -> monotonic seconds of its last loss
+        self._degraded_at = float("-inf")  # monotonic seconds
         self._last_loss = ""  # for the message that says that nobody is left
         self._table = PlacementTable(-1, ())
         self._routes: dict[tuple[int, frozenset[str]], np.ndarray] = {}
@@ -130,6 +133,7 @@ class ExpertClient:
             now + self._settings.uncovered_timeout_s,
             [],
             DispatchSample(len(hidden_TH)),
+            np.zeros(len(hidden_TH), dtype=np.float32),
         )
         if self.meter is not None:
             self.meter.chose(layer, dispatch.remaining_TK)
@@ -146,6 +150,8 @@ class ExpertClient:
                     self._send_remaining(dispatch)
                     lost = self._collect(dispatch)
                 self._queue.add(layer, dispatch.sample.wait_s, time.monotonic())
+                if dispatch.dropped_T.any():
+                    self._scale_up(dispatch)
                 return dispatch.output_TH
             except DeepsplitError as error:
                 dispatch.sample.failure = error.outcome
@@ -173,6 +179,8 @@ class ExpertClient:
             table, planned = self._split(dispatch)
             if not planned.uncovered:
                 break
+            if self._settings.on_uncovered == "degrade" and _go_without(dispatch, planned.uncovered):
+                continue
             self._wait_for_holder(dispatch.layer, planned.uncovered, dispatch.uncovered_deadline)
             dispatch.sample.uncovered_wait_s += time.monotonic() - began
             began = time.monotonic()
@@ -218,6 +226,18 @@ class ExpertClient:
                 f"experts.replicas_per_expert for spare holders{self._last_loss}"
             )
         time.sleep(_POLL_S)
+
+    def _scale_up(self, dispatch: _Dispatch) -> None:
+        """Rows that go without some experts keep their weights' sum: experts are weighted linearly."""
+        total_T = dispatch.weights_TK.sum(1)
+        kept_T = total_T - torch.from_numpy(dispatch.dropped_T)
+        dispatch.output_TH *= (total_T / kept_T).unsqueeze(1)
+        rows = int((dispatch.dropped_T != 0).sum())
+        dispatch.sample.degraded_rows = rows
+        now = time.monotonic()
+        if now - self._degraded_at > FRESH_S:
+            logger.warning("degraded: layer %d computes %d rows without all of their experts", dispatch.layer, rows)
+        self._degraded_at = now
 
     def _link(self, worker: WorkerEndpoint) -> WorkerLink:
         if worker.worker_id not in self._links:
@@ -337,4 +357,17 @@ class ExpertClient:
             if self._load_file is not None and self._queue.steps != written:
                 written = self._queue.steps
                 with contextlib.suppress(OSError):  # advice for admission; dispatches do not depend on it
-                    self._load_file.write(self._queue.mean_s)
+                    degraded = time.monotonic() - self._degraded_at < FRESH_S
+                    self._load_file.write(ExpertPlane(self._queue.mean_s, degraded))
+
+
+def _go_without(dispatch: _Dispatch, uncovered: tuple[int, ...]) -> bool:
+    """Drop these experts from every row that has others left; False if there was no such row."""
+    missing_TK = np.isin(dispatch.remaining_TK, uncovered)
+    weights_TK = dispatch.weights_TK.numpy()
+    lost_T = np.where(missing_TK, weights_TK, 0.0).sum(1)
+    kept_T = weights_TK.sum(1) - dispatch.dropped_T - lost_T
+    droppable_T = (lost_T > 0) & (kept_T > _LEAST_SHARE * weights_TK.sum(1))
+    dispatch.dropped_T += np.where(droppable_T, lost_T, 0.0).astype(np.float32)
+    dispatch.remaining_TK[missing_TK & droppable_T[:, None]] = NO_EXPERT
+    return bool(droppable_T.any())

@@ -1,4 +1,4 @@
-"""How long an engine's rows wait at the expert workers, on its way from the engine's process to its Serve replica.
+"""How an engine's expert workers do, on its way from the engine's process to its Serve replica.
 
 A file, because the engine's worker process is connected to nothing else of ours; it lies beside the placement file,
 which goes the other way.
@@ -37,22 +37,31 @@ class StepQueue:
 
 
 @dataclass(frozen=True)
+class ExpertPlane:
+    """What an engine says of its expert workers."""
+
+    queue_s: float = 0.0  # that a step's rows wait there, summed over layers
+    degraded: bool = False  # rows went without some of their experts lately
+
+
+@dataclass(frozen=True)
 class ExpertLoadFile:
-    """One number, replaced atomically by the engine's process and read by its Serve replica."""
+    """Replaced atomically by the engine's process and read by its Serve replica."""
 
     path: Path
 
-    def write(self, experts_queue_s: float) -> None:
-        """Readers see the old number or the new one. Raises OSError."""
+    def write(self, plane: ExpertPlane) -> None:
+        """Readers see the old state or the new one. Raises OSError."""
         partial = self.path.with_suffix(".partial")
-        partial.write_text(repr(experts_queue_s))
+        partial.write_text(f"{plane.queue_s!r} {int(plane.degraded)}")
         partial.replace(self.path)
 
-    def read(self, now_s: float) -> float:
-        """Seconds that a step's rows wait, summed over layers; 0 if nothing was written lately. `now_s`: Unix time."""
+    def read(self, now_s: float) -> ExpertPlane:
+        """Idle and whole if nothing was written lately. `now_s`: Unix time."""
         try:
             if now_s - self.path.stat().st_mtime > FRESH_S:
-                return 0.0
-            return float(self.path.read_text())
+                return ExpertPlane()
+            queue_s, degraded = self.path.read_text().split()
+            return ExpertPlane(float(queue_s), degraded == "1")
         except FileNotFoundError:
-            return 0.0
+            return ExpertPlane()

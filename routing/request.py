@@ -80,3 +80,4 @@ class ReplicaLoad:
     waiting: int = 0  # sequences not yet in it
     kv_cache_usage: float = 0.0  # share of KV blocks in use, 0 to 1
     experts_queue_s: float = 0.0  # mean time that a step's rows wait in expert workers' queues, summed over layers
+    degraded: bool = False  # rows went without some of their experts lately (dispatch.on_uncovered: degrade)

@@ -108,6 +108,28 @@ def test_uncovered_fails_by_name_of_the_expert(cluster: Cluster) -> None:
         dispatch(cluster.client(on_uncovered="fail"), 8)
 
 
+def test_degraded_rows_keep_their_weight_without_the_lost_experts(cluster: Cluster) -> None:
+    cluster.start("a", ALL[:6])
+    cluster.publish("a")
+    hidden, ids, weights, _ = rows(16)
+    ids[0], ids[1] = torch.tensor([0, 6, 7]), torch.tensor([0, 1, 2])
+    got = cluster.client(on_uncovered="degrade", uncovered_timeout_s=0.2).forward(1, hidden, ids, weights)
+    kept = torch.where(ids < 6, weights, 0.0)
+    scaled = kept * (weights.sum(1) / kept.sum(1)).unsqueeze(1)
+    torch.testing.assert_close(got, hidden * ((ids + 1) * scaled).sum(1, keepdim=True))
+    assert not torch.equal(scaled[0], weights[0])
+    torch.testing.assert_close(scaled[1], weights[1])
+
+
+def test_a_row_with_no_expert_left_is_never_a_silent_zero(cluster: Cluster) -> None:
+    cluster.start("a", ALL[:4])
+    cluster.publish("a")
+    hidden, ids, weights, _ = rows(2)
+    ids[0], ids[1] = torch.tensor([0, 1, 2]), torch.tensor([5, 6, 7])
+    with pytest.raises(UncoveredExperts):
+        cluster.client(on_uncovered="degrade", uncovered_timeout_s=0.2).forward(1, hidden, ids, weights)
+
+
 def test_a_failed_dispatch_leaves_the_client_usable(cluster: Cluster) -> None:
     cluster.start("a", ALL)
     cluster.publish("a")

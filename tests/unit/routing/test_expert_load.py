@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from routing.expert_load import ExpertLoadFile, StepQueue
+from routing.expert_load import ExpertLoadFile, ExpertPlane, StepQueue
 from tests.unit.routing.conftest import Cluster, rows
 
 
@@ -50,13 +50,13 @@ def test_newer_steps_count_more_and_old_ones_fade() -> None:
 
 def test_a_number_that_nobody_renews_is_nought(tmp_path: Path) -> None:
     file = ExpertLoadFile(tmp_path / "expert_load")
-    assert file.read(time.time()) == 0.0
-    file.write(0.0123)
+    assert file.read(time.time()) == ExpertPlane()
+    file.write(ExpertPlane(0.0123, degraded=True))
     os.utime(file.path, (1000.0, 1000.0))
-    assert file.read(1001.9) == 0.0123
-    assert file.read(1002.1) == 0.0
-    file.write(4.5)
-    assert ExpertLoadFile(file.path).read(file.path.stat().st_mtime) == 4.5
+    assert file.read(1001.9) == ExpertPlane(0.0123, degraded=True)
+    assert file.read(1002.1) == ExpertPlane()
+    file.write(ExpertPlane(4.5))
+    assert ExpertLoadFile(file.path).read(file.path.stat().st_mtime) == ExpertPlane(4.5)
     assert [path.name for path in tmp_path.iterdir()] == ["expert_load"]
 
 
@@ -77,7 +77,7 @@ def test_a_client_beside_a_busy_one_reports_its_wait(cluster: Cluster, tmp_path:
         for _ in range(40):
             for layer in (1, 2):
                 alone.forward(layer, hidden, ids, weights)
-            seen.append(file.read(time.time()))
+            seen.append(file.read(time.time()).queue_s)
         return seen[20:]
 
     idle = waits()
