@@ -99,6 +99,10 @@ class ExpertPlane:
         self._epoch += 1
         self._file.write(PlacementTable(self._epoch, tuple(workers)))
 
+    def pid(self, worker: WorkerEndpoint) -> int:
+        """Of its process."""
+        return self._processes[worker.worker_id].pid
+
     def kill(self, worker: WorkerEndpoint) -> None:
         """SIGKILL, as the kernel's out-of-memory killer would; the placement file still names the worker."""
         process = self._processes.pop(worker.worker_id)
