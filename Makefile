@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONFIG ?= examples/local.yaml
 
-.PHONY: help serve test lint env docs rules protos chart clean
+.PHONY: help serve test lint env docs rules dashboards observe protos chart clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -38,6 +38,12 @@ docs: $(READY) ## regenerate docs/configuration.md and docs/metrics.md
 
 rules: $(READY) ## regenerate the alerting rules; RUNBOOKS=URL of docs/runbooks where you serve it
 	$(BIN)/python -m monitoring.alerts $(if $(RUNBOOKS),--runbooks $(RUNBOOKS)) > monitoring/rules/deepsplit.yaml
+
+dashboards: $(READY) ## regenerate the dashboards; RUNBOOKS as above
+	$(BIN)/python -m monitoring.boards monitoring/dashboards $(if $(RUNBOOKS),--runbooks $(RUNBOOKS))
+
+observe: $(READY) ## Prometheus on the running cluster until Ctrl-C; OBSERVE="--key-file FILE …", --help lists all
+	@exec $(BIN)/python -m monitoring.observe $(OBSERVE)
 
 protos: $(READY) ## regenerate the gRPC stubs from deployments/protos
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \

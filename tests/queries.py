@@ -21,6 +21,7 @@ TARGET = frozenset(TARGET_LABELS)
 # Not ours, but on our targets; tests/integration/test_observability.py sees that each is really there.
 BORROWED: Mapping[str, tuple[str, ...]] = {
     "up": (),
+    "ALERTS": ("alertname", "alertstate", "severity"),
     "process_cpu_seconds_total": (),
     "process_resident_memory_bytes": (),
     "process_start_time_seconds": (),
@@ -28,6 +29,8 @@ BORROWED: Mapping[str, tuple[str, ...]] = {
     "process_max_fds": (),
     "prometheus_sd_http_failures_total": (),  # Prometheus' own
     "vllm:num_preemptions_total": ("engine", "model_name"),
+    "vllm:generation_tokens_total": ("engine", "model_name"),
+    "vllm:prompt_tokens_total": ("engine", "model_name"),
     "vllm:prefix_cache_queries_total": ("engine", "model_name"),
     "vllm:prefix_cache_hits_total": ("engine", "model_name"),
     "ray_node_cpu_utilization": (),

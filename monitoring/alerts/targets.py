@@ -32,7 +32,7 @@ def groups() -> list[Group]:
                 "{{ $labels.model }}: there is no directory.",
                 "None of {{ $value }} targets is a live directory. Serving goes on with the last placement table, "
                 "but an expert worker that is lost or started from now on is not noticed.",
-                "overview", {"role": "directory"},
+                "dispatcher", {"role": "directory"},
             ),
             _certificate(14, "ticket"),
             _certificate(2, "page"),
@@ -59,5 +59,5 @@ def _certificate(days: int, severity: Severity) -> Alert:
         "DeepsplitCertificateExpires", f"{left} < {days * 86400}", "10m", severity,
         "{{ $labels.model }}: the certificate {{ $labels.certificate }} of the role {{ $labels.role }} ends soon.",
         "It ends in {{ $value | humanizeDuration }}; from then on connections fail.",
-        "overview",
+        "gateway",
     )  # fmt: skip

@@ -1,0 +1,104 @@
+"""Dashboards as data. `grafana.py` makes Grafana's JSON of them, tests read their queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["lines", "stack", "shares", "stat", "bars", "heatmap", "matrix"]
+NOW = ("stat", "bars", "matrix")  # kinds that show the latest value only
+
+# Selectors of the dashboards' variables. Rules' recordings have no node.
+MODEL = 'model=~"$model"'
+HERE = f'{MODEL},node=~"$node"'
+TENANT = f'{HERE},tenant=~"$tenant"'
+RATE = "[$__rate_interval]"
+
+
+@dataclass(frozen=True)
+class Query:
+    """PromQL, and what its series are called: text with {{label}}."""
+
+    expr: str
+    legend: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """From which value on a panel turns orange and red; red first if low values are the bad ones."""
+
+    warning: float
+    critical: float
+
+    @property
+    def low_is_bad(self) -> bool:
+        return self.critical < self.warning
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One panel. `bad` says what it shows and what a bad value means."""
+
+    title: str
+    unit: str  # Grafana's unit id
+    bad: str
+    queries: tuple[Query, ...]
+    kind: Kind = "lines"
+    width: int = 8  # of 24
+    limits: Limits | None = None
+    alert: str = ""  # whose runbook says what to do
+
+
+@dataclass(frozen=True)
+class Row:
+    """Panels under one heading."""
+
+    title: str
+    charts: tuple[Chart, ...]
+
+
+@dataclass(frozen=True)
+class Board:
+    """One dashboard. `name` is one of monitoring.links.BOARDS."""
+
+    name: str
+    title: str
+    about: str
+    rows: tuple[Row, ...]
+    by_tenant: bool = False
+
+    def charts(self) -> list[Chart]:
+        """All panels."""
+        return [chart for row in self.rows for chart in row.charts]
+
+
+def quantiles(metric: str, selector: str, by: str = "", shares: tuple[float, ...] = (0.5, 0.99)) -> tuple[Query, ...]:
+    """Quantiles of a histogram over all targets, by one label or none."""
+    labels, legend = (f"le, {by}", f" {{{{{by}}}}}") if by else ("le", "")
+    return tuple(
+        Query(
+            f"histogram_quantile({share:g}, sum by ({labels}) (rate({metric}_bucket{{{selector}}}{RATE})))",
+            f"p{share * 100:g}{legend}",
+        )
+        for share in shares
+    )
+
+
+def rate(metric: str, selector: str, by: str) -> str:
+    """Per second, summed over all targets, by some labels."""
+    return f"sum by ({by}) (rate({metric}{{{selector}}}{RATE}))"
+
+
+def total(metric: str, selector: str) -> str:
+    """Per second, summed over all targets."""
+    return f"sum (rate({metric}{{{selector}}}{RATE}))"
+
+
+def mean(metric: str, selector: str) -> str:
+    """Mean of a histogram over all targets."""
+    return f"{total(f'{metric}_sum', selector)} / {total(f'{metric}_count', selector)}"
+
+
+def top(expr: str, count: int = 10) -> str:
+    """The largest: what keeps a panel readable with a thousand nodes."""
+    return f"topk({count}, {expr})"
