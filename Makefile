@@ -42,8 +42,9 @@ rules: $(READY) ## regenerate the alerting rules; RUNBOOKS=URL of docs/runbooks 
 dashboards: $(READY) ## regenerate the dashboards; RUNBOOKS as above
 	$(BIN)/python -m monitoring.boards monitoring/dashboards $(if $(RUNBOOKS),--runbooks $(RUNBOOKS))
 
-observe: $(READY) ## Prometheus on the running cluster until Ctrl-C; OBSERVE="--key-file FILE …", --help lists all
-	@exec $(BIN)/python -m monitoring.observe $(OBSERVE)
+observe: $(READY) ## Prometheus on the running cluster; OBSERVE_KEY_FILE, OBSERVE_CA_FILE, OBSERVE_PORT if needed
+	@exec $(BIN)/python -m monitoring.observe $(if $(OBSERVE_KEY_FILE),--key-file $(OBSERVE_KEY_FILE)) \
+		$(if $(OBSERVE_CA_FILE),--ca-file $(OBSERVE_CA_FILE)) $(if $(OBSERVE_PORT),--port $(OBSERVE_PORT))
 
 protos: $(READY) ## regenerate the gRPC stubs from deployments/protos
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
