@@ -23,7 +23,8 @@ from routing.dispatcher import Part, Split, combine, split
 from routing.expert_load import FRESH_S, ExpertLoadFile, ExpertPlane, StepQueue
 from routing.placement import PlacementFile, PlacementTable, WorkerEndpoint
 from routing.tls import ExpertChannels
-from routing.wire import HEADER_BYTES, NO_EXPERT, Request, encode_request, request_bytes
+from routing.trace import STEP
+from routing.wire import HEADER_BYTES, MAX_TRACE_BYTES, NO_EXPERT, Request, encode_request, request_bytes
 from routing.worker_link import WorkerLink
 
 logger = logging.getLogger(__name__)
@@ -255,12 +256,12 @@ class ExpertClient:
         hidden_RH = dispatch.hidden_TH if whole else dispatch.hidden_TH[rows_R]
         weights_RK = dispatch.weights_TK if whole else dispatch.weights_TK[rows_R]
         ids_RK = torch.from_numpy(part.expert_ids_RK)
-        deadline_ms = int(self._settings.call_timeout_s * 1000)
+        deadline_ms, trace = int(self._settings.call_timeout_s * 1000), STEP.get()
         frames = []
         for rows in self._pieces(len(rows_R), hidden_RH.shape[1], ids_RK.shape[1]):
             request = Request(
                 next(self._ids), table.epoch, dispatch.layer, deadline_ms,
-                hidden_RH[rows], ids_RK[rows], weights_RK[rows], self._combine_dtype,
+                hidden_RH[rows], ids_RK[rows], weights_RK[rows], self._combine_dtype, trace,
             )  # fmt: skip
             frame = encode_request(request)
             packed = time.monotonic()
@@ -276,7 +277,7 @@ class ExpertClient:
         """Row ranges whose request and reply both stay under the message bound."""
         widest = max(self._dispatch_dtype, self._combine_dtype, key=lambda dtype: dtype.itemsize)
         per_row = request_bytes(1, hidden, slots, widest) - HEADER_BYTES
-        most = max(1, ((self._settings.max_message_mib << 20) - HEADER_BYTES) // per_row)
+        most = max(1, ((self._settings.max_message_mib << 20) - HEADER_BYTES - MAX_TRACE_BYTES) // per_row)
         return [slice(at, min(at + most, rows)) for at in range(0, rows, most)]
 
     # --- receiving ---
@@ -342,7 +343,8 @@ class ExpertClient:
         self._lost_at[worker_id] = time.monotonic()
         self._last_loss = f"; last lost: {error}"
         self._routes.clear()  # keys name the lost; keep only current ones
-        logger.warning("expert worker lost, its rows go elsewhere: %s", error)
+        fields = {"worker_id": worker_id, "request_id": STEP.get()}
+        logger.warning("expert worker lost, its rows go elsewhere: %s", error, extra={"fields": fields})
 
     def _drop(self, worker_id: str) -> None:
         link = self._links.pop(worker_id, None)

@@ -22,7 +22,8 @@ from cluster.errors import DeepsplitError, DispatchTimeout, StartupError, Worker
 from monitoring.expert_meter import BatchSample, ExpertMeter
 from routing.grpc_channel import METHOD, MODEL_KEY, SERVICE, channel_options
 from routing.tls import expert_server_credentials, peer_is
-from routing.wire import Reply, Request, decode_request, encode_error, encode_reply, peek_request_id
+from routing.trace import joined
+from routing.wire import Reply, Request, decode_request, encode_error, encode_reply, peek_request_id, peek_trace
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +106,9 @@ class LayerBatcher:
         except DeepsplitError as error:
             return error
         except Exception as error:  # the worker lives on, whatever a kernel raises
-            logger.exception("expert computation failed")
-            return WorkerLost(f"expert computation failed: {error!r}")
+            failed = WorkerLost(f"expert computation failed: {error!r}")
+            failed.__cause__ = error
+            return failed
         compute_us = int((self._clock() - started) * 1e6)
         for work, piece in zip(group, output_TH.split([len(r.hidden_TH) for r in requests]), strict=True):
             work.output_TH, work.compute_us = piece, compute_us
@@ -114,7 +116,21 @@ class LayerBatcher:
         if self._meter is not None:
             queued = tuple(started - work.arrived for work in group)
             self._meter.batch(BatchSample(len(output_TH), compute_us / 1e6, queued))
+        if logger.isEnabledFor(logging.DEBUG):
+            _say_batch(layer, group, compute_us)
         return None
+
+
+def _say_batch(layer: int, group: list[_Work], compute_us: int) -> None:
+    fields = {
+        "request_id": joined(dict.fromkeys(work.request.trace for work in group)),
+        "layer": layer,
+        "rows": sum(len(work.request.hidden_TH) for work in group),
+        "requests": len(group),
+        "queue_us": max(work.queue_us for work in group),
+        "compute_us": compute_us,
+    }
+    logger.debug("batch computed", extra={"fields": fields})
 
 
 def _join(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -198,6 +214,10 @@ class ExpertServer:
         try:
             reply, outcome = self._reply(decode_request(frame, self._hidden_size)), "ok"
         except DeepsplitError as error:
+            bug = error.__cause__
+            fields = {"request_id": peek_trace(frame)}
+            level = logging.ERROR if bug else logging.WARNING
+            logger.log(level, "request not computed: %s", error, exc_info=bug, extra={"fields": fields})
             reply, outcome = encode_error(request_id, error), error.outcome
         if self._meter is not None:
             self._meter.answered(outcome)

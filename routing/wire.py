@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from cluster.errors import DeepsplitError, DispatchTimeout, FrameError, StalePlacement, WorkerLost
+from routing.trace import MAX_BYTES as MAX_TRACE_BYTES
 
 MAGIC = b"DSX1"
-# magic, kind, dtype, reply dtype, error code, request id, epoch, layer, rows, hidden, slots or queue, extra
+# magic, kind, dtype, reply dtype, error code or bytes of trace, request id, epoch, layer, rows, hidden, slots or queue,
+# extra
 _HEADER = struct.Struct("<4sBBBBQIIIIII")
 HEADER_BYTES = _HEADER.size
 _MAX_U32 = 2**32 - 1
@@ -51,6 +53,7 @@ class Request:
     expert_ids_TK: torch.Tensor
     weights_TK: torch.Tensor
     reply_dtype: torch.dtype
+    trace: str = ""  # ids of the clients' requests whose rows these are (routing.trace.joined)
 
 
 @dataclass(frozen=True)
@@ -77,19 +80,22 @@ def _raw(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().contiguous().view(torch.uint8).reshape(-1).numpy())  # type: ignore[arg-type]
 
 
-def request_bytes(rows: int, hidden: int, slots: int, dtype: torch.dtype) -> int:
-    """Size in bytes of a request frame: header + T*H activations + T*K (float32 weight + int16 id)."""
-    return HEADER_BYTES + rows * (hidden * dtype.itemsize + slots * 6)
+def request_bytes(rows: int, hidden: int, slots: int, dtype: torch.dtype, trace_bytes: int = 0) -> int:
+    """Size in bytes of a request frame: header + T*H activations + T*K (float32 weight + int16 id) + trace."""
+    return HEADER_BYTES + rows * (hidden * dtype.itemsize + slots * 6) + trace_bytes
 
 
 def encode_request(request: Request) -> bytes:
-    """Header, weights_TK (float32), hidden_TH (its dtype), expert_ids_TK (int16)."""
+    """Header, weights_TK (float32), hidden_TH (its dtype), expert_ids_TK (int16), trace (UTF-8)."""
     rows, hidden = request.hidden_TH.shape
+    trace = request.trace.encode()
+    assert len(trace) <= MAX_TRACE_BYTES, "routing.trace.joined bounds it"
     header = _HEADER.pack(
-        MAGIC, Kind.REQUEST, _CODES[request.hidden_TH.dtype], _CODES[request.reply_dtype], 0, request.request_id,
-        request.epoch, request.layer, rows, hidden, request.expert_ids_TK.shape[1], request.deadline_ms,
+        MAGIC, Kind.REQUEST, _CODES[request.hidden_TH.dtype], _CODES[request.reply_dtype], len(trace),
+        request.request_id, request.epoch, request.layer, rows, hidden, request.expert_ids_TK.shape[1],
+        request.deadline_ms,
     )  # fmt: skip
-    return b"".join((header, _raw(request.weights_TK), _raw(request.hidden_TH), _raw(request.expert_ids_TK)))
+    return b"".join((header, _raw(request.weights_TK), _raw(request.hidden_TH), _raw(request.expert_ids_TK), trace))
 
 
 def encode_reply(reply: Reply) -> bytes:
@@ -142,15 +148,35 @@ def peek_request_id(frame: bytes) -> int:
     return _HEADER.unpack_from(frame)[5] if len(frame) >= HEADER_BYTES else 0
 
 
+def peek_trace(frame: bytes) -> str:
+    """The request ids of a frame whose body may be broken; empty where they cannot be read."""
+    length = _HEADER.unpack_from(frame)[4] if len(frame) >= HEADER_BYTES else 0
+    try:
+        return _trace(frame, max(HEADER_BYTES, len(frame) - length))
+    except FrameError:
+        return ""
+
+
+def _trace(frame: bytes, at: int) -> str:
+    # It goes into log lines, so nothing in it may end one or hide what follows.
+    try:
+        trace = frame[at:].decode()
+    except UnicodeDecodeError:
+        raise FrameError("the trace of a request is not UTF-8") from None
+    if not trace.isprintable():
+        raise FrameError("the trace of a request has characters that cannot be printed")
+    return trace
+
+
 def decode_request(frame: bytes, hidden_size: int) -> Request:
     """Raises FrameError for anything but a well-formed request of `hidden_size`. Tensors are views of `frame`."""
-    kind, dtype_code, reply_code, _, request_id, epoch, layer, rows, hidden, slots, deadline_ms = _unpack(frame)
+    kind, dtype_code, reply_code, traced, request_id, epoch, layer, rows, hidden, slots, deadline_ms = _unpack(frame)
     if kind != Kind.REQUEST:
         raise FrameError(f"expected a request (kind {Kind.REQUEST.value}), got kind {kind}")
     dtype, reply_dtype = _dtype(dtype_code), _dtype(reply_code)
     if hidden != hidden_size:
         raise FrameError(f"hidden size {hidden} does not fit this model's {hidden_size}: different checkpoints?")
-    _check_length(frame, request_bytes(rows, hidden, slots, dtype), "request")
+    _check_length(frame, request_bytes(rows, hidden, slots, dtype, traced), "request")
     hidden_at = HEADER_BYTES + rows * slots * 4
     ids_at = hidden_at + rows * hidden * dtype.itemsize
     return Request(
@@ -159,6 +185,7 @@ def decode_request(frame: bytes, hidden_size: int) -> Request:
         expert_ids_TK=_tensor(frame, ids_at, torch.int16, rows, slots),
         weights_TK=_tensor(frame, HEADER_BYTES, torch.float32, rows, slots),
         reply_dtype=reply_dtype,
+        trace=_trace(frame, len(frame) - traced),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 
 from cluster.errors import DispatchTimeout, FrameError, UncoveredExperts
 from routing.client import ExpertClient
+from routing.trace import STEP
 from tests.unit.routing.conftest import Cluster, rows
 
 ALL = list(range(8))
@@ -52,7 +53,8 @@ def test_killed_worker_between_dispatches_goes_unnoticed(cluster: Cluster) -> No
     assert time.monotonic() - started < 5.0  # call_timeout_s is 30: the loss was seen, not waited for
 
 
-def test_worker_killed_while_it_computes_loses_no_row(cluster: Cluster) -> None:
+def test_worker_killed_while_it_computes_loses_no_row(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+    STEP.set("cmpl-a,cmpl-b")
     cluster.start("a", ALL, delay_s=5.0)
     cluster.start("b", ALL)
     cluster.publish("a", "b")
@@ -62,6 +64,8 @@ def test_worker_killed_while_it_computes_loses_no_row(cluster: Cluster) -> None:
     got, expected = dispatch(client, 8)
     torch.testing.assert_close(got, expected)
     assert time.monotonic() - started < 4.5
+    lost = [r.fields for r in caplog.records if "its rows go elsewhere" in r.message]  # type: ignore[attr-defined]
+    assert lost == [{"worker_id": "a", "request_id": "cmpl-a,cmpl-b"}]
 
 
 def test_hung_worker_is_found_by_keepalive(cluster: Cluster) -> None:

@@ -1,15 +1,21 @@
-"""The batcher: who computes for whom, and what each request is told of its wait. The clock is ours."""
+"""The batcher: who computes for whom, and what each request is told of its wait. The clock is ours. And the worker's
+log lines.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from dataclasses import replace
 
+import pytest
 import torch
 
-from cluster.errors import DispatchTimeout
-from routing.server import LayerBatcher, _Work
-from routing.wire import Request
+from cluster.config import DispatchConfig
+from cluster.errors import DispatchTimeout, FrameError
+from routing.server import Experts, ExpertServer, LayerBatcher, _Work
+from routing.wire import ErrorReply, Reply, Request, decode_reply, encode_request
 
 
 def request(layer: int, deadline_ms: int = 60_000) -> Request:
@@ -77,3 +83,45 @@ def test_a_deadline_that_passed_in_the_queue_costs_no_computation() -> None:
     done = run(gated, request(2, deadline_ms=3000), meanwhile_s=5.0)
     assert gated.batches == [(1, 2)]
     assert isinstance(done[2][0].error, DispatchTimeout)
+
+
+def frame(layer: int, trace: str, deadline_ms: int = 60_000) -> bytes:
+    return encode_request(replace(request(layer, deadline_ms), trace=trace))
+
+
+def server_of(experts: Experts) -> ExpertServer:
+    return ExpertServer(experts, 4, "model", DispatchConfig())
+
+
+def test_what_is_refused_late_or_fails_is_logged_with_its_request_ids(caplog: pytest.LogCaptureFixture) -> None:
+    def experts(layer: int, hidden_TH: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        if layer == 9:
+            raise FrameError("unknown layer 9")
+        if layer == 8:
+            raise ZeroDivisionError
+        return hidden_TH
+
+    server = server_of(experts)
+    for refused in (frame(1, "cmpl-a,cmpl-b")[:-40] + b"cmpl-a,cmpl-b", frame(9, "cmpl-c"), frame(8, "cmpl-d"),
+                    frame(1, "cmpl-e", deadline_ms=0)):  # fmt: skip
+        assert isinstance(decode_reply(server._answer(refused)), ErrorReply)
+    said = [(r.levelname, r.fields["request_id"]) for r in caplog.records]  # type: ignore[attr-defined]
+    assert said == [
+        ("WARNING", "cmpl-a,cmpl-b"), ("WARNING", "cmpl-c"), ("ERROR", "cmpl-d"), ("WARNING", "cmpl-e")
+    ]  # fmt: skip
+    assert "truncated or corrupt" in caplog.messages[0]
+    assert "unknown layer 9" in caplog.messages[1]
+    assert caplog.records[2].exc_info is not None
+    assert caplog.records[2].exc_info[0] is ZeroDivisionError
+    assert "deadline passed" in caplog.messages[3]
+
+
+def test_at_debug_level_each_batch_names_its_requests(caplog: pytest.LogCaptureFixture) -> None:
+    server = server_of(lambda layer, hidden_TH, ids_TK, weights_TK: hidden_TH)
+    assert isinstance(decode_reply(server._answer(frame(3, "cmpl-a,cmpl-b"))), Reply)
+    assert caplog.records == []
+    with caplog.at_level(logging.DEBUG, logger="routing.server"):
+        server._answer(frame(3, "cmpl-a,cmpl-b"))
+    (line,) = caplog.records
+    assert line.fields["request_id"] == "cmpl-a,cmpl-b"  # type: ignore[attr-defined]
+    assert (line.fields["layer"], line.fields["rows"]) == (3, 2)  # type: ignore[attr-defined]
