@@ -19,6 +19,7 @@ from cluster.errors import CheckpointError
 REMOTE_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
 
 MLA_BACKEND = "CPU_MLA"
+WORKER = "deployments.traced_worker.TracedWorker"
 
 
 def engine_args(
@@ -38,6 +39,8 @@ def engine_args(
         "tensor_parallel_size": attention.tensor_parallel_size,
         "additional_config": dict(additional),
     }
+    if additional:
+        args["worker_cls"] = WORKER
     if attention.max_model_len is not None:
         args["max_model_len"] = attention.max_model_len
     if attention.speculative_tokens:
