@@ -246,6 +246,31 @@ class InternalTlsConfig(Section):
     server_name: str = Field("deepsplit", description="DNS name in the certificate, which every peer must show.")
 
 
+class LoggingConfig(Section):
+    """What every process writes to its log file, see docs/observability.md."""
+
+    format: Literal["text", "json"] = Field("text", description="Text for people, or one JSON object per line.")
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe lines that are written. `debug` is for deepsplit's own lines; libraries stay "
+                            "at info, because their debug lines may hold prompts.")
+    prompts: bool = Field(False, description="Also write each request's body, prompt included, as a debug line of the "
+                                             "gateway. API keys are never written.")
+
+    @model_validator(mode="after")
+    def _says_all_that_is_asked_for(self) -> Self:
+        if self.prompts and self.level != "debug":
+            raise conflict("prompts", f"request bodies are debug lines, and logging.level is {self.level}: set "
+                                       "logging.level: debug, or leave prompts out")
+        return self
+
+    @property
+    def of_serve(self) -> dict[str, str | bool]:
+        """For `logging_config` of Ray Serve: its own lines, before and beside those of our processes."""
+        level = "INFO" if self.level == "debug" else self.level.upper()
+        # An access line per heartbeat and health check helps nobody; the gateway has its own.
+        return {"encoding": self.format.upper(), "log_level": level, "enable_access_log": False}
+
+
 class RayConfig(Section):
     """The Ray cluster that everything runs on."""
 
@@ -270,6 +295,7 @@ class Config(Section):
     monitoring: MonitoringConfig = Field(default_factory=MonitoringConfig)
     internal_tls: InternalTlsConfig | None = Field(
         None, description="Mutual TLS inside the cluster; plain TCP if not set.")
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
 
     def own_host(self, node: str) -> str:

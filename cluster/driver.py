@@ -113,7 +113,8 @@ class _Driver:
     def _serve(self) -> None:
         from ray import serve
 
-        serve.start(proxy_location="Disabled")  # gateways listen themselves
+        # Gateways listen themselves.
+        serve.start(proxy_location="Disabled", logging_config=self._config.logging.of_serve)
         target = serve.RunTarget(_build(self._job.builder, self._job.config), name=APP, route_prefix="/")
         # `serve.run` would block without saying anything until all is well or all is lost.
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)

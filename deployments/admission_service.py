@@ -19,12 +19,13 @@ from deployments.fleet import AdmissionEndpoint, FleetView
 from deployments.fleet_admission import AdmissionServer
 from deployments.replicas import Replicas
 from deployments.scrape import scrape_process
+from deployments.serve_logs import start_logging
 from monitoring.exporter import ProcessRegistry
 
 NAME = "admission"
 _RETRY_S = 0.5
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 
 class AdmissionService:
@@ -33,6 +34,7 @@ class AdmissionService:
     # Serve awaits an async constructor.
     async def __init__(self, config_json: str, directory: DeploymentHandle) -> None:  # type: ignore[misc]
         config = Config.model_validate_json(config_json)
+        start_logging(config.logging, "admission")
         token = secrets.token_hex(32)
         self._directory = directory
         self._server = AdmissionServer(config.admission, time.monotonic, token, config.internal_tls)
@@ -85,6 +87,6 @@ def admission_deployment(config: Config, directory: serve.Application) -> serve.
         health_check_period_s=1.0,
         graceful_shutdown_timeout_s=2.0,
         graceful_shutdown_wait_loop_s=0.1,
-        logging_config={"enable_access_log": False},
+        logging_config=config.logging.of_serve,
     )
     return deployment.bind(config.model_dump_json(), directory)

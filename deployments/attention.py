@@ -54,6 +54,7 @@ def attention_deployment(config: Config, directory: serve.Application | None) ->
         # One replica never spans nodes: its tensor-parallel ranks share a placement file, and NVLink if there is any.
         placement_group_strategy="STRICT_PACK",
         placement_group_bundle_label_selector=[labels] * len(bundles) if labels else None,
+        logging_config=config.logging.of_serve,
         graceful_shutdown_timeout_s=config.stop_within_s,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=2.0,

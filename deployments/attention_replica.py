@@ -7,7 +7,6 @@ Import this module in replicas only; it imports vLLM.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import tempfile
 import time
@@ -38,13 +37,12 @@ from deployments.placement_follower import PlacementFollower
 from deployments.remote_experts import LOAD_FORMAT, RemoteExpertsSettings, check_installed
 from deployments.replica_server import ReplicaServer
 from deployments.scrape import read_scrape_file, scrape_process
+from deployments.serve_logs import start_logging, write_engine_logging
 from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import EngineMetrics
 from routing.expert_load import ExpertLoadFile, ExpertPlane
 from routing.placement import PlacementFile
 from routing.request import ReplicaLoad
-
-logger = logging.getLogger("ray.serve")
 
 
 class LocalCheckpoint(CallbackBase):
@@ -93,8 +91,11 @@ class AttentionReplica(LLMServer):
         self._scratch = tempfile.TemporaryDirectory(prefix="attention-", dir=cluster_folder)
         self._follower: PlacementFollower | None = None
         config = Config.model_validate_json(config_json)
+        log_file = start_logging(config.logging, "attention")
         tempfile.tempdir = self._scratch.name
-        os.environ.update(engine_env(config) | {"TMPDIR": self._scratch.name})  # inherited by the engine's processes
+        logging_env = write_engine_logging(config.logging, log_file, Path(self._scratch.name) / "logging.json")
+        # Inherited by the engine's processes.
+        os.environ.update(engine_env(config) | logging_env | {"TMPDIR": self._scratch.name})
         self._drain_timeout_s = config.gateway.drain_timeout_s
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._max_num_seqs = config.attention.max_num_seqs
@@ -148,11 +149,12 @@ class AttentionReplica(LLMServer):
         except TimeoutError as error:
             raise StartupError(
                 f"the attention engine was not ready after {self._start_timeout_s:.0f} s: raise ray.start_timeout_s, "
-                "or look at this replica's log for what it waited for"
+                "or look at the engine_*.log beside this replica's for what it waited for"
             ) from error
         except Exception as error:
             raise StartupError(
-                f"the attention engine could not start: {error} (its own messages are in this replica's log)"
+                f"the attention engine could not start: {error} (its own messages are in the engine_*.log beside this "
+                "replica's)"
             ) from error
 
     async def _load(self) -> ReplicaLoad:

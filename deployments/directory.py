@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from cluster.shares import split_shares
 from deployments.fleet import AdmissionEndpoint, FleetView, GatewayMember, ReplicaEndpoint
 from deployments.ray_agents import RayAgents
 from deployments.scrape import scrape_process
+from deployments.serve_logs import start_logging
 from monitoring.discovery import ScrapeTarget
 from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import DirectoryMetrics
@@ -31,6 +33,8 @@ from routing.membership import Member, Membership
 NAME = "Directory"
 LONG_POLL_S = 2.0
 _POLLS_UNTIL_LOST = 3
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Directory:
 
     def __init__(self, config_json: str) -> None:
         config = Config.model_validate_json(config_json)
+        start_logging(config.logging, "directory")
         spec = load_model_spec(config.model.path)
         experts = config.experts
         held = split_shares(spec.num_experts, experts.worker_shares(), experts.replicas_per_expert)
@@ -268,7 +273,8 @@ class Directory:
     def _expire(self, now_s: float) -> None:
         for lost in self._membership.expire(now_s):
             self._metrics.worker_events.labels("lost").inc()
-            print(f"expert worker {lost.worker_id} (pid {lost.pid} on {lost.node}) fell silent", flush=True)
+            fields = {"worker_id": lost.worker_id, "worker_pid": lost.pid, "worker_node": lost.node}
+            logger.warning("an expert worker fell silent", extra={"fields": fields})
             self._count()
 
     def _live_attention(self, now_s: float) -> list[AttentionMember]:
@@ -301,7 +307,7 @@ def directory_deployment(config: Config) -> serve.Application:
         num_replicas=1,
         max_ongoing_requests=10_000,  # long polls and heartbeats of the whole cluster
         ray_actor_options={"num_cpus": 0},
-        logging_config={"enable_access_log": False},  # a line per heartbeat helps nobody
+        logging_config=config.logging.of_serve,
         health_check_period_s=1.0,
         graceful_shutdown_timeout_s=1.0,
         graceful_shutdown_wait_loop_s=0.1,

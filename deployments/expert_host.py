@@ -17,7 +17,7 @@ from routing.server import ExpertServer
 
 _LONG_LOAD_BYTES = 1 << 30
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 
 class _Progress:

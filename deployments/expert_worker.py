@@ -24,6 +24,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.config import Config
 from deployments.directory import Assignment, Standing
 from deployments.scrape import scrape_process
+from deployments.serve_logs import start_logging
 from monitoring.expert_meter import ExpertMeter
 from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import ExpertMetrics
@@ -37,7 +38,7 @@ JOIN_RETRY_S = 0.25
 CALL_TIMEOUT_S = 5.0
 DIRECTORY_AWAY = (RayError, RayServeException, TimeoutError)
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 
 class ExpertWorker:
@@ -56,6 +57,7 @@ class ExpertWorker:
         self._seen_epoch = 0
         self._failure: str | None = None
         worker_id, node = f"experts-{uuid.uuid4().hex[:8]}", ray.util.get_node_ip_address()
+        start_logging(config.logging, "experts", worker_id)
         assignment = await self._join(worker_id, os.getpid(), node)
         # Heartbeats and metrics from now on: a real checkpoint loads for minutes.
         registry = ProcessRegistry()
@@ -75,8 +77,8 @@ class ExpertWorker:
         with contextlib.suppress(*DIRECTORY_AWAY):  # the next heartbeat will announce it
             await self._announce()
         logger.info(
-            "expert worker %s ready at %s after %.1f s: slot %d, %.1f MiB read", worker_id, address,
-            time.monotonic() - started, assignment.slot, self._host.bytes_read / 2**20,
+            "expert worker ready at %s after %.1f s: slot %d, %.1f MiB read", address, time.monotonic() - started,
+            assignment.slot, self._host.bytes_read / 2**20,
         )  # fmt: skip
 
     async def _join(self, worker_id: str, pid: int, node: str) -> Assignment:
@@ -152,6 +154,7 @@ def expert_deployment(config: Config, directory: serve.Application) -> serve.App
         max_replicas_per_node=experts.max_per_node,
         ray_actor_options=options,
         max_ongoing_requests=1,  # Serve sends it none
+        logging_config=config.logging.of_serve,
         health_check_period_s=1.0,
         health_check_timeout_s=10.0,
         graceful_shutdown_timeout_s=3.0,

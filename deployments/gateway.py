@@ -24,6 +24,7 @@ from deployments.attention import EngineStats
 from deployments.fleet import FleetView, GatewayMember
 from deployments.gateway_server import GatewayServer
 from deployments.scrape import scrape_process
+from deployments.serve_logs import start_logging
 from monitoring.exporter import ProcessRegistry
 
 NAME = "gateway"
@@ -34,7 +35,7 @@ _DRAIN_POLL_S = 0.1
 _STATUS_TIMEOUT_S = 5.0
 _AWAY = (RayError, RayServeException, TimeoutError)
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 
 class Gateway:
@@ -46,6 +47,7 @@ class Gateway:
     ) -> None:
         """`_others` are never called: Serve deploys what the ingress is bound to."""
         config = Config.model_validate_json(config_json)
+        start_logging(config.logging, "gateway")
         self._directory = directory
         self._attention = attention
         self._drain_timeout_s = config.gateway.drain_timeout_s
@@ -138,6 +140,6 @@ def gateway_deployment(
         health_check_timeout_s=10.0,
         graceful_shutdown_timeout_s=config.gateway.drain_timeout_s + 5.0,
         graceful_shutdown_wait_loop_s=0.1,
-        logging_config={"enable_access_log": False},
+        logging_config=config.logging.of_serve,
     )
     return deployment.bind(config.model_dump_json(), directory, attention, *others)

@@ -43,7 +43,7 @@ _RETRY_DRAINING_S = 2.0
 _RETRY_NO_REPLICA_S = 5.0
 _DRAIN_POLL_S = 0.05
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 Ended = Callable[[BaseException | None, int], None]  # by which error (None: well), with the replica's status
 
@@ -66,7 +66,9 @@ class GatewayDoor:
         replicas: Replicas,
         text: Tokens,
         meters: RequestMeters,
+        log_bodies: bool = False,
     ) -> None:
+        """`log_bodies`: request bodies go to the log, as debug lines."""
         self._model = model
         self._config = config
         self._tenants = tenants
@@ -74,6 +76,7 @@ class GatewayDoor:
         self._replicas = replicas
         self._text = text
         self._meters = meters
+        self._log_bodies = log_bodies
         self._prompt_size = PromptSize()
         self._open: set[Deadline] = set()
         self._draining = False
@@ -93,7 +96,7 @@ class GatewayDoor:
 
     async def answer(self, call: Call) -> Answer:
         """See Door."""
-        meter = self._meters.request(call.path, call.path in GENERATES)
+        meter = self._meters.request(call.request_id, self._model, call.path, call.path in GENERATES)
         try:
             return await self._answer(call, meter)
         except BaseException as error:
@@ -115,6 +118,9 @@ class GatewayDoor:
                 f"this gateway holds {self._config.max_streams} requests, its limit (gateway.max_streams)",
                 retry_after_s=1.0 + random.random(), plane="gateway", reason="max_streams",
             )  # fmt: skip
+        if self._log_bodies:
+            fields = {"request_id": call.request_id, "body": call.body.decode(errors="replace")}
+            logger.debug("request body", extra={"fields": fields})
         deadline = self._deadline(call)
         self._open.add(deadline)
         try:
@@ -215,11 +221,13 @@ class GatewayDoor:
                     reason="no_replica",
                 )  # fmt: skip
             replica_id = random.choice(left)
+            meter.sent(replica_id)
             answer = self._replicas.send(replica_id, call.method, call.path, call.body, call.request_id)
             try:
                 return await _open(answer, deadline, headers, ended)
             except ReplicaUnavailable as error:
-                logger.warning("request %s goes on elsewhere: %s", call.request_id, error)
+                fields = {"request_id": call.request_id}
+                logger.warning("a request goes on elsewhere: %s", error, extra={"fields": fields})
                 tried.add(replica_id)
 
     def _check_model(self, tenant: Tenant, model: str | None) -> None:

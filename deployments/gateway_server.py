@@ -64,7 +64,9 @@ class GatewayServer:
         tokens = ModelTokens(config.model.path)
         self._metrics = GatewayMetrics(registry)
         meters = RequestMeters(self._metrics, config.admission, time.monotonic)
-        self.door = GatewayDoor(self.model, gateway, self._tenants, self.gate, self._replicas, tokens, meters)
+        self.door = GatewayDoor(
+            self.model, gateway, self._tenants, self.gate, self._replicas, tokens, meters, config.logging.prompts
+        )
         self._targets: Sequence[ScrapeTarget] = ()
         pages = OperatorPages(registry, lambda: discovery_document(self._targets, self.model), self._status)
         rest = RestApi(self.door, gateway.max_body_mib * 2**20, pages, self._openapi)

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError, Message
 from cluster.errors import DeepsplitError, RequestError, RequestTimeout
 from deployments.grpc_errors import BUG, Failure, ReplicaRefused, failure
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 
 class Edge(grpc.aio.ServerInterceptor):

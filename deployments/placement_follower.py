@@ -16,7 +16,7 @@ from routing.placement import PlacementFile, PlacementTable
 RETRY_S = 1.0
 _ANSWER_TIMEOUT_S = LONG_POLL_S + 10.0
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 
 class PlacementFollower:

@@ -18,7 +18,7 @@ SSE = "text/event-stream"
 # What a replica answers while its engine dies or starts: nothing has been generated, so another one may be asked.
 _RETRIED_STATUS = (500, 502, 503)
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 
 class Replicas(Protocol):
@@ -78,7 +78,8 @@ class Relay:
                         raise
                     self._resends_left -= 1
                     self._meter.resent(begun)
-                    logger.warning("request %s goes on elsewhere: %s", self._request_id, error)
+                    fields = {"request_id": self._request_id, "continued": begun}
+                    logger.warning("a request goes on elsewhere: %s", error, extra={"fields": fields})
                 if begun:
                     path, body = await self.tap.continue_request()
                 grant = await self._gate.move(grant.ticket)
@@ -89,6 +90,7 @@ class Relay:
     async def _attempt(
         self, grant: Grant, path: str, body: bytes, begun: bool
     ) -> AsyncGenerator[ResponseHead | bytes, None]:
+        self._meter.sent(grant.replica_id)
         async with aclosing(self._replicas.send(grant.replica_id, "POST", path, body, self._request_id)) as upstream:
             head = await anext(upstream)
             assert isinstance(head, ResponseHead), "a replica's answer begins with its head"

@@ -23,7 +23,7 @@ LOAD_PATH = "/deepsplit/load"
 LOAD_INTERVAL_S = 0.25
 _DRAIN_POLL_S = 0.05
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 
 class ReplicaServer:

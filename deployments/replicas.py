@@ -20,7 +20,7 @@ CONNECT_TIMEOUT_S = 2.0
 _RECONNECT_S = (0.1, 2.0)  # first and longest pause
 _READ_BUFFER_BYTES = 256 * 1024
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 
 class Replicas:

@@ -1,8 +1,9 @@
-"""One request's story at the gateway, told to the metrics."""
+"""One request's story at the gateway, told to the metrics and, at its end, to the log: without prompt, text or key."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from itertools import product
 
@@ -13,6 +14,8 @@ from routing.request import Grant, Priority, Tenant
 
 OK, CANCELLED, CLIENT_ERROR, ENGINE_ERROR, BUG = "ok", "cancelled", "client_error", "engine_error", "internal_error"
 _UNKNOWN = "unknown"  # whose it was, or of which class, had not been found out
+
+logger = logging.getLogger(__name__)
 
 
 def outcome_of(error: BaseException | None, status: int) -> str:
@@ -47,9 +50,9 @@ class RequestMeters:
                 metrics.objectives.labels(label, objective, met)
         self._tenants: set[str] = set()
 
-    def request(self, path: str, generates: bool) -> RequestMeter:
+    def request(self, request_id: str, model: str, path: str, generates: bool) -> RequestMeter:
         """For a request that has just come."""
-        return RequestMeter(self, path, generates)
+        return RequestMeter(self, request_id, model, path, generates)
 
     def tenant_label(self, name: str) -> str:
         """The tenant's name; one for all beyond the bound."""
@@ -60,11 +63,16 @@ class RequestMeters:
 
 
 class RequestMeter:
-    """Exactly one `end`; the rest in the order below, each at most once but `resent` and `progress`."""
+    """Exactly one `end`; the rest in the order below, each at most once but `sent`, `resent` and `progress`."""
 
-    def __init__(self, meters: RequestMeters, path: str, generates: bool) -> None:
+    def __init__(self, meters: RequestMeters, request_id: str, model: str, path: str, generates: bool) -> None:
         self._meters = meters
         self._metrics = meters.metrics
+        self._request_id = request_id
+        self._model = model
+        self._tenant_name: str | None = None
+        self._replicas: list[str] = []
+        self._resends = 0
         self._path = path
         self._generates = generates
         self._tenant = self._class = _UNKNOWN
@@ -78,6 +86,7 @@ class RequestMeter:
 
     def identified(self, tenant: Tenant) -> None:
         """Whose it is."""
+        self._tenant_name = tenant.name
         self._tenant = self._meters.tenant_label(tenant.name)
 
     def waits(self, priority: Priority) -> None:
@@ -96,8 +105,13 @@ class RequestMeter:
         if grant.would_refuse is not None:
             self._metrics.would_refuse.labels(grant.would_refuse, self._class).inc()
 
+    def sent(self, replica_id: str) -> None:
+        """An attention replica gets it."""
+        self._replicas.append(replica_id)
+
     def resent(self, continued: bool) -> None:
         """It goes on at another attention replica."""
+        self._resends += 1
         self._metrics.resends.labels("continued" if continued else "again").inc()
 
     def progress(self, generated_tokens: int) -> None:
@@ -120,6 +134,7 @@ class RequestMeter:
             return
         self._ended = True
         outcome, metrics = outcome_of(error, status), self._metrics
+        self._log(outcome, error, status, prompt_tokens, generated_tokens)
         if not self._generates:
             metrics.other_requests.labels(self._path, outcome).inc()
             return
@@ -138,6 +153,30 @@ class RequestMeter:
             tpot_s = (self._last_s - self._first_s) / further
             metrics.tpot.labels(self._class).observe(tpot_s)
             self._judge("tpot", tpot_s)
+
+    def _log(
+        self, outcome: str, error: BaseException | None, status: int, prompt_tokens: int, generated_tokens: int
+    ) -> None:
+        if status == 0 and isinstance(error, DeepsplitError):
+            status = error.http_status
+        fields = {
+            "request_id": self._request_id,
+            "tenant": self._tenant_name,
+            "class": None if self._class == _UNKNOWN else self._class,
+            "path": self._path,
+            "model": self._model,
+            "outcome": outcome,
+            "status": status or None,
+            "reason": error.reason if isinstance(error, Refusal) else None,
+            "plane": error.plane if isinstance(error, Refusal) else None,
+            "prompt_tokens": prompt_tokens or None,  # not known to an answer that ended early
+            "generated_tokens": generated_tokens,
+            "ttft_s": None if self._first_s is None else self._first_s - self._began_s,
+            "duration_s": self._meters.clock() - self._began_s,
+            "replicas": tuple(self._replicas),
+            "resends": self._resends,
+        }
+        logger.info("request ended", extra={"fields": fields})
 
     def _stop_waiting(self) -> None:
         if self._waits:

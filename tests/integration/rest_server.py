@@ -34,11 +34,14 @@ class RestServer:
     url: str
     model: str
     grpc_address: str  # host:port
+    logs: Path  # folder of all processes' log files
 
 
 @contextmanager
 def rest_server(checkpoint: Path) -> Iterator[RestServer]:
-    """Serve `checkpoint` with MTP drafting, one request body limit of 1 MiB, ready when the block is entered."""
+    """Serve `checkpoint` with MTP drafting, a request body limit of 1 MiB and JSON logs down to debug lines; ready when
+    the block is entered.
+    """
     config = Config.model_validate(
         {
             "model": {"path": str(checkpoint), "name": MODEL},
@@ -46,6 +49,7 @@ def rest_server(checkpoint: Path) -> Iterator[RestServer]:
                 "max_model_len": MAX_MODEL_LEN, "kv_cache_gib": 0.25, "max_num_seqs": 8, "speculative_tokens": 1,
             },
             "gateway": {"port": free_port(), "grpc_port": free_port(), "max_body_mib": 1},
+            "logging": {"format": "json", "level": "debug"},
         }
     )  # fmt: skip
     folder = Path(tempfile.mkdtemp(prefix="deepsplit-", dir="/tmp"))  # short: sockets live in it
@@ -54,14 +58,15 @@ def rest_server(checkpoint: Path) -> Iterator[RestServer]:
             address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, _temp_dir=str(folder),
             runtime_env={"env_vars": {"PYTHONPATH": str(_REPOSITORY)}},
         )  # fmt: skip
-        serve.start(proxy_location="Disabled")
+        serve.start(proxy_location="Disabled", logging_config=config.logging.of_serve)
         serve.run(build(BuildArgs(config=config.model_dump_json())), name=APP, route_prefix=None)
         gateway, until_s = serve.get_deployment_handle(GATEWAY, APP), time.monotonic() + READY_S
         while not gateway.ready.remote().result(timeout_s=READY_S):
             assert time.monotonic() < until_s, "the gateway finds no attention replica"
             time.sleep(0.1)
         door = config.gateway
-        yield RestServer(f"http://{door.host}:{door.port}", MODEL, f"{door.host}:{door.grpc_port}")
+        logs = folder / "session_latest" / "logs" / "serve"
+        yield RestServer(f"http://{door.host}:{door.port}", MODEL, f"{door.host}:{door.grpc_port}", logs)
     finally:
         serve.shutdown()
         ray.shutdown()

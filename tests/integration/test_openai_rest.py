@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -127,6 +128,46 @@ def test_request_ids_come_back(server: RestServer) -> None:
     assert answer.headers.get_list("x-request-id") == ["mine-1"]
     assert answer.json()["id"] == "cmpl-mine-1"
     assert httpx.get(f"{server.url}/health", timeout=10).headers["x-request-id"]
+
+
+def test_one_request_id_in_the_logs_of_gateway_engine_and_experts_and_no_secret(server: RestServer) -> None:
+    prompt, key, request_id = "zebra_quagga", "sk-deepsplit-0123456789abcdef", "night-shift-7"
+    headers = {"X-Request-Id": request_id, "Authorization": f"Bearer {key}"}
+    body = {"model": server.model, "prompt": prompt, "temperature": 0, "max_tokens": 4}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60)
+    assert answer.status_code == 200
+    broken = httpx.post(f"{server.url}/v1/completions", json=body | {"top_p": prompt}, headers=headers, timeout=60)
+    assert broken.status_code == 400
+
+    deadline = time.monotonic() + 10
+    while len(ended := [line for line in log_lines(server, "gateway") if line.get("request_id") == request_id]) < 2:
+        assert time.monotonic() < deadline, "the gateway did not log the request's end"
+        time.sleep(0.1)
+    good, bad = ended
+    assert (good["outcome"], good["status"], good["path"]) == ("ok", 200, "/v1/completions")
+    assert good["generated_tokens"] == 4
+    assert good["duration_s"] > 0
+    assert (bad["outcome"], bad["status"]) == ("client_error", 400)
+
+    steps = [line for line in log_lines(server, "engine") if request_id in line.get("request_id", "")]
+    assert sum(line["tokens"] for line in steps) >= 4
+    assert {line["replica_id"] for line in steps} == set(good["replicas"])
+    batches = [line for line in log_lines(server, "experts") if request_id in line.get("request_id", "")]
+    assert {line["worker_id"] for line in batches} == {line["worker_id"] for line in log_lines(server, "experts")}
+    assert {line["layer"] for line in batches} == {1, 2, 3}  # 3 is that of the drafts
+    roles = {"gateway", "attention", "engine", "experts", "directory"}
+    assert roles <= {str(line.get("role")) for line in log_lines(server)}
+
+    everything = "".join(path.read_text() for path in server.logs.iterdir())
+    assert prompt not in everything
+    assert key not in everything
+
+
+def log_lines(server: RestServer, role: str | None = None) -> list[dict[str, Any]]:
+    """Every line of every process, parsed; of one role, if it is given."""
+    text = "".join(path.read_text() for path in server.logs.iterdir() if path.is_file())
+    lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+    return [line for line in lines if role in (None, line.get("role"))]
 
 
 @pytest.mark.parametrize("stream", [True, False])

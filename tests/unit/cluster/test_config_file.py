@@ -138,3 +138,11 @@ def test_relative_paths_are_taken_from_the_files_folder(tmp_path: Path) -> None:
     assert config.gateway.keys_file == tmp_path / "keys.yaml"
     assert config.gateway.tls is not None
     assert (config.gateway.tls.cert_file, config.gateway.tls.key_file) == (tmp_path / "tls/c.pem", Path("/abs/k.pem"))
+
+
+def test_prompts_in_the_log_need_the_level_that_writes_them(tmp_path: Path) -> None:
+    text = "model: {path: m}\nlogging:\n  format: json\n  prompts: true\n"
+    (problem,) = problems(tmp_path, text)
+    assert problem.startswith("  line 4: logging.prompts: request bodies are debug lines")
+    config = load_config(write(tmp_path, text + "  level: debug\n"))
+    assert config.logging.of_serve == {"encoding": "JSON", "log_level": "INFO", "enable_access_log": False}

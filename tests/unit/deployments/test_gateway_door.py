@@ -105,7 +105,7 @@ class Words:
 class World:
     """A door, its gate and its fleet."""
 
-    def __init__(self, fleet: Fleet, keys: Path | None = None, **limits: object) -> None:
+    def __init__(self, fleet: Fleet, keys: Path | None = None, log_bodies: bool = False, **limits: object) -> None:
         self.fleet = fleet
         self.gate = Gate(time.monotonic)
         admission = LocalAdmission(AdmissionConfig(), time.monotonic, self.gate.decided)
@@ -114,7 +114,7 @@ class World:
         config = GatewayConfig.model_validate({"max_resends": 2, **limits})
         self.registry = CollectorRegistry()
         meters = RequestMeters(GatewayMetrics(self.registry), AdmissionConfig(), time.monotonic)
-        self.door = GatewayDoor("tiny", config, TenantsFile(keys), self.gate, fleet, Words(), meters)
+        self.door = GatewayDoor("tiny", config, TenantsFile(keys), self.gate, fleet, Words(), meters, log_bodies)
 
     def nothing_left(self) -> bool:
         return self.gate.open_tickets() == 0 and self.door.open_requests == 0

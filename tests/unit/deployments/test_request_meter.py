@@ -29,7 +29,7 @@ class World:
         return self.registry.get_sample_value(name, labels)
 
     def waiting(self) -> RequestMeter:
-        meter = self.meters.request("/v1/completions", generates=True)
+        meter = self.meters.request("r1", "tiny", "/v1/completions", generates=True)
         meter.identified(TENANT)
         meter.waits(Priority.INTERACTIVE)
         return meter
@@ -101,7 +101,7 @@ def test_what_shadow_mode_would_have_refused() -> None:
 
 def test_a_request_that_nobody_is_known_for() -> None:
     world = World()
-    world.meters.request("/v1/completions", generates=True).end(Unauthenticated("no key"), 0)
+    world.meters.request("r1", "tiny", "/v1/completions", generates=True).end(Unauthenticated("no key"), 0)
     unknown = {"class": "unknown", "tenant": "unknown"}
     assert world.value("deepsplit_requests_total", outcome="unauthenticated", **unknown) == 1
 
@@ -118,7 +118,7 @@ def test_only_the_first_end_counts() -> None:
 
 def test_requests_that_generate_nothing_are_counted_apart() -> None:
     world = World()
-    meter = world.meters.request("/tokenize", generates=False)
+    meter = world.meters.request("r1", "tiny", "/tokenize", generates=False)
     meter.identified(TENANT)
     meter.end(None, 200)
     assert world.value("deepsplit_other_requests_total", path="/tokenize", outcome="ok") == 1
