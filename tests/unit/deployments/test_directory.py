@@ -14,7 +14,8 @@ from monitoring.discovery import ScrapeTarget
 
 
 @pytest.fixture
-def directory(demo_model: Path) -> Directory:
+def directory(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> Directory:
+    monkeypatch.setattr("deployments.directory.start_logging", lambda *_: None)  # which takes over Serve's handlers
     config = {"model": {"path": demo_model}, "monitoring": {"port": 0}}
     return Directory(Config.model_validate(config).model_dump_json())
 
