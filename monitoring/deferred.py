@@ -12,9 +12,9 @@ T = TypeVar("T")
 
 
 class Deferred(Generic[T]):
-    """Hands every recorded sample to `add`, one at a time, soon."""
+    """Hands all recorded samples to `add`, soon and each once: never an empty list."""
 
-    def __init__(self, add: Callable[[T], None]) -> None:
+    def __init__(self, add: Callable[[list[T]], None]) -> None:
         self._add = add
         self._samples: deque[T] = deque()
         self._folding = threading.Lock()
@@ -29,8 +29,9 @@ class Deferred(Generic[T]):
     def fold(self) -> None:
         """Take in all that was recorded so far, now."""
         with self._folding:
-            while self._samples:
-                self._add(self._samples.popleft())
+            samples = [self._samples.popleft() for _ in range(len(self._samples))]
+            if samples:
+                self._add(samples)
 
     def close(self) -> None:
         """Take in what is left and end the thread."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -69,33 +70,42 @@ class DispatchMeter:
                 self._metrics.worker_replies.labels(worker)
             self._workers = live
 
-    def _add(self, sample: DispatchSample) -> None:
+    def _add(self, samples: list[DispatchSample]) -> None:
         metrics = self._metrics
-        metrics.rows.observe(sample.rows)
-        metrics.seconds.observe(sample.total_s)
-        metrics.bytes.labels("out").inc(sample.bytes_out)
-        metrics.bytes.labels("in").inc(sample.bytes_in)
-        metrics.uncovered_wait.inc(sample.uncovered_wait_s)
-        metrics.degraded_rows.inc(sample.degraded_rows)
-        for reason in sample.retries:
-            metrics.retries.labels(reason).inc()
-        if sample.failure:
-            metrics.failures.labels(sample.failure).inc()
-            return
-        if sample.retries:
-            metrics.failovers.inc()
-        metrics.shared.observe(sample.shared_s)
-        stages = {
-            "pack": sample.pack_s, "send": sample.send_s, "wait": sample.wait_s, "compute": sample.compute_s,
-            "return": sample.return_s, "combine": sample.combine_s,
-        }  # fmt: skip
-        for stage, seconds in stages.items():
-            if seconds is not None:
-                metrics.stage.labels(stage).observe(seconds)
+        metrics.rows.observe([sample.rows for sample in samples])
+        metrics.seconds.observe([sample.total_s for sample in samples])
+        metrics.bytes.labels("out").inc(sum(sample.bytes_out for sample in samples))
+        metrics.bytes.labels("in").inc(sum(sample.bytes_in for sample in samples))
+        metrics.uncovered_wait.inc(sum(sample.uncovered_wait_s for sample in samples))
+        metrics.degraded_rows.inc(sum(sample.degraded_rows for sample in samples))
+        for reason, count in Counter(reason for sample in samples for reason in sample.retries).items():
+            metrics.retries.labels(reason).inc(count)
+        for reason, count in Counter(sample.failure for sample in samples if sample.failure).items():
+            metrics.failures.labels(reason).inc(count)
+        self._add_stages([sample for sample in samples if not sample.failure])
+
+    def _add_stages(self, samples: list[DispatchSample]) -> None:
+        """Of dispatches that ended well."""
+        metrics = self._metrics
+        metrics.failovers.inc(sum(bool(sample.retries) for sample in samples))
+        metrics.shared.observe([sample.shared_s for sample in samples])
+        metrics.stage.observe([sample.pack_s for sample in samples], "pack")
+        metrics.stage.observe([sample.send_s for sample in samples], "send")
+        metrics.stage.observe([sample.wait_s for sample in samples], "wait")
+        metrics.stage.observe([sample.compute_s for sample in samples], "compute")
+        metrics.stage.observe([sample.return_s for sample in samples if sample.return_s is not None], "return")
+        metrics.stage.observe([sample.combine_s for sample in samples], "combine")
+        seconds: defaultdict[str, float] = defaultdict(float)
+        replies: Counter[str] = Counter()
+        last: Counter[str] = Counter()
+        for sample in samples:
+            for worker, worker_s in sample.workers:
+                seconds[worker] += worker_s
+                replies[worker] += 1
+            if len(sample.workers) > 1:
+                last[max(sample.workers, key=lambda one: one[1])[0]] += 1
         with self._changing:
-            known = [(worker, seconds) for worker, seconds in sample.workers if worker in self._workers]
-            for worker, seconds in known:
-                metrics.worker_seconds.labels(worker).inc(seconds)
-                metrics.worker_replies.labels(worker).inc()
-            if len(known) > 1:
-                metrics.last_replies.labels(max(known, key=lambda one: one[1])[0]).inc()
+            for worker in self._workers & replies.keys():
+                metrics.worker_seconds.labels(worker).inc(seconds[worker])
+                metrics.worker_replies.labels(worker).inc(replies[worker])
+                metrics.last_replies.labels(worker).inc(last[worker])

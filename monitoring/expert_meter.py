@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from monitoring.deferred import Deferred
@@ -22,8 +23,9 @@ class ExpertMeter:
 
     def __init__(self, metrics: ExpertMetrics) -> None:
         self.metrics = metrics
-        self._batches = Deferred(self._add_batch)
-        self._gemms: Deferred[list[int]] = Deferred(self._add_gemms)
+        self._batches = Deferred(self._add_batches)
+        self._gemms = Deferred(self._add_gemms)
+        self._answers = Deferred(self._add_answers)
 
     def batch(self, sample: BatchSample) -> None:
         """Computed."""
@@ -35,22 +37,24 @@ class ExpertMeter:
 
     def answered(self, outcome: str) -> None:
         """One request; `ok` or an error's outcome."""
-        self.metrics.requests.labels(outcome).inc()
+        self._answers.record(outcome)
 
     def fold(self) -> None:
         """Take in all that was told so far, now."""
         self._batches.fold()
         self._gemms.fold()
+        self._answers.fold()
 
-    def _add_batch(self, sample: BatchSample) -> None:
+    def _add_batches(self, samples: list[BatchSample]) -> None:
         metrics = self.metrics
-        metrics.batch_rows.observe(sample.rows)
-        metrics.compute.observe(sample.compute_s)
-        metrics.busy.inc(sample.compute_s)
-        for seconds in sample.queue_s:
-            metrics.queue.observe(seconds)
+        metrics.batch_rows.observe([sample.rows for sample in samples])
+        metrics.compute.observe([sample.compute_s for sample in samples])
+        metrics.busy.inc(sum(sample.compute_s for sample in samples))
+        metrics.queue.observe([seconds for sample in samples for seconds in sample.queue_s])
 
-    def _add_gemms(self, rows_N: list[int]) -> None:
-        for rows in rows_N:
-            if rows:
-                self.metrics.gemm_rows.observe(rows)
+    def _add_gemms(self, batches: list[list[int]]) -> None:
+        self.metrics.gemm_rows.observe([rows for rows_N in batches for rows in rows_N if rows])
+
+    def _add_answers(self, outcomes: list[str]) -> None:
+        for outcome, count in Counter(outcomes).items():
+            self.metrics.requests.labels(outcome).inc(count)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from monitoring.bulk_histogram import BulkHistogram
+
 FAST_SECONDS = (
     50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
@@ -161,22 +163,22 @@ class DispatchMetrics:
     """Of an attention engine's own process: one dispatch is one MoE layer's rows there and back."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.seconds = Histogram(
+        self.seconds = BulkHistogram(
             "deepsplit_dispatch_seconds", "One dispatch, retries and the shared expert included.",
             buckets=FAST_SECONDS, registry=registry,
         )  # fmt: skip
-        self.stage = Histogram(
+        self.stage = BulkHistogram(
             "deepsplit_dispatch_stage_seconds",
             "Parts of a dispatch. pack: split and encode; send: hand over to gRPC; wait: in the queue of the slowest "
             "worker; compute: its experts; return: the rest of the round trip (network both ways, gRPC, wake-ups), "
             "where it was not hidden by the shared expert; combine: sum.",
             ["stage"], buckets=FAST_SECONDS, registry=registry,
         )  # fmt: skip
-        self.shared = Histogram(
+        self.shared = BulkHistogram(
             "deepsplit_dispatch_shared_expert_seconds", "The shared expert, computed while rows are away.",
             buckets=FAST_SECONDS, registry=registry,
         )  # fmt: skip
-        self.rows = Histogram(
+        self.rows = BulkHistogram(
             "deepsplit_dispatch_rows", "Tokens per dispatch.", buckets=ROWS, registry=registry
         )
         self.bytes = Counter(
@@ -250,18 +252,18 @@ class ExpertMetrics:
         self.requests = Counter(
             "deepsplit_expert_requests", "Requests answered, by outcome.", ["outcome"], registry=registry
         )
-        self.queue = Histogram(
+        self.queue = BulkHistogram(
             "deepsplit_expert_queue_seconds", "From a request's arrival to the start of its computation.",
             buckets=FAST_SECONDS, registry=registry,
         )  # fmt: skip
-        self.compute = Histogram(
+        self.compute = BulkHistogram(
             "deepsplit_expert_compute_seconds", "One batch of one layer through the experts.", buckets=FAST_SECONDS,
             registry=registry,
         )  # fmt: skip
-        self.batch_rows = Histogram(
+        self.batch_rows = BulkHistogram(
             "deepsplit_expert_batch_rows", "Rows per batch.", buckets=ROWS, registry=registry
         )
-        self.gemm_rows = Histogram(
+        self.gemm_rows = BulkHistogram(
             "deepsplit_expert_gemm_rows", "Rows of one expert in one batch.", buckets=ROWS, registry=registry
         )
         self.busy = Counter(

@@ -10,7 +10,7 @@ from monitoring.deferred import Deferred
 
 def test_every_sample_arrives_once_whoever_folds() -> None:
     seen: list[int] = []
-    deferred: Deferred[int] = Deferred(seen.append)
+    deferred: Deferred[int] = Deferred(seen.extend)
     folding = [threading.Thread(target=lambda: [deferred.fold() for _ in range(2000)]) for _ in range(2)]
     for thread in folding:
         thread.start()
@@ -24,7 +24,7 @@ def test_every_sample_arrives_once_whoever_folds() -> None:
 
 def test_samples_arrive_by_themselves() -> None:
     seen: list[int] = []
-    deferred: Deferred[int] = Deferred(seen.append)
+    deferred: Deferred[int] = Deferred(seen.extend)
     deferred.record(1)
     deadline = time.monotonic() + 10
     while not seen:
