@@ -18,21 +18,20 @@ import torch
 
 from cluster.config import DispatchConfig, InternalTlsConfig
 from cluster.errors import DeepsplitError, DispatchTimeout, StalePlacement, UncoveredExperts, WorkerLost
-from monitoring.dispatch_meter import DispatchMeter, DispatchSample
-from routing.dispatcher import Part, Split, combine, split
+from monitoring.dispatch_meter import DispatchMeter
+from routing.dispatcher import Part, Split, split
 from routing.expert_load import FRESH_S, ExpertLoadFile, ExpertPlane, StepQueue
+from routing.in_flight import InFlight, Received, Sent
 from routing.placement import PlacementFile, PlacementTable, WorkerEndpoint
 from routing.tls import ExpertChannels
 from routing.trace import STEP
-from routing.wire import HEADER_BYTES, MAX_TRACE_BYTES, NO_EXPERT, Request, encode_request, request_bytes
+from routing.wire import HEADER_BYTES, MAX_TRACE_BYTES, Request, encode_request, request_bytes
 from routing.worker_link import WorkerLink
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02  # how often a dispatch without a holder looks at the placement file
 _WATCHDOG_S = 0.1  # resolution of call_timeout_s, and how often the load file is written at most
-_LEAST_SHARE = 1e-3  # of a row's weight, below which nothing of it is left
-_BLOCKED_S = 20e-6  # a reply that took no longer to read had come before
 
 
 @dataclass(frozen=True)
@@ -42,31 +41,6 @@ class ExpertShape:
     model_id: str
     hidden_size: int
     num_experts: int
-
-
-@dataclass(frozen=True)
-class _Sent:
-    part: Part
-    worker_id: str
-    frames: tuple[tuple[int, slice], ...]  # (request id, rows of the part)
-
-
-@dataclass
-class _Dispatch:
-    """One MoE layer's rows on their way."""
-
-    layer: int
-    hidden_TH: torch.Tensor
-    weights_TK: torch.Tensor
-    remaining_TK: np.ndarray  # expert ids still to be computed; NO_EXPERT where done
-    output_TH: torch.Tensor
-    deadline: float  # monotonic seconds
-    uncovered_deadline: float
-    sent: list[_Sent]
-    sample: DispatchSample
-    dropped_T: np.ndarray  # float32: weight of each row's experts that it goes without
-    sent_at: float = 0.0  # monotonic seconds, when the last row was handed over
-    meanwhile_at: float = 0.0  # when the shared expert was done
 
 
 class ExpertClient:
@@ -124,17 +98,13 @@ class ExpertClient:
         a retry).
         """
         now = time.monotonic()
-        dispatch = _Dispatch(
+        dispatch = InFlight(
             layer,
             hidden_TH.to(self._dispatch_dtype).contiguous(),
             weights_TK.to(torch.float32).contiguous(),
             expert_ids_TK.numpy().astype(np.int16),
-            torch.zeros(hidden_TH.shape, dtype=torch.float32),
             now + self._settings.dispatch_timeout_s,
             now + self._settings.uncovered_timeout_s,
-            [],
-            DispatchSample(len(hidden_TH)),
-            np.zeros(len(hidden_TH), dtype=np.float32),
         )
         if self.meter is not None:
             self.meter.chose(layer, dispatch.remaining_TK)
@@ -142,18 +112,17 @@ class ExpertClient:
             try:
                 self._send_remaining(dispatch)
                 meanwhile()
-                dispatch.meanwhile_at = time.monotonic()
-                dispatch.sample.shared_s = dispatch.meanwhile_at - dispatch.sent_at
+                dispatch.meanwhile_done()
                 lost = self._collect(dispatch)
-                while (dispatch.remaining_TK != NO_EXPERT).any():
+                while dispatch.pending:
                     if time.monotonic() > dispatch.deadline:
                         raise DispatchTimeout(f"layer {layer}: dispatch.dispatch_timeout_s passed; last: {lost}")
                     self._send_remaining(dispatch)
                     lost = self._collect(dispatch)
                 self._queue.add(layer, dispatch.sample.wait_s, time.monotonic())
-                if dispatch.dropped_T.any():
-                    self._scale_up(dispatch)
-                return dispatch.output_TH
+                if dispatch.sample.degraded_rows:
+                    self._degraded(layer, dispatch.sample.degraded_rows)
+                return dispatch.output()
             except DeepsplitError as error:
                 dispatch.sample.failure = error.outcome
                 raise
@@ -174,22 +143,22 @@ class ExpertClient:
 
     # --- sending ---
 
-    def _send_remaining(self, dispatch: _Dispatch) -> None:
+    def _send_remaining(self, dispatch: InFlight) -> None:
         began = time.monotonic()
         while True:
             table, planned = self._split(dispatch)
             if not planned.uncovered:
                 break
-            if self._settings.on_uncovered == "degrade" and _go_without(dispatch, planned.uncovered):
+            if self._settings.on_uncovered == "degrade" and dispatch.go_without(planned.uncovered):
                 continue
             self._wait_for_holder(dispatch.layer, planned.uncovered, dispatch.uncovered_deadline)
             dispatch.sample.uncovered_wait_s += time.monotonic() - began
             began = time.monotonic()
         dispatch.sample.pack_s += time.monotonic() - began
         dispatch.sent = [self._send_part(dispatch, part, table) for part in planned.parts]
-        dispatch.sent_at = time.monotonic()
+        dispatch.all_sent()
 
-    def _split(self, dispatch: _Dispatch) -> tuple[PlacementTable, Split]:
+    def _split(self, dispatch: InFlight) -> tuple[PlacementTable, Split]:
         table = self._placement.current()
         if table.epoch != self._table.epoch:
             self._adopt(table)
@@ -202,7 +171,7 @@ class ExpertClient:
         since = time.monotonic() - pause_s
         return frozenset(worker_id for worker_id, lost_at in self._lost_at.items() if lost_at > since)
 
-    def _split_without(self, dispatch: _Dispatch, excluded: frozenset[str]) -> Split:
+    def _split_without(self, dispatch: InFlight, excluded: frozenset[str]) -> Split:
         key = (dispatch.layer, excluded)
         if key not in self._routes:
             self._routes[key] = self._table.route(dispatch.layer, self._shape.num_experts, excluded)
@@ -228,16 +197,10 @@ class ExpertClient:
             )
         time.sleep(_POLL_S)
 
-    def _scale_up(self, dispatch: _Dispatch) -> None:
-        """Rows that go without some experts keep their weights' sum: experts are weighted linearly."""
-        total_T = dispatch.weights_TK.sum(1)
-        kept_T = total_T - torch.from_numpy(dispatch.dropped_T)
-        dispatch.output_TH *= (total_T / kept_T).unsqueeze(1)
-        rows = int((dispatch.dropped_T != 0).sum())
-        dispatch.sample.degraded_rows = rows
+    def _degraded(self, layer: int, rows: int) -> None:
         now = time.monotonic()
         if now - self._degraded_at > FRESH_S:
-            logger.warning("degraded: layer %d computes %d rows without all of their experts", dispatch.layer, rows)
+            logger.warning("degraded: layer %d computes %d rows without all of their experts", layer, rows)
         self._degraded_at = now
 
     def _link(self, worker: WorkerEndpoint) -> WorkerLink:
@@ -247,7 +210,7 @@ class ExpertClient:
             )
         return self._links[worker.worker_id]
 
-    def _send_part(self, dispatch: _Dispatch, part: Part, table: PlacementTable) -> _Sent:
+    def _send_part(self, dispatch: InFlight, part: Part, table: PlacementTable) -> Sent:
         worker, sample = table.workers[part.worker], dispatch.sample
         link = self._link(worker)
         began = time.monotonic()
@@ -271,7 +234,7 @@ class ExpertClient:
             began = time.monotonic()
             sample.send_s += began - packed
             frames.append((request.request_id, rows))
-        return _Sent(part, worker.worker_id, tuple(frames))
+        return Sent(part, worker.worker_id, tuple(frames))
 
     def _pieces(self, rows: int, hidden: int, slots: int) -> list[slice]:
         """Row ranges whose request and reply both stay under the message bound."""
@@ -282,14 +245,13 @@ class ExpertClient:
 
     # --- receiving ---
 
-    def _collect(self, dispatch: _Dispatch) -> Exception | None:
+    def _collect(self, dispatch: InFlight) -> Exception | None:
         """Take every outstanding reply; returns the last loss, whose rows stay in `remaining_TK`."""
         lost: Exception | None = None
         outstanding, dispatch.sent = dispatch.sent, []
-        received, slowest = time.monotonic(), (0.0, 0.0, 0.0)  # queue and compute, queue, compute
         for position, sent in enumerate(outstanding):
             try:
-                reply_RH, queue_s, compute_s = self._receive_part(sent, dispatch.deadline)
+                received = self._receive_part(sent, dispatch.deadline)
             except (WorkerLost, StalePlacement, DispatchTimeout) as error:
                 lost = error
                 dispatch.sample.retries.append(error.outcome)
@@ -299,29 +261,11 @@ class ExpertClient:
                 dispatch.sent = outstanding[position:]
                 raise
             self._lost_at.pop(sent.worker_id, None)
-            received = time.monotonic()
-            slowest = max(slowest, (queue_s + compute_s, queue_s, compute_s))
-            dispatch.sample.workers.append((sent.worker_id, queue_s + compute_s))
-            dispatch.sample.bytes_in += HEADER_BYTES * len(sent.frames) + reply_RH.nbytes
-            combine(dispatch.output_TH, sent.part, reply_RH)
-            rows_R, ids_RK = sent.part.rows_R, sent.part.expert_ids_RK
-            dispatch.remaining_TK[rows_R] = np.where(ids_RK >= 0, NO_EXPERT, dispatch.remaining_TK[rows_R])
-            dispatch.sample.combine_s += time.monotonic() - received
-        self._account(dispatch, received, *slowest)
+            dispatch.take(sent, received)
+        dispatch.all_taken()
         return lost
 
-    def _account(
-        self, dispatch: _Dispatch, received: float, worker_s: float, queue_s: float, compute_s: float
-    ) -> None:
-        """The slowest worker's part of the round trip, and what is left of it for the way there and back."""
-        sample = dispatch.sample
-        sample.wait_s += queue_s
-        sample.compute_s += compute_s
-        if received - dispatch.meanwhile_at > _BLOCKED_S:
-            sample.return_s = (sample.return_s or 0.0) + max(0.0, received - dispatch.sent_at - worker_s)
-
-    def _receive_part(self, sent: _Sent, deadline: float) -> tuple[torch.Tensor, float, float]:
-        """Output [R, H], and the seconds that the worker's queue and its experts took."""
+    def _receive_part(self, sent: Sent, deadline: float) -> Received:
         link = self._links.get(sent.worker_id)
         if link is None:
             raise WorkerLost(f"expert worker {sent.worker_id} left the placement")
@@ -334,7 +278,8 @@ class ExpertClient:
             pieces.append(reply.output_TH)
             queue_us += reply.queue_us
             compute_us += reply.compute_us
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces), queue_us / 1e6, compute_us / 1e6
+        output_RH = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return Received(output_RH, queue_us / 1e6, compute_us / 1e6)
 
     # --- links ---
 
@@ -361,15 +306,3 @@ class ExpertClient:
                 with contextlib.suppress(OSError):  # advice for admission; dispatches do not depend on it
                     degraded = time.monotonic() - self._degraded_at < FRESH_S
                     self._load_file.write(ExpertPlane(self._queue.mean_s, degraded))
-
-
-def _go_without(dispatch: _Dispatch, uncovered: tuple[int, ...]) -> bool:
-    """Drop these experts from every row that has others left; False if there was no such row."""
-    missing_TK = np.isin(dispatch.remaining_TK, uncovered)
-    weights_TK = dispatch.weights_TK.numpy()
-    lost_T = np.where(missing_TK, weights_TK, 0.0).sum(1)
-    kept_T = weights_TK.sum(1) - dispatch.dropped_T - lost_T
-    droppable_T = (lost_T > 0) & (kept_T > _LEAST_SHARE * weights_TK.sum(1))
-    dispatch.dropped_T += np.where(droppable_T, lost_T, 0.0).astype(np.float32)
-    dispatch.remaining_TK[missing_TK & droppable_T[:, None]] = NO_EXPERT
-    return bool(droppable_T.any())
