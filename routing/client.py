@@ -200,7 +200,8 @@ class ExpertClient:
     def _degraded(self, layer: int, rows: int) -> None:
         now = time.monotonic()
         if now - self._degraded_at > FRESH_S:
-            logger.warning("degraded: layer %d computes %d rows without all of their experts", layer, rows)
+            fields = {"request_id": STEP.get(), "layer": layer, "rows": rows}
+            logger.warning("degraded: some rows are computed without all of their experts", extra={"fields": fields})
         self._degraded_at = now
 
     def _link(self, worker: WorkerEndpoint) -> WorkerLink:

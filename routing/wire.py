@@ -19,8 +19,7 @@ from cluster.errors import DeepsplitError, DispatchTimeout, FrameError, StalePla
 from routing.trace import MAX_BYTES as MAX_TRACE_BYTES
 
 MAGIC = b"DSX1"
-# magic, kind, dtype, reply dtype, error code or bytes of trace, request id, epoch, layer, rows, hidden, slots or queue,
-# extra
+# magic, kind, dtype, reply dtype, error or trace bytes, request id, epoch, layer, rows, hidden, slots or queue, extra
 _HEADER = struct.Struct("<4sBBBBQIIIIII")
 HEADER_BYTES = _HEADER.size
 _MAX_U32 = 2**32 - 1

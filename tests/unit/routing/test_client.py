@@ -54,7 +54,7 @@ def test_killed_worker_between_dispatches_goes_unnoticed(cluster: Cluster) -> No
 
 
 def test_worker_killed_while_it_computes_loses_no_row(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
-    STEP.set("cmpl-a,cmpl-b")
+    step = STEP.set("cmpl-a,cmpl-b")
     cluster.start("a", ALL, delay_s=5.0)
     cluster.start("b", ALL)
     cluster.publish("a", "b")
@@ -66,6 +66,7 @@ def test_worker_killed_while_it_computes_loses_no_row(cluster: Cluster, caplog: 
     assert time.monotonic() - started < 4.5
     lost = [r.fields for r in caplog.records if "its rows go elsewhere" in r.message]  # type: ignore[attr-defined]
     assert lost == [{"worker_id": "a", "request_id": "cmpl-a,cmpl-b"}]
+    STEP.reset(step)
 
 
 def test_hung_worker_is_found_by_keepalive(cluster: Cluster) -> None:
