@@ -63,10 +63,29 @@ _ENGINE_ARGS_WITH_A_KEY = {
 }
 
 
+class AttentionAutoscaling(Section):
+    """Serve sets the number of attention replicas by how full the engines' batches are."""
+
+    min_replicas: int = Field(1, ge=1, description="Fewest replicas.")
+    max_replicas: int = Field(ge=1, description="Most replicas.")
+    target_occupancy: float = Field(0.7, gt=0, le=1, description="Share of attention.max_num_seqs that a replica is to "
+                                                                 "have running on average.")
+    upscale_delay_s: float = Field(30.0, ge=0, description="How long more must be wanted before there are more.")
+    downscale_delay_s: float = Field(600.0, ge=0, description="How long fewer must be wanted before there are fewer.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise conflict("max_replicas", f"{self.max_replicas} is below min_replicas ({self.min_replicas}): raise it")
+        return self
+
+
 class AttentionConfig(Section):
     """Attention replicas: vLLM engines with everything but the routed experts."""
 
-    replicas: int = Field(1, ge=1, description="Number of attention replicas.")
+    replicas: int = Field(1, ge=1, description="Number of attention replicas; with autoscaling, at the start.")
+    autoscaling: AttentionAutoscaling | None = Field(None, description="Let the load set the number of replicas, on a "
+                                                                       "joined cluster with room for them.")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where attention runs.")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs of one replica that share its attention.")
     max_model_len: int | None = Field(None, ge=1, description="Longest prompt plus completion, in tokens; "
@@ -303,6 +322,13 @@ class Config(Section):
         machine alone.
         """
         return "127.0.0.1" if self.ray.address is None else node
+
+    @model_validator(mode="after")
+    def _has_room_to_scale(self) -> Self:
+        if self.attention.autoscaling is not None and self.ray.address is None:
+            raise conflict(("attention", "autoscaling"), "a cluster of our own has room for attention.replicas only: "
+                                                         "set ray.address, or a fixed attention.replicas")
+        return self
 
     @property
     def stop_within_s(self) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 from ray import serve
 
 from cluster.config import Config
+from deployments.autoscaling import serve_autoscaling
 
 NAME = "attention"
 REPLICA_CLASS = "deployments.attention_replica.AttentionReplica"
@@ -42,9 +43,11 @@ def attention_deployment(config: Config, directory: serve.Application | None) ->
     """
     bundles = placement_bundles(config)
     labels = dict(config.attention.placement.labels)
+    scaling = config.attention.autoscaling
     deploy = serve.deployment(
         name=NAME,
-        num_replicas=config.attention.replicas,
+        num_replicas=config.attention.replicas if scaling is None else None,
+        autoscaling_config=None if scaling is None else serve_autoscaling(scaling, config.attention.replicas),
         ray_actor_options={
             "num_cpus": bundles[0]["CPU"],
             "num_gpus": 0,  # GPUs belong to the engine's workers, which take them from the placement group

@@ -31,6 +31,7 @@ from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
 from cluster.config import Config
 from cluster.errors import StartupError
 from deployments.attention import EngineStats
+from deployments.autoscaling import OCCUPANCY
 from deployments.directory import AttentionMember
 from deployments.engine_args import engine_args, engine_env
 from deployments.placement_follower import PlacementFollower
@@ -179,6 +180,11 @@ class AttentionReplica(LLMServer):
         stats = _engine_stats()
         assert stats is not None, "the engine is there as soon as this class is"
         return stats
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve asks for when it sets the number of replicas."""
+        stats = await self.engine_stats()
+        return {OCCUPANCY: (stats.running + stats.waiting) / self._max_num_seqs}
 
     def _measure(self) -> None:
         """For a scrape, on its thread; before the engine is there, it has nothing to say."""
