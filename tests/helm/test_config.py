@@ -94,7 +94,8 @@ def test_every_row_of_the_matrix_is_a_configuration(rendered: dict[str, list[Man
         assert served["proxy_location"] == "Disabled"
         assert application["import_path"] == "deployments.app:build"
         given = BuildArgs.model_validate(application["args"]).config
-        (override,) = application["deployments"]
+        (override,) = application.get("deployments", [{}])
+        assert ("num_replicas" in override) is (given.attention.autoscaling is None)
         # Serve changes the number of attention replicas in place; nothing else differs.
         attention = given.attention.model_copy(update={"replicas": whole.attention.replicas})
         assert given.model_copy(update={"attention": attention}) == whole, row

@@ -98,6 +98,9 @@ MISTAKES: dict[str, tuple[Values, str]] = {
     "replicas outside of the bounds": (
         {"attention": {"replicas": 9, "autoscaling": {"enabled": True}}}, "attention.replicas is 9, outside of",
     ),
+    "replicas without pods": (
+        {"attention": {"autoscaling": {"enabled": True}}}, "set ray.autoscaler.enabled too",
+    ),
     "no redis": ({"ray": {"gcsFaultTolerance": {"enabled": True}}}, "needs ray.gcsFaultTolerance.redisAddress"),
     "no host": ({"ingress": {"rest": {"enabled": True}}}, "ingress.rest.enabled needs ingress.rest.host"),
     "no gateway": ({"gatewayApi": {"httpRoute": {"enabled": True}}}, "needs gatewayApi.parentRefs: name the Gateway"),
@@ -137,7 +140,7 @@ def test_a_key_that_the_chart_sets_is_refused_with_its_place(path: str) -> None:
 
 EXAMPLES = {
     "ray.address": "auto", "ray.num_cpus": 4, "gateway.keys_file": "/k", "experts.shares": [1, 1],
-    "experts.host": "0.0.0.0", "experts.max_per_node": 2,
+    "attention.autoscaling": {"max_replicas": 2}, "experts.host": "0.0.0.0", "experts.max_per_node": 2,
     "gateway.tls": {"cert_file": "/c", "key_file": "/k"},
     "internal_tls": {"cert_file": "/c", "key_file": "/k", "ca_file": "/a"},
     "monitoring.host": "0.0.0.0",

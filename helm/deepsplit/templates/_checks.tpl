@@ -74,6 +74,9 @@
 {{- if and .enabled (or (gt (int .minReplicas) (int $.Values.attention.replicas)) (lt (int .maxReplicas) (int $.Values.attention.replicas))) -}}
 {{- fail (printf "attention.replicas is %d, outside of attention.autoscaling %d to %d: put it between the two" (int $.Values.attention.replicas) (int .minReplicas) (int .maxReplicas)) -}}
 {{- end -}}
+{{- if and .enabled (not $.Values.ray.autoscaler.enabled) -}}
+{{- fail "attention.autoscaling.enabled asks for replicas that no pod is made for: set ray.autoscaler.enabled too" -}}
+{{- end -}}
 {{- end -}}
 {{- if and .Values.ray.gcsFaultTolerance.enabled (not .Values.ray.gcsFaultTolerance.redisAddress) -}}
 {{- fail "ray.gcsFaultTolerance.enabled needs ray.gcsFaultTolerance.redisAddress, such as redis:6379" -}}

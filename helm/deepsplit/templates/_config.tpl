@@ -15,6 +15,7 @@ gateway.tls: set tls.gateway
 gateway.request_timeout_s: set longestStreamSeconds
 gateway.drain_timeout_s: set longestStreamSeconds
 attention.replicas: set attention.replicas (outside of config)
+attention.autoscaling: set attention.autoscaling (outside of config)
 attention.placement: set attention.nodeSelector, attention.tolerations or attention.affinity
 experts.workers: set experts.groups.NAME.workers
 experts.shares: set experts.groups.NAME.share
@@ -75,6 +76,13 @@ monitoring.port: scrape targets take the ports from 9400 on, which the network p
 {{- $_ := set $gateway "tls" (dict "cert_file" (printf "%s/tls/tls.crt" $mounted) "key_file" (printf "%s/tls/tls.key" $mounted)) -}}
 {{- end -}}
 {{- $attention := merge (dict "placement" (dict "resources" (dict "deepsplit-attention" 1))) ($config.attention | default dict) -}}
+{{- with .Values.attention.autoscaling -}}
+{{- if .enabled -}}
+{{- $_ := set $attention "autoscaling" (dict
+      "min_replicas" .minReplicas "max_replicas" .maxReplicas "target_occupancy" .targetOccupancy
+      "upscale_delay_s" .upscaleDelaySeconds "downscale_delay_s" .downscaleDelaySeconds) -}}
+{{- end -}}
+{{- end -}}
 {{- if and (ne ($attention.device | default "cpu") "cuda") (not $attention.threads) -}}
 {{- $_ := set $attention "threads" (int (include "deepsplit.cpus" (dict "name" "attention" "group" .Values.attention))) -}}
 {{- end -}}
@@ -122,7 +130,9 @@ applications:
     args:
       config:
         {{- include "deepsplit.config" . | nindent 8 }}
+    {{- if not .Values.attention.autoscaling.enabled }}
     deployments:
       - name: attention
         num_replicas: {{ .Values.attention.replicas }}
+    {{- end }}
 {{- end -}}
