@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), namespace="serve", log_to_driver=False)
     node = ray.util.get_node_ip_address()
 
+    print(f"node {node}: leaves in {SETTLE_S:g} s", flush=True)
+
     def still_open() -> int:
         # Looked up each time: a directory that was restarted has a new handle.
         handle = serve.get_deployment_handle(DIRECTORY, APP)
