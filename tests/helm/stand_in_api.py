@@ -1,7 +1,7 @@
 """A stand-in for the Kubernetes API: helm's real `lookup` reads from it what an earlier rendering has made.
 
-It answers discovery and GETs of Secrets, no more: it shows what the chart does with what it finds, not what Kubernetes
-does with what it gets.
+It answers discovery and GETs of Secrets, and knows no releases: it shows what helm and the chart do with what they find,
+not what Kubernetes does with what it gets.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ _DISCOVERY = {
     "/apis": {"kind": "APIGroupList", "apiVersion": "v1", "groups": []},
     "/api/v1": {
         "kind": "APIResourceList", "groupVersion": "v1",
-        "resources": [{"name": "secrets", "kind": "Secret", "namespaced": True, "verbs": ["get"]}],
+        "resources": [{"name": "secrets", "kind": "Secret", "namespaced": True, "verbs": ["get", "list"]}],
     },
+    # Where helm looks for earlier releases.
+    _SECRETS.rstrip("/"): {"kind": "SecretList", "apiVersion": "v1", "metadata": {}, "items": []},
 }  # fmt: skip
 
 
@@ -76,7 +78,7 @@ class StandInApi:
 
     @property
     def options(self) -> list[str]:
-        """What makes `helm template` ask here."""
+        """What makes helm ask here."""
         return ["--dry-run=server", "--kubeconfig", str(self.kubeconfig)]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.config import Config, section_type
-from tests.helm.chart import CHART, HelmError, helm, render
+from tests.helm.chart import CHART, NAMESPACE, RELEASE, HelmError, helm, render
+from tests.helm.stand_in_api import StandInApi
 
 Values = dict[str, Any]
 MODEL = {"path": "/models/x"}
@@ -147,8 +150,11 @@ EXAMPLES = {
 }  # fmt: skip
 
 
-def test_helm_install_refuses_as_template_does() -> None:
-    """`helm install` renders before it speaks to a cluster, of which there is none here."""
-    done = helm("install", "x", CHART, "--set", "config.experts.wokers=3", "--kubeconfig", "/dev/null")
+@pytest.mark.parametrize("mistake", ["unknown configuration key", "no claim"])
+def test_helm_install_refuses_as_template_does(mistake: str, tmp_path: Path) -> None:
+    values, said = MISTAKES[mistake]
+    with StandInApi([], tmp_path) as api:
+        options = ["--namespace", NAMESPACE, "--kubeconfig", api.kubeconfig, "--values", "-"]
+        done = helm("install", RELEASE, CHART, *options, stdin=json.dumps(values))
     assert done.returncode != 0
-    assert "wokers" in done.stderr or "unreachable" in done.stderr
+    assert said in done.stderr
