@@ -1,7 +1,7 @@
 """A stand-in for the Kubernetes API: helm's real `lookup` reads from it what an earlier rendering has made.
 
-It answers discovery and GETs of Secrets, and knows no releases: it shows what helm and the chart do with what they find,
-not what Kubernetes does with what it gets.
+It answers discovery and GETs of Secrets, and knows no releases: it shows what helm and the chart do with what they
+find, not what Kubernetes does with what it gets.
 """
 
 from __future__ import annotations
