@@ -83,7 +83,8 @@ class Directory:
         self._gateways: dict[str, tuple[GatewayMember, float]] = {}
         self._admission: AdmissionEndpoint | None = None
         self._draining = False
-        self._leaving: set[str] = set()  # nodes that are about to go
+        self._going: set[str] = set()  # nodes that are about to go
+        self._leaving: set[str] = set()  # those of them that take nothing new any more
         self._admission_scrape: ScrapeTarget | None = None
         self._view = FleetView(time.time_ns(), (), None, False)  # never a version of an earlier directory
         self._viewed = asyncio.Event()
@@ -203,12 +204,14 @@ class Directory:
         self._look()
         return _still_open(self._live_gateways(time.monotonic()))
 
-    async def leave_node(self, node: str) -> int:
-        """Have the gateways on `node` refuse new requests, and give its attention replicas none. Returns how many
-        requests still need the node; ask again until it is 0. A node with neither is needed as long as a gateway that
-        is leaving has requests: then the whole cluster may be going.
+    async def leave_node(self, node: str, settled: bool) -> int:
+        """`node` is about to go. Once `settled`: its gateways refuse new requests, its attention replicas get none.
+        Returns how many requests still need the node; ask again until it is 0. A node with neither is needed as long as
+        a gateway that is going too has requests: then the whole cluster may be going.
         """
-        self._leaving.add(node)
+        self._going.add(node)
+        if settled:
+            self._leaving.add(node)
         self._look()
         gateways = self._live_gateways(time.monotonic())
         here = [m for m in gateways if m.node == node]
@@ -217,7 +220,7 @@ class Directory:
         replicas = {m.replica_id for m in self._live_attention(time.monotonic()) if m.node == node}
         if replicas:
             return sum(m.in_flight.get(replica_id, 0) for m in gateways for replica_id in replicas)
-        return _still_open([m for m in gateways if m.node in self._leaving])
+        return _still_open([m for m in gateways if m.node in self._going])
 
     async def _next_view(self, after_version: int) -> FleetView | None:
         deadline = time.monotonic() + LONG_POLL_S

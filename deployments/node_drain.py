@@ -7,6 +7,7 @@ nothing that runs needs the node any more. Connects to the node's own Ray, with 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -21,17 +22,19 @@ _CALL_TIMEOUT_S = 5.0
 
 
 def drain(
-    still_open: Callable[[], int], wait_s: float, monotonic: Callable[[], float], sleep: Callable[[float], None]
+    leave: Callable[[bool], int], wait_s: float, monotonic: Callable[[], float], sleep: Callable[[float], None]
 ) -> str:
-    """Ask until `still_open()` says 0; returns how it ended. Gives up after `wait_s`, and when the directory has not
-    answered for a while.
+    """Say that the node goes, let that settle, and ask until `leave(True)` says that 0 requests need it; returns how it
+    ended. Gives up after `wait_s`, and when the directory has not answered for a while.
     """
     deadline = monotonic() + wait_s
+    with contextlib.suppress(Exception):  # asked again below
+        leave(False)  # at once: where a whole cluster goes, every node must know of it before the first is done
     sleep(min(SETTLE_S, wait_s))
     answered, left = monotonic(), -1
     while True:
         try:
-            left, answered = still_open(), monotonic()
+            left, answered = leave(True), monotonic()
         except Exception as error:  # Ray raises many kinds; each means that nobody answers
             if monotonic() - answered > _AWAY_S:
                 return f"the directory is away ({type(error).__name__}): nothing to wait for"
@@ -56,12 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     print(f"node {node}: leaves in {SETTLE_S:g} s", flush=True)
 
-    def still_open() -> int:
+    def leave(settled: bool) -> int:
         # Looked up each time: a directory that was restarted has a new handle.
         handle = serve.get_deployment_handle(DIRECTORY, APP)
-        return int(handle.leave_node.remote(node).result(timeout_s=_CALL_TIMEOUT_S))
+        return int(handle.leave_node.remote(node, settled).result(timeout_s=_CALL_TIMEOUT_S))
 
-    print(f"node {node}: {drain(still_open, wait_s, time.monotonic, time.sleep)}", flush=True)
+    print(f"node {node}: {drain(leave, wait_s, time.monotonic, time.sleep)}", flush=True)
 
 
 if __name__ == "__main__":

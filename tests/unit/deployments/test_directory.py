@@ -35,13 +35,13 @@ def test_only_the_gateways_of_a_leaving_node_drain(directory: Directory) -> None
     async def scenario() -> None:
         assert not (await seen_by(directory, gateway("a", 2))).draining
         assert not (await seen_by(directory, gateway("b", 4))).draining
-        assert await directory.leave_node("a") == 2
+        assert await directory.leave_node("a", True) == 2
         assert (await seen_by(directory, gateway("a", 2))).draining
         assert not (await seen_by(directory, gateway("b", 4))).draining
         # Draining ones answer at once, so that their progress is seen; the others wait for news.
         version = (await seen_by(directory, gateway("a", 1, draining=True))).version
         assert (await asyncio.wait_for(directory.gateway(gateway("a", 0, draining=True), version), 0.5)) is not None
-        assert await directory.leave_node("a") == 0
+        assert await directory.leave_node("a", True) == 0
 
     asyncio.run(scenario())
 
@@ -49,9 +49,9 @@ def test_only_the_gateways_of_a_leaving_node_drain(directory: Directory) -> None
 def test_a_gateway_that_does_not_know_yet_counts(directory: Directory) -> None:
     async def scenario() -> None:
         await seen_by(directory, gateway("a", 0))
-        assert await directory.leave_node("a") == 1
+        assert await directory.leave_node("a", True) == 1
         await seen_by(directory, gateway("a", 0, draining=True))
-        assert await directory.leave_node("a") == 0
+        assert await directory.leave_node("a", True) == 0
 
     asyncio.run(scenario())
 
@@ -61,11 +61,11 @@ def test_attention_replicas_of_a_leaving_node_end_what_they_have(directory: Dire
         for name, node in (("x", "a"), ("y", "b")):
             await directory.introduce(AttentionMember(name, 1, node, "ready", f"http://{name}", "t"))
         await seen_by(directory, gateway("c", 5, x=3, y=2))
-        assert await directory.leave_node("a") == 3
+        assert await directory.leave_node("a", True) == 3
         view = await seen_by(directory, gateway("c", 3, x=1, y=2))
         assert {endpoint.replica_id: endpoint.leaving for endpoint in view.endpoints} == {"x": True, "y": False}
         assert not view.draining
-        assert await directory.leave_node("a") == 1
+        assert await directory.leave_node("a", True) == 1
 
     asyncio.run(scenario())
 
@@ -73,9 +73,12 @@ def test_attention_replicas_of_a_leaving_node_end_what_they_have(directory: Dire
 def test_other_nodes_stay_only_for_gateways_that_are_leaving(directory: Directory) -> None:
     async def scenario() -> None:
         await seen_by(directory, gateway("a", 7))
-        assert await directory.leave_node("experts") == 0
-        assert await directory.leave_node("a") == 7
+        assert await directory.leave_node("experts", True) == 0
+        assert await directory.leave_node("a", False) == 7
+        assert not (await seen_by(directory, gateway("a", 7))).draining  # it may settle first
+        assert await directory.leave_node("experts", True) == 7
+        assert await directory.leave_node("a", True) == 7
         await seen_by(directory, gateway("a", 6, draining=True))
-        assert await directory.leave_node("experts") == 6
+        assert await directory.leave_node("experts", True) == 6
 
     asyncio.run(scenario())

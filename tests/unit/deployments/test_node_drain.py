@@ -21,12 +21,20 @@ class Clock:
 
 
 def run(still_open: Callable[[], int], wait_s: float) -> tuple[str, float]:
-    clock = Clock()
-    return drain(still_open, wait_s, clock.monotonic, clock.sleep), clock.now
+    clock, asked = Clock(), list[tuple[float, bool]]()
+
+    def leave(settled: bool) -> int:
+        asked.append((clock.now, settled))
+        return still_open()
+
+    said = drain(leave, wait_s, clock.monotonic, clock.sleep)
+    assert asked[:2] == [(0.0, False), (SETTLE_S, True)]  # at once, and then after the pause
+    assert all(settled for _, settled in asked[1:])
+    return said, clock.now
 
 
 def test_it_settles_and_waits_until_nothing_is_open() -> None:
-    answers: Iterator[int] = iter([3, 2, 0])
+    answers: Iterator[int] = iter([0, 3, 2, 0])
     assert run(lambda: next(answers), 60) == ("drained", SETTLE_S + 1.0)
 
 
