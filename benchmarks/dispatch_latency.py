@@ -1,8 +1,7 @@
 """What a dispatch costs beyond the wire: our client and server against a bare gRPC echo and a bare TCP socket.
 
-All move the same bytes between two processes on loopback, in turn, in one run, so the ratios hold on a noisy machine;
-`traced` is a dispatch whose frames name the requests of a step of 32 (docs/wire-format.md), `dispatch` names none.
-Expert compute is the identity. `python -m benchmarks.dispatch_latency --help`
+All three move the same bytes between two processes on loopback, in turn, in one run, so the ratios hold on a noisy
+machine. Expert compute is the identity. `python -m benchmarks.dispatch_latency --help`
 """
 
 from __future__ import annotations
@@ -25,12 +24,10 @@ from cluster.config import DispatchConfig
 from routing.client import ExpertClient, ExpertShape
 from routing.placement import PlacementFile, PlacementTable, WorkerEndpoint
 from routing.server import ExpertServer
-from routing.trace import STEP, joined
 
 import grpc  # isort: skip  # after routing, which sets gRPC's endpoint experiments
 
 TOP_K = 8
-TRACE = joined(f"cmpl-{number:032x}-0-{number:08x}" for number in range(32))
 SETTINGS = DispatchConfig()
 
 
@@ -93,7 +90,7 @@ def main() -> None:
         tcp = socket.create_connection(("127.0.0.1", tcp_port))
         tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-        print("tokens  KiB each way  dispatch ms  traced ms  gRPC echo ms    TCP ms  dispatch/echo")
+        print("tokens  KiB each way  dispatch ms  gRPC echo ms    TCP ms  dispatch/echo")
         for tokens in args.tokens:
             hidden_TH = torch.randn(tokens, args.hidden, dtype=torch.bfloat16)
             ids_TK = torch.arange(TOP_K).repeat(tokens, 1)
@@ -102,11 +99,6 @@ def main() -> None:
 
             def dispatch(h: torch.Tensor = hidden_TH, i: torch.Tensor = ids_TK, w: torch.Tensor = weights_TK) -> None:
                 client.forward(0, h, i, w)
-
-            def traced(way: Callable[[], None] = dispatch) -> None:
-                reset = STEP.set(TRACE)
-                way()
-                STEP.reset(reset)
 
             def echo(p: bytes = payload) -> None:
                 outbox.put(p)
@@ -118,20 +110,17 @@ def main() -> None:
                 while left:
                     left -= len(tcp.recv(left))
 
-            ways: tuple[Callable[[], None], ...] = (dispatch, traced, echo, bare)
-            times: list[list[float]] = [[] for _ in ways]
+            ways: tuple[Callable[[], None], ...] = (dispatch, echo, bare)
+            times: list[list[float]] = [[], [], []]
             for turn in range(args.rounds + 20):
                 for way, into in zip(ways, times, strict=True):
                     started = time.perf_counter()
                     way()
                     if turn >= 20:
                         into.append((time.perf_counter() - started) * 1e3)
-            ours_ms, traced_ms, echo_ms, tcp_ms = (statistics.median(t) for t in times)
+            ours_ms, echo_ms, tcp_ms = (statistics.median(t) for t in times)
             kib, ratio = len(payload) / 1024, ours_ms / echo_ms
-            print(
-                f"{tokens:>6} {kib:>13.0f} {ours_ms:>12.3f} {traced_ms:>10.3f} {echo_ms:>13.3f} {tcp_ms:>9.3f}"
-                f" {ratio:>14.2f}"
-            )
+            print(f"{tokens:>6} {kib:>13.0f} {ours_ms:>12.3f} {echo_ms:>13.3f} {tcp_ms:>9.3f} {ratio:>14.2f}")
         client.close()
         channel.close()
     for process in processes:
