@@ -112,6 +112,8 @@ def _client(settings: RemoteExpertsSettings, model_dtype: torch.dtype) -> Expert
     registry, monitoring = ProcessRegistry(), settings.monitoring
     experts = ExpertLoad(spec.num_experts, monitoring.expert_load, time.monotonic)
     registry.register(experts)
+    meter = DispatchMeter(DispatchMetrics(registry), experts)
+    registry.before_scrape(meter.fold)
     client = ExpertClient(
         settings.dispatch,
         shape,
@@ -120,7 +122,7 @@ def _client(settings: RemoteExpertsSettings, model_dtype: torch.dtype) -> Expert
         DTYPES.get(settings.dispatch.combine_dtype, model_dtype),
         settings.internal_tls,
         ExpertLoadFile(settings.expert_load_file),
-        DispatchMeter(DispatchMetrics(registry), experts),
+        meter,
     )
     assert monitoring.host is not None, "the replica fills it in"
     certificates = {} if settings.internal_tls is None else {"internal_tls": settings.internal_tls.cert_file}

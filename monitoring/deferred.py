@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-_INTERVAL_S = 0.1
+_INTERVAL_S = 1.0  # a wake-up costs more than what it puts away; scrapes do it themselves
 T = TypeVar("T")
 
 

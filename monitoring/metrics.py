@@ -119,7 +119,7 @@ class DirectoryMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.epoch = Gauge("deepsplit_placement_epoch", "Epoch of the published placement table.", registry=registry)
         self.uncovered = Gauge(
-            "deepsplit_uncovered_experts", "Experts of one layer that no live worker holds.", registry=registry
+            "deepsplit_uncovered_experts", "Experts, over all layers, that no live worker holds.", registry=registry
         )
         self.members = Gauge(
             "deepsplit_members", "Processes that the directory knows, by kind and state.", ["member", "state"],
