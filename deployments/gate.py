@@ -189,8 +189,8 @@ class Gate:
         try:
             ask()
             return await waiting
-        except asyncio.CancelledError:
-            # The answer may have come in the same turn of the loop as the cancellation.
+        except BaseException:
+            # Cancelled, above all. The answer may have come in the same turn of the loop; a refused ticket is gone.
             if self._tickets.pop(entry.ask.ticket, None) is not None:
                 if entry.replica_id is None:
                     self._by().withdraw(entry.ask.ticket)

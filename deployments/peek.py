@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,10 @@ from cluster.errors import RequestError
 UNSTATED_NEW_TOKENS = 1024
 COMPLETIONS_NEW_TOKENS = 16  # the OpenAI default of max_tokens for /v1/completions, which vLLM keeps
 MAX_SEQUENCES = 1024
+MAX_NEW_TOKENS = 2**31 - 1  # of one sequence; what is asked beyond it is as good as no bound
+# Objects and lists, or pieces of prompt text, in one body: 8 MiB of `[]` would hold up every other request for seconds.
+MAX_PARTS = 2**16
+_STRING = re.compile(rb'(?s)"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)')  # matches whatever follows a quote: never looks twice
 _BOUNDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 Fields = Mapping[str, object]
@@ -32,7 +37,9 @@ class Peek:
 
 
 def parse(body: bytes) -> Fields:
-    """The request's JSON object. Raises RequestError for anything else."""
+    """The request's JSON object. Raises RequestError for anything else, and for more than MAX_PARTS parts."""
+    if _containers(body) > MAX_PARTS and _containers(_STRING.sub(b"", body)) > MAX_PARTS:
+        raise _too_many_parts()
     try:
         fields = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -62,7 +69,7 @@ def peek(path: str, fields: Fields) -> Peek:
     for name in _BOUNDS:
         bound = fields.get(name)
         if isinstance(bound, int) and not isinstance(bound, bool):
-            each = max(0, bound)
+            each = min(max(0, bound), MAX_NEW_TOKENS)
             break
     return Peek(
         fields,
@@ -88,20 +95,40 @@ def _prompts(fields: Fields) -> tuple[int, int]:
 def _text(fields: Fields) -> Iterator[bytes]:
     """Prompt text, in the order in which a chat template would put it: tools first, then the turns."""
     if tools := fields.get("tools"):
-        yield msgspec.json.encode(tools)
-    for name in ("system", "instructions", "prompt", "messages", "input"):
-        yield from _strings(fields.get(name))
+        yield _encoded(tools)
+    parts = [fields.get(name) for name in ("input", "messages", "prompt", "instructions", "system")]
+    seen = 0
+    while parts:  # a stack: nesting as deep as JSON allows would be too deep for calls
+        seen += 1
+        if seen > MAX_PARTS:
+            raise _too_many_parts()
+        part = parts.pop()
+        if isinstance(part, str):
+            yield part.encode("utf-8", "surrogatepass")
+        elif isinstance(part, list):
+            if part and isinstance(part[0], int):
+                yield _encoded(part)
+            else:
+                parts += reversed(part)
+        elif isinstance(part, dict):
+            parts += reversed(part.values())
 
 
-def _strings(value: object) -> Iterator[bytes]:
-    if isinstance(value, str):
-        yield value.encode("utf-8", "surrogatepass")
-    elif isinstance(value, list):
-        if value and isinstance(value[0], int):
-            yield msgspec.json.encode(value)
-        else:
-            for part in value:
-                yield from _strings(part)
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _strings(part)
+def _encoded(value: object) -> bytes:
+    try:
+        return msgspec.json.encode(value)
+    except RecursionError as error:
+        raise nested_too_deeply() from error
+
+
+def nested_too_deeply() -> RequestError:
+    """For JSON that could just be read, and cannot be written a few calls further down."""
+    return RequestError("the request body is nested too deeply")
+
+
+def _containers(body: bytes) -> int:
+    return body.count(b"[") + body.count(b"{")
+
+
+def _too_many_parts() -> RequestError:
+    return RequestError(f"the request body has more than {MAX_PARTS} objects, lists and texts, this server's limit")

@@ -54,10 +54,10 @@ class Relay:
 
     async def run(self, grant: Grant) -> AsyncGenerator[ResponseHead | bytes, None]:
         """Raises ReplicaUnavailable or a Refusal when nobody else can take it, StreamLost when it cannot go on."""
-        path, body = self.tap.path, self.tap.upstream_body()
         self.replica_id = grant.replica_id
         begun = False
         try:
+            path, body = self.tap.path, self.tap.upstream_body()
             while True:
                 try:
                     async with aclosing(self._attempt(grant, path, body, begun)) as answer:

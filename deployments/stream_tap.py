@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from deployments.peek import Fields
+from deployments.peek import Fields, nested_too_deeply
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 _DATA = b"data: "
@@ -48,10 +48,13 @@ class StreamTap:
         self.finished_choices: set[int] = set()
 
     def upstream_body(self) -> bytes:
-        """What the replica is sent."""
+        """What the replica is sent. Raises RequestError."""
         if not self._asks_ids or self._wants_ids:
             return self._body
-        return msgspec.json.encode({**self.fields, "return_token_ids": True})
+        try:
+            return msgspec.json.encode({**self.fields, "return_token_ids": True})
+        except RecursionError as error:
+            raise nested_too_deeply() from error
 
     def whole(self, body: bytes) -> None:
         """Take the counts from an answer that was not streamed."""

@@ -194,7 +194,8 @@ async def odd_json(target: Target, peer: Peer, rng: random.Random) -> None:
 
 
 ODD_BODIES = (
-    b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"null", b"[]", b'"x"', b'{"model": 5}', b"{}}", b"\x00",
+    b"[" * 100_000, b'{"a":' * 100_000, b"[" + b"[]," * 200_000 + b"[]]", b"\xff\xfe", b"null", b"[]",
+    b'"x"', b'{"model": 5}', b"{}}", b"\x00",
     b'{"model": "\\ud800"}', b'{"model": "other"}', b"",
 )  # fmt: skip
 

@@ -134,6 +134,17 @@ def test_a_client_that_leaves_around_the_decision(decision: Decision | None, tol
     asyncio.run(run())
 
 
+def test_an_offer_that_cannot_be_made_leaves_no_ticket() -> None:
+    async def run() -> None:
+        door, script, _ = gate()
+        script.offer = lambda ask: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+        with pytest.raises(ZeroDivisionError):
+            await door.admit(ask("a"))
+        assert door.open_tickets() == 0
+
+    asyncio.run(run())
+
+
 def test_move_and_its_refusal() -> None:
     async def run() -> None:
         door, _, _ = gate()

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -320,6 +320,21 @@ def test_hard_bounds() -> None:
     refused(world(), replace(CALL, priority="urgent"), RequestError, "one of system, interactive, batch")
     refused(world(max_prompt_tokens=2), call(prompt="one two three"), RequestError, "has 3 tokens, this server's limit")
     refused(world(max_prompt_tokens=2), call(prompt=[1, 2, 3]), RequestError, "has 3 tokens")
+
+
+def test_json_that_can_be_read_but_not_written_again_leaves_nothing_behind() -> None:
+    world = World(Fleet([SSE, *stream("x")]))
+
+    async def scenario() -> None:
+        # Where the reader's limit and the writer's lie apart depends on the stack: all depths around them.
+        for depth in range(900, 1000):
+            asked = replace(CALL, body=b'{"prompt": "a", "stream": true, "x": ' + b"[" * depth + b"]" * depth + b"}")
+            with suppress(RequestError):
+                await whole(await world.door.answer(asked))
+            world.fleet.scripts = [[SSE, *stream("x")]]
+            assert world.nothing_left()
+
+    run(scenario)
 
 
 def test_too_many_in_flight() -> None:
