@@ -39,7 +39,7 @@ from deployments.admission_messages import (
 from deployments.gate import TICK_S, Decider, Gate, LocalAdmission
 from routing.admission import Admitted, Decision
 from routing.request import Ask, ReplicaLoad, Usage
-from routing.tls import expert_channel_credentials, expert_server_credentials
+from routing.tls import ExpertChannels, expert_server_credentials, peer_is
 
 RECONNECT_S = 0.5
 _CONNECT_TIMEOUT_S = 2.0
@@ -111,6 +111,11 @@ class AdmissionServer:
         shown = dict(context.invocation_metadata() or ()).get(TOKEN_KEY, "")
         if not hmac.compare_digest(str(shown).encode(), self._token.encode()):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "not a gateway of this cluster")
+        if self._tls is not None and not peer_is(self._tls.server_name, context.auth_context()):
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                f"the caller's certificate is not for {self._tls.server_name} (internal_tls.server_name)",
+            )
         gateway = _Connection()
         reading = asyncio.create_task(self._read(messages, gateway))
         reading.add_done_callback(lambda _: gateway.outbox.put_nowait(None))
@@ -226,10 +231,10 @@ class FleetAdmission:
     def __init__(
         self, gate: Gate, alone: Callable[[], Decider], tls: InternalTlsConfig | None, reconnect_s: float = RECONNECT_S
     ) -> None:
-        """`alone` makes the decider for the time without the server; a fresh one each time."""
+        """`alone` makes the decider for the time without the server; a fresh one each time. Raises StartupError."""
         self._gate = gate
         self._alone = alone
-        self._tls = tls
+        self._channels = None if tls is None else ExpertChannels(tls)
         self._reconnect_s = reconnect_s
         self._target: tuple[str, str] | None = None  # address, token
         self._moved = asyncio.Event()
@@ -257,7 +262,7 @@ class FleetAdmission:
             assert self._target is not None
             try:
                 await self._serve(*self._target)
-            except (aio.AioRpcError, TimeoutError) as error:
+            except (aio.AioRpcError, TimeoutError, msgspec.DecodeError) as error:
                 if self.connected:
                     logger.warning("common admission lost (%s); deciding alone", type(error).__name__)
             finally:
@@ -268,11 +273,11 @@ class FleetAdmission:
 
     async def _serve(self, address: str, token: str) -> None:
         """Until the stream ends or the server has moved."""
-        if self._tls is None:
+        if self._channels is None:
             channel = aio.insecure_channel(address, options=_OPTIONS)
         else:
-            options = [*_OPTIONS, ("grpc.ssl_target_name_override", self._tls.server_name)]
-            channel = aio.secure_channel(address, expert_channel_credentials(self._tls), options=options)
+            options = [*_OPTIONS, *self._channels.options()]
+            channel = aio.secure_channel(address, self._channels.credentials(), options=options)
         async with channel:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 await channel.channel_ready()

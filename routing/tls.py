@@ -64,11 +64,6 @@ def _server_credentials(
     return grpc.dynamic_ssl_server_credentials(files.current(), files.current, require_client_authentication=mutual)
 
 
-def expert_channel_credentials(tls: InternalTlsConfig) -> grpc.ChannelCredentials:
-    """For one channel to such a server, from the files as they are now; see `ExpertChannels` for more than one."""
-    return ExpertChannels(tls).credentials()
-
-
 def peer_is(server_name: str, auth_context: Mapping[str, Sequence[bytes]]) -> bool:
     """Whether the certificate that a gRPC client showed (`ServicerContext.auth_context()`) has this DNS name."""
     names = auth_context.get("x509_subject_alternative_name", ())

@@ -6,17 +6,20 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import grpc
 import pytest
 from grpc import aio
 
-from cluster.config import AdmissionConfig
+from cluster.config import AdmissionConfig, InternalTlsConfig
 from cluster.errors import QuotaExceeded
 from deployments.admission_messages import METHOD, SERVICE, TOKEN_KEY
 from deployments.fleet_admission import AdmissionServer, FleetAdmission
 from deployments.gate import Gate, LocalAdmission
 from routing.request import Ask, Priority, ReplicaLoad, Tenant, Usage
+from routing.tls import ExpertChannels
+from tests.certificates import Authority
 
 TOKEN = "t" * 64
 CONFIG = AdmissionConfig()
@@ -32,10 +35,10 @@ def ask(ticket: str, tenant: Tenant = FREE) -> Ask:
 class GatewayEnd:
     """One gateway's gate and its stream."""
 
-    def __init__(self, share: float = 0.5) -> None:
+    def __init__(self, share: float = 0.5, tls: InternalTlsConfig | None = None) -> None:
         self.gate = Gate(time.monotonic)
         self.gate._loads = LOADS
-        self.fleet = FleetAdmission(self.gate, lambda: self._alone(share), None, reconnect_s=0.05)
+        self.fleet = FleetAdmission(self.gate, lambda: self._alone(share), tls, reconnect_s=0.05)
 
     def _alone(self, share: float) -> LocalAdmission:
         return LocalAdmission(CONFIG, time.monotonic, self.gate.decided, share)
@@ -47,8 +50,8 @@ class GatewayEnd:
 
 
 @asynccontextmanager
-async def server() -> AsyncIterator[tuple[AdmissionServer, str]]:
-    made = AdmissionServer(CONFIG, time.monotonic, TOKEN, None)
+async def server(tls: InternalTlsConfig | None = None) -> AsyncIterator[tuple[AdmissionServer, str]]:
+    made = AdmissionServer(CONFIG, time.monotonic, TOKEN, tls)
     address = await made.start("127.0.0.1")
     made.fleet(LOADS)
     try:
@@ -58,8 +61,10 @@ async def server() -> AsyncIterator[tuple[AdmissionServer, str]]:
 
 
 @asynccontextmanager
-async def gateways(address: str, count: int = 2) -> AsyncIterator[list[GatewayEnd]]:
-    ends = [GatewayEnd() for _ in range(count)]
+async def gateways(
+    address: str, count: int = 2, tls: InternalTlsConfig | None = None
+) -> AsyncIterator[list[GatewayEnd]]:
+    ends = [GatewayEnd(tls=tls) for _ in range(count)]
     try:
         for end in ends:
             end.fleet.set_server(address, TOKEN)
@@ -162,5 +167,66 @@ def test_a_broken_message_cuts_off_only_its_sender() -> None:
                 await call.write(b"\xc1 not msgpack")
                 assert await call.read() is aio.EOF
             await asyncio.wait_for(good.gate.admit(ask("a")), 10)
+
+    asyncio.run(run())
+
+
+def test_a_message_from_another_version_is_a_loss_and_not_the_end() -> None:
+    asked: list[None] = []
+
+    async def babble(messages: AsyncIterator[bytes], context: aio.ServicerContext) -> AsyncIterator[bytes]:
+        asked.append(None)
+        yield b"\xc1 not msgpack"
+
+    async def run() -> None:
+        babbler = aio.server()
+        handler = grpc.stream_stream_rpc_method_handler(babble)
+        babbler.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+        port = babbler.add_insecure_port("127.0.0.1:0")
+        await babbler.start()
+        one = GatewayEnd()
+        one.fleet.set_server(f"127.0.0.1:{port}", TOKEN)
+        async with asyncio.timeout(20):
+            while len(asked) < 2:
+                await asyncio.sleep(0.01)
+        async with server() as (_, address):
+            one.fleet.set_server(address, TOKEN)
+            await one.connected()
+            await asyncio.wait_for(one.gate.admit(ask("a")), 10)
+            await one.fleet.close()
+        await babbler.stop(0)
+
+    asyncio.run(run())
+
+
+def test_half_written_certificates_do_not_keep_a_gateway_away(tmp_path: Path) -> None:
+    async def run() -> None:
+        tls = Authority("ours").issue(tmp_path)
+        async with server(tls) as (first, address), gateways(address, 1, tls) as (one,):
+            tls.key_file.write_text("half")
+            await first.stop()
+            await one.connected(False)
+            await asyncio.sleep(0.2)  # tries again with what is there
+            tls = Authority("ours").issue(tmp_path)
+            async with server(tls) as (_, again):
+                one.fleet.set_server(again, TOKEN)
+                await one.connected()
+                await asyncio.wait_for(one.gate.admit(ask("a")), 10)
+
+    asyncio.run(run())
+
+
+def test_a_certificate_of_ours_for_another_name_is_refused(tmp_path: Path) -> None:
+    async def run() -> None:
+        ours = Authority("ours")
+        tls, other = ours.issue(tmp_path / "a"), ours.issue(tmp_path / "b", "someone-else")
+        other = other.model_copy(update={"server_name": "someone-else"})
+        async with server(tls) as (_, address):
+            options = [("grpc.ssl_target_name_override", tls.server_name)]
+            async with aio.secure_channel(address, ExpertChannels(other).credentials(), options=options) as channel:
+                call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(metadata=((TOKEN_KEY, TOKEN),))
+                with pytest.raises(aio.AioRpcError, match="not for deepsplit") as caught:
+                    await call.read()
+                assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
     asyncio.run(run())

@@ -20,7 +20,6 @@ from cluster.config import InternalTlsConfig
 from cluster.errors import StartupError
 from routing.tls import (
     ExpertChannels,
-    expert_channel_credentials,
     expert_server_credentials,
     internal_client_ssl_context,
     internal_server_ssl_context,
@@ -64,7 +63,7 @@ def call(address: str, credentials: grpc.ChannelCredentials, options: list[tuple
 
 
 def call_ours(address: str, tls: InternalTlsConfig) -> str:
-    return call(address, expert_channel_credentials(tls), ExpertChannels(tls).options())
+    return call(address, ExpertChannels(tls).credentials(), ExpertChannels(tls).options())
 
 
 def shown_serial(address: str) -> int:
