@@ -13,7 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import ray
 from ray import serve
@@ -46,7 +46,7 @@ class AttentionMember:
     node: str
     state: str  # starting, ready (it takes requests at `url`) or draining
     url: str = ""
-    token: str = ""
+    token: str = field(default="", repr=False)
     scrape: tuple[ScrapeTarget, ...] = ()  # its own, and its engine's once that listens
 
 

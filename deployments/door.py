@@ -6,7 +6,8 @@ REST and gRPC hand it a `Call` and send on the `Answer`.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -18,7 +19,7 @@ class Call:
     path: str  # of the replica's OpenAI application, such as /v1/chat/completions
     body: bytes
     request_id: str
-    key: str | None = None  # API key as the client sent it
+    key: str | None = field(default=None, repr=False)  # API key as the client sent it
     priority: str | None = None  # class that the client asked for; None: its tenant's default
     timeout_s: float | None = None  # how long the client will wait for the whole answer
     ttft_s: float | None = None  # how long it will wait for the first token
@@ -39,6 +40,12 @@ class Answer:
 
 class Door(Protocol):
     """See the module."""
+
+    def arriving(self, path: str, key: str | None) -> AbstractContextManager[None]:
+        """To be held while a request's body is read. Raises DeepsplitError for what would not be taken whatever it
+        says: strangers and too many at once must not make the gateway hold their bodies.
+        """
+        ...
 
     async def answer(self, call: Call) -> Answer:
         """Raises DeepsplitError (any class at the door) for what is refused before its first byte."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from monitoring.discovery import ScrapeTarget
 
@@ -13,7 +13,7 @@ class AdmissionEndpoint:
     """Where the common admission of several gateways listens, and the token that it wants."""
 
     address: str  # host:port
-    token: str
+    token: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ReplicaEndpoint:
 
     replica_id: str
     url: str  # http://host:port, or https
-    token: str  # bearer token that its private port wants
+    token: str = field(repr=False)  # bearer token that its private port wants
     pid: int
     node: str
     leaving: bool = False  # its node is about to go: what it has may end, nothing new

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import random
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from types import TracebackType
 from typing import Protocol
 
 from cluster.config import GatewayConfig
@@ -26,8 +26,8 @@ from cluster.errors import (
 from deployments.continuation import Continuation
 from deployments.deadline import Deadline
 from deployments.door import Answer, Call
-from deployments.fleet import ResponseHead
 from deployments.gate import Gate
+from deployments.open_answer import open_answer
 from deployments.peek import Peek, model_of, parse, peek
 from deployments.rate_limits import rate_limit_headers
 from deployments.relay import Relay, Replicas
@@ -41,11 +41,12 @@ GENERATES = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses
 PASSED_ON = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
 _RETRY_DRAINING_S = 2.0
 _RETRY_NO_REPLICA_S = 5.0
+_RETRY_FULL_S = 1.0
+_JITTER = 0.5  # those refused together are told different times, up to this share longer
 _DRAIN_POLL_S = 0.05
 
 logger = logging.getLogger(__name__)
 
-Ended = Callable[[BaseException | None, int], None]  # by which error (None: well), with the replica's status
 
 class Tokens(Protocol):
     """The model's tokenizer, for the rare request that needs it here; see `deployments.tokens.ModelTokens`."""
@@ -79,6 +80,7 @@ class GatewayDoor:
         self._log_bodies = log_bodies
         self._prompt_size = PromptSize()
         self._open: set[Deadline] = set()
+        self._arriving = 0  # requests whose bodies are being read
         self._draining = False
 
     def ready(self) -> Mapping[str, bool]:
@@ -94,6 +96,21 @@ class GatewayDoor:
         """Whose key it is. Raises Unauthenticated."""
         return self._tenants.current().identify(key)
 
+    @contextmanager
+    def arriving(self, path: str, key: str | None) -> Iterator[None]:
+        """See Door."""
+        try:
+            self.identify(key)
+            self._check_open(len(self._open) + self._arriving)
+        except BaseException as error:
+            self._meters.request(path, path in GENERATES).end(error, 0)
+            raise
+        self._arriving += 1
+        try:
+            yield
+        finally:
+            self._arriving -= 1
+
     async def answer(self, call: Call) -> Answer:
         """See Door."""
         meter = self._meters.request(call.request_id, self._model, call.path, call.path in GENERATES)
@@ -106,18 +123,9 @@ class GatewayDoor:
     async def _answer(self, call: Call, meter: RequestMeter) -> Answer:
         tenant = self.identify(call.key)
         meter.identified(tenant)
-        if self._draining:
-            raise Draining(
-                "this gateway is stopping: send the request again", retry_after_s=_RETRY_DRAINING_S, plane="gateway",
-                reason="draining",
-            )  # fmt: skip
+        self._check_open(len(self._open))
         if len(call.body) > self._config.max_body_mib * 2**20:
             raise RequestTooLarge(f"the request is larger than {self._config.max_body_mib} MiB, this server's limit")
-        if len(self._open) >= self._config.max_streams:
-            raise Overloaded(
-                f"this gateway holds {self._config.max_streams} requests, its limit (gateway.max_streams)",
-                retry_after_s=1.0 + random.random(), plane="gateway", reason="max_streams",
-            )  # fmt: skip
         if self._log_bodies:
             fields = {"request_id": call.request_id, "body": call.body.decode(errors="replace")}
             logger.debug("request body", extra={"fields": fields})
@@ -131,6 +139,18 @@ class GatewayDoor:
             self._open.discard(deadline)
             raise
 
+    def _check_open(self, held: int) -> None:
+        if self._draining:
+            raise Draining(
+                "this gateway is stopping: send the request again", retry_after_s=_jittered(_RETRY_DRAINING_S),
+                plane="gateway", reason="draining",
+            )  # fmt: skip
+        if held >= self._config.max_streams:
+            raise Overloaded(
+                f"this gateway holds {self._config.max_streams} requests, its limit (gateway.max_streams)",
+                retry_after_s=_jittered(_RETRY_FULL_S), plane="gateway", reason="max_streams",
+            )  # fmt: skip
+
     async def drain(self, grace_s: float) -> None:
         """Refuse what is new, let what runs end for `grace_s` seconds, then end it with an error."""
         self._draining = True
@@ -142,7 +162,7 @@ class GatewayDoor:
             deadline.cut(
                 Draining(
                     f"the gateway stopped and this request was not done within {grace_s:g} s: send it again",
-                    retry_after_s=_RETRY_DRAINING_S, plane="gateway", reason="draining",
+                    retry_after_s=_jittered(_RETRY_DRAINING_S), plane="gateway", reason="draining",
                 )
             )  # fmt: skip
         until = loop.time() + 1.0
@@ -156,11 +176,11 @@ class GatewayDoor:
         self._check_model(tenant, outline.model)
         ask = self._ask(call, tenant, outline)
         await self._check_prompt(outline)
+        tap = Continuation(call.path, outline.fields, call.body, self._text.decode)
+        relay = Relay(tap, self._gate, self._replicas, call.request_id, self._config.max_resends, meter)
         meter.waits(ask.priority)
         grant = await deadline.wait(self._gate.admit(ask))
         meter.admitted(grant)
-        tap = Continuation(call.path, outline.fields, call.body, self._text.decode)
-        relay = Relay(tap, self._gate, self._replicas, call.request_id, self._config.max_resends, meter)
 
         def ended(error: BaseException | None, status: int) -> None:
             self._open.discard(deadline)
@@ -173,7 +193,7 @@ class GatewayDoor:
         headers = rate_limit_headers(grant.limits) | {"x-request-id": call.request_id}
         if grant.predicted_ttft_s > 0:  # `admission.mode: off` predicts nothing
             headers["x-deepsplit-predicted-ttft-s"] = f"{grant.predicted_ttft_s:.3f}"
-        answer = await _open(relay.run(grant), deadline, headers, ended)
+        answer = await open_answer(relay.run(grant), deadline, headers, ended)
         if any(load.degraded for load in self._replicas.loads() if load.replica_id == relay.replica_id):
             return replace(answer, headers={**answer.headers, "x-deepsplit-degraded": "true"})
         return answer
@@ -217,14 +237,14 @@ class GatewayDoor:
             left = [load.replica_id for load in self._replicas.loads() if load.replica_id not in tried]
             if not left or len(tried) > self._config.max_resends:
                 raise NoCapacity(
-                    "no attention replica is ready", retry_after_s=_RETRY_NO_REPLICA_S, plane="attention",
-                    reason="no_replica",
+                    "no attention replica is ready", retry_after_s=_jittered(_RETRY_NO_REPLICA_S),
+                    plane="attention", reason="no_replica",
                 )  # fmt: skip
             replica_id = random.choice(left)
             meter.sent(replica_id)
             answer = self._replicas.send(replica_id, call.method, call.path, call.body, call.request_id)
             try:
-                return await _open(answer, deadline, headers, ended)
+                return await open_answer(answer, deadline, headers, ended)
             except ReplicaUnavailable as error:
                 fields = {"request_id": call.request_id}
                 logger.warning("a request goes on elsewhere: %s", error, extra={"fields": fields})
@@ -242,57 +262,8 @@ class GatewayDoor:
         return Deadline(at_s, RequestTimeout(f"the request took longer than {seconds:g} s and was aborted"))
 
 
-class _Chunks(AsyncGenerator[bytes, None]):
-    """What is left of an answer after its head, each wait bounded. A class, because a generator that was never begun
-    runs no `finally`: a client that goes away right after the head must not leave its ticket behind.
-    """
-
-    def __init__(
-        self, answer: AsyncGenerator[ResponseHead | bytes, None], deadline: Deadline, status: int, ended: Ended
-    ) -> None:
-        self._answer = answer
-        self._deadline = deadline
-        self._status = status
-        self._ended = ended
-
-    async def asend(self, value: None) -> bytes:
-        try:
-            chunk = await self._deadline.wait(anext(self._answer))
-        except BaseException as error:
-            await self._end(None if isinstance(error, StopAsyncIteration) else error)
-            raise
-        assert isinstance(chunk, bytes)
-        return chunk
-
-    async def athrow(
-        self,
-        typ: type[BaseException] | BaseException,
-        val: BaseException | object = None,
-        tb: TracebackType | None = None,
-    ) -> bytes:
-        await self.aclose()
-        raise typ
-
-    async def aclose(self) -> None:
-        await self._end(GeneratorExit())
-
-    async def _end(self, error: BaseException | None) -> None:
-        try:
-            await self._answer.aclose()
-        finally:
-            self._ended(error, self._status)
-
-
-async def _open(
-    answer: AsyncGenerator[ResponseHead | bytes, None], deadline: Deadline, headers: Mapping[str, str], ended: Ended
-) -> Answer:
-    try:
-        head = await deadline.wait(anext(answer))
-        assert isinstance(head, ResponseHead)
-    except BaseException:
-        await answer.aclose()
-        raise
-    return Answer(head.status, head.content_type, headers, _Chunks(answer, deadline, head.status, ended))
+def _jittered(seconds: float) -> float:
+    return seconds * (1 + _JITTER * random.random())
 
 
 def _priority(asked: str | None, tenant: Tenant) -> Priority:

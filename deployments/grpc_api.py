@@ -25,6 +25,7 @@ from deployments.grpc_answers import (
 )
 from deployments.grpc_call import ask, ask_stream
 from deployments.grpc_edge import Edge
+from deployments.grpc_entrance import Entrance
 from deployments.grpc_health import Health
 from deployments.grpc_requests import chat_body, completion_body, detokenize_body, tokenize_body
 from deployments.oip import OpenInference
@@ -37,13 +38,25 @@ READ_TIMEOUT_S = 60.0  # as for REST bodies
 WRITE_STALL_S = 30.0  # as for REST
 HEALTH_POLL_S = 0.5
 _MAX_METADATA_BYTES = 16 * 1024
-_SIDE_CALLS = 256  # health, reflection and metadata, beyond the requests that gateway.max_streams allows
+SIDE_CALLS = 256  # health, reflection and metadata, beyond the requests that gateway.max_streams allows
 # A client whose host is gone is noticed within the two together; clients may ping as often as every 10 s.
 _KEEPALIVE_MS = 20_000
 _KEEPALIVE_TIMEOUT_MS = 10_000
 _MIN_PING_MS = 10_000
 
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+# What each method asks the door for; all others need no key.
+_PATHS = {
+    "/deepsplit.v1.Inference/Chat": _CHAT,
+    "/deepsplit.v1.Inference/ChatStream": _CHAT,
+    "/deepsplit.v1.Inference/Complete": _COMPLETIONS,
+    "/deepsplit.v1.Inference/CompleteStream": _COMPLETIONS,
+    "/deepsplit.v1.Inference/Tokenize": "/tokenize",
+    "/deepsplit.v1.Inference/Detokenize": "/detokenize",
+    "/deepsplit.v1.Inference/ListModels": "/v1/models",
+    "/inference.GRPCInferenceService/ModelInfer": _COMPLETIONS,
+    "/inference.GRPCInferenceService/ModelStreamInfer": _COMPLETIONS,
+}
 
 
 class Inference(inference_pb2_grpc.InferenceServicer):
@@ -102,7 +115,7 @@ class GrpcServer:
         self._config = config
         self._model = model
         self._door = door
-        self._edge = Edge(read_timeout_s, write_stall_s)
+        self._edge = Edge(Entrance(door, _PATHS, SIDE_CALLS), read_timeout_s, write_stall_s)
         self._health: Health | None = None
         self._server: grpc.aio.Server | None = None
 
@@ -115,7 +128,7 @@ class GrpcServer:
         server = grpc.aio.server(
             interceptors=(self._edge,),
             options=self._options(),
-            maximum_concurrent_rpcs=self._config.max_streams + _SIDE_CALLS,
+            maximum_concurrent_rpcs=self._config.max_streams + SIDE_CALLS,
         )
         self._add_services(server)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -63,7 +63,7 @@ async def event_data(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[byte
 
 def call_of(context: grpc.aio.ServicerContext, path: str, body: bytes, request_id: str | None) -> Call:
     """Raises RequestError for metadata that is not valid, RequestTimeout if the deadline has passed."""
-    metadata = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
+    metadata = _metadata(context)
     remaining_s: float | None = context.time_remaining()
     if remaining_s is not None and remaining_s <= 0:
         raise RequestTimeout("the call's deadline had passed when it arrived")
@@ -72,11 +72,18 @@ def call_of(context: grpc.aio.ServicerContext, path: str, body: bytes, request_i
         path=path,
         body=body,
         request_id=_request_id(request_id or metadata.get(_ID, "")),
-        key=_key(metadata),
+        key=key_of(context),
         priority=metadata.get("x-deepsplit-priority"),
         timeout_s=remaining_s,
         ttft_s=_seconds(metadata, "x-deepsplit-ttft-s"),
     )
+
+
+def key_of(context: grpc.aio.ServicerContext) -> str | None:
+    """The API key that the call came with."""
+    metadata = _metadata(context)
+    scheme, _, key = metadata.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" and key else metadata.get("x-api-key")
 
 
 @asynccontextmanager
@@ -91,6 +98,10 @@ async def _answer(door: Door, call: Call, context: grpc.aio.ServicerContext) -> 
         yield answer
 
 
+def _metadata(context: grpc.aio.ServicerContext) -> dict[str, str]:
+    return {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
+
+
 async def _read(answer: Answer) -> bytes:
     return b"".join([chunk async for chunk in answer.chunks])
 
@@ -98,11 +109,6 @@ async def _read(answer: Answer) -> bytes:
 def _request_id(asked: str) -> str:
     # It goes back as metadata, which holds printable ASCII only.
     return asked[:_MAX_ID_CHARS] if asked.isascii() and asked.isprintable() and asked.strip() else uuid.uuid4().hex
-
-
-def _key(metadata: dict[str, str]) -> str | None:
-    scheme, _, key = metadata.get("authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" and key else metadata.get("x-api-key")
 
 
 def _seconds(metadata: dict[str, str], name: str) -> float | None:

@@ -15,6 +15,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from cluster.errors import DeepsplitError, RequestError, RequestTimeout
+from deployments.grpc_entrance import Entrance
 from deployments.grpc_errors import BUG, Failure, ReplicaRefused, failure
 
 logger = logging.getLogger(__name__)
@@ -23,10 +24,11 @@ logger = logging.getLogger(__name__)
 class Edge(grpc.aio.ServerInterceptor):
     """Wraps every method."""
 
-    def __init__(self, read_timeout_s: float, write_stall_s: float) -> None:
+    def __init__(self, entrance: Entrance, read_timeout_s: float, write_stall_s: float) -> None:
         """`read_timeout_s`: for the one message of a unary request; `write_stall_s`: until a client that reads nothing
         is given up.
         """
+        self._entrance = entrance
         self._read_timeout_s = read_timeout_s
         self._write_stall_s = write_stall_s
         self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
@@ -42,25 +44,29 @@ class Edge(grpc.aio.ServerInterceptor):
             handler = await continuation(details)
             if handler is None:
                 return None
-            self._wrapped[method] = self._wrap(handler)
+            self._wrapped[method] = self._wrap(method, handler)
         return self._wrapped[method]
 
-    def _wrap(self, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+    def _wrap(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         parse = handler.request_deserializer
 
         async def request(context: grpc.aio.ServicerContext) -> Message | AsyncGenerator[Message, None]:
-            return _requests(context, parse) if handler.request_streaming else await self._request(context, parse)
+            with self._entrance.message(method, context):
+                return _requests(context, parse) if handler.request_streaming else await self._request(context, parse)
 
         async def one(_: object, context: grpc.aio.ServicerContext) -> Message:
             async with _failing_well(context):
-                answer: Message = await behaviour(await request(context), context)
-                return answer
+                with self._entrance.call(method):
+                    answer: Message = await behaviour(await request(context), context)
+                    return answer
 
         async def many(_: object, context: grpc.aio.ServicerContext) -> None:
-            async with _failing_well(context), aclosing(behaviour(await request(context), context)) as messages:
-                async for message in messages:
-                    await self._write(context, message)
+            async with _failing_well(context):
+                with self._entrance.call(method):
+                    async with aclosing(behaviour(await request(context), context)) as messages:
+                        async for message in messages:
+                            await self._write(context, message)
 
         # A unary request is read as a stream of one, the same bytes on the wire: so the wait for it can be bounded.
         if handler.response_streaming:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 
-from cluster.errors import DeepsplitError, RateLimits, Refusal, RequestTimeout
+from cluster.errors import DeepsplitError, RateLimits, Refusal, ReplicaUnavailable, RequestTimeout
+
+_RETRY_LOST_S = 1.0  # to half as much again
 
 
 def rate_limit_headers(limits: RateLimits | None) -> dict[str, str]:
@@ -34,8 +37,11 @@ def retry_headers(error: DeepsplitError) -> dict[str, str]:
     if isinstance(error, Refusal):
         if math.isinf(error.retry_after_s):
             return rate_limit_headers(error.limits) | {"x-should-retry": "false"}
-        return rate_limit_headers(error.limits) | {
-            "retry-after": str(max(1, math.ceil(error.retry_after_s))),
-            "retry-after-ms": str(math.ceil(error.retry_after_s * 1000)),
-        }
+        return rate_limit_headers(error.limits) | _after(error.retry_after_s)
+    if isinstance(error, ReplicaUnavailable):
+        return _after(_RETRY_LOST_S * (1 + 0.5 * random.random()))
     return {"x-should-retry": "false"} if isinstance(error, RequestTimeout) else {}
+
+
+def _after(seconds: float) -> dict[str, str]:
+    return {"retry-after": str(max(1, math.ceil(seconds))), "retry-after-ms": str(math.ceil(seconds * 1000))}

@@ -76,12 +76,16 @@ class RestApi:
         return Response(await self._openapi_source(), media_type="application/json")
 
     async def _handle(self, request: Request) -> Response:
+        path, key, body = request.url.path, _key(request), b""
+        if request.method == "POST":
+            with self._door.arriving(path, key):
+                body = await self._read_body(request)
         call = Call(
             method=request.method,
-            path=request.url.path,
-            body=await self._read_body(request) if request.method == "POST" else b"",
+            path=path,
+            body=body,
             request_id=request.state.request_id,
-            key=_key(request),
+            key=key,
             priority=request.headers.get("x-deepsplit-priority"),
             timeout_s=_seconds(request, "x-deepsplit-timeout-s"),
             ttft_s=_seconds(request, "x-deepsplit-ttft-s"),

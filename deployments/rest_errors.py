@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from cluster.errors import DeepsplitError, ModelNotFound, Refusal, Unauthenticated
+from cluster.errors import DeepsplitError, Draining, ModelNotFound, Refusal, Unauthenticated
 from deployments.rate_limits import retry_headers
 
 _ANTHROPIC_PATHS = "/v1/messages"
@@ -19,6 +19,8 @@ def error_response(path: str, error: DeepsplitError) -> Response:
     headers = retry_headers(error)
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"
+    if isinstance(error, Draining):
+        headers["connection"] = "close"  # the next try is to reach another gateway
     return JSONResponse(_body(path, error), error.http_status, headers)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from cluster.config import GatewayConfig, ServerTls
-from cluster.errors import DeepsplitError
+from cluster.errors import DeepsplitError, Unauthenticated
 from deployments.door import Answer, Call
 from deployments.grpc_api import GrpcServer
 
@@ -66,7 +66,16 @@ class ScriptedDoor:
     entered: asyncio.Event = field(default_factory=asyncio.Event)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     sent: int = 0
+    strangers: bool = False  # nobody has a key
+    arrived: list[tuple[str, str | None]] = field(default_factory=list)
     answers: list[ScriptedChunks] = field(default_factory=list)
+
+    @contextmanager
+    def arriving(self, path: str, key: str | None) -> Iterator[None]:
+        self.arrived.append((path, key))
+        if self.strangers:
+            raise Unauthenticated("no key")
+        yield
 
     async def answer(self, call: Call) -> Answer:
         self.calls.append(call)

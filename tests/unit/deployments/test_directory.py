@@ -82,3 +82,7 @@ def test_other_nodes_stay_only_for_gateways_that_are_leaving(directory: Director
         assert await directory.leave_node("experts", True) == 6
 
     asyncio.run(scenario())
+
+
+def test_a_replicas_token_is_not_in_what_could_be_logged() -> None:
+    assert "secret" not in repr(AttentionMember("r0", 1, "node", "ready", token="secret"))

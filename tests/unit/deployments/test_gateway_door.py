@@ -31,7 +31,7 @@ from cluster.errors import (
     Unauthenticated,
 )
 from deployments.door import Answer, Call
-from deployments.fleet import ResponseHead
+from deployments.fleet import AdmissionEndpoint, ReplicaEndpoint, ResponseHead
 from deployments.gate import Gate, LocalAdmission
 from deployments.gateway_door import GatewayDoor
 from deployments.request_meter import RequestMeters
@@ -347,6 +347,54 @@ def test_too_many_in_flight() -> None:
         await whole(first)
 
     run(scenario)
+
+
+def test_bodies_that_arrive_count_as_held() -> None:
+    world = World(Fleet([SSE, *stream("x")]), max_streams=2)
+    with (
+        world.door.arriving("/v1/completions", None),
+        world.door.arriving("/tokenize", None),
+        pytest.raises(Overloaded, match="max_streams"),
+        world.door.arriving("/v1/completions", None),
+    ):
+        pytest.fail("a third one was let in")
+    with world.door.arriving("/v1/completions", None):
+        assert world.nothing_left()
+    refusals = world.registry.get_sample_value(
+        "deepsplit_refusals_total", {"reason": "max_streams", "plane": "gateway", "class": "unknown"}
+    )
+    assert refusals == 1
+
+
+def test_strangers_and_those_who_come_too_late_send_nothing(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(f"tenants:\n  - name: a\n    keys: [\"{key_hash(new_key())}\"]\n")
+    keys.chmod(0o600)
+    world = World(Fleet(), keys)
+    with pytest.raises(Unauthenticated), world.door.arriving("/v1/completions", "ds-other"):
+        pytest.fail("a stranger was let in")
+
+    async def scenario() -> None:
+        open_to_all = World(Fleet())
+        await open_to_all.door.drain(0)
+        told = set()
+        for _ in range(20):
+            with pytest.raises(Draining) as caught, open_to_all.door.arriving("/v1/completions", None):
+                pytest.fail("let in while draining")
+            told.add(caught.value.retry_after_s)
+        assert len(told) > 10, "all would come back at once"
+
+    run(scenario)
+
+
+def test_no_key_or_token_is_in_what_could_be_logged() -> None:
+    secret = "ds-secret"
+    for holder in (
+        replace(CALL, key=secret),
+        ReplicaEndpoint("r0", "http://x", secret, 1, "node"),
+        AdmissionEndpoint("x:1", secret),
+    ):
+        assert secret not in repr(holder)
 
 
 def test_no_replica() -> None:

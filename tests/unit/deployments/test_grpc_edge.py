@@ -8,12 +8,15 @@ from collections.abc import AsyncGenerator
 
 import grpc
 import pytest
+from google.protobuf.descriptor import ServiceDescriptor
 
+from deployments.grpc_api import SIDE_CALLS
 from deployments.grpc_edge import Edge
+from deployments.grpc_entrance import Entrance
 from deployments.protos.deepsplit.v1 import inference_pb2 as pb
 from deployments.protos.deepsplit.v1.inference_pb2_grpc import InferenceStub
 from deployments.protos.inference import open_inference_pb2 as oip
-from tests.unit.deployments.grpc_server import ScriptedDoor, answering, refused, run, served, status_of
+from tests.unit.deployments.grpc_server import ScriptedDoor, answering, refused, run, served, status_of, trailing
 
 COMPLETE, STREAM_INFER = "/deepsplit.v1.Inference/Complete", "/inference.GRPCInferenceService/ModelStreamInfer"
 
@@ -76,6 +79,48 @@ def test_a_request_that_never_comes() -> None:
     run(test())
 
 
+@pytest.mark.parametrize(
+    "service",
+    [pb.DESCRIPTOR.services_by_name["Inference"], oip.DESCRIPTOR.services_by_name["GRPCInferenceService"]],
+    ids=lambda service: service.name,
+)
+def test_a_strangers_message_is_not_waited_for(service: ServiceDescriptor) -> None:
+    """Whatever reaches a replica asks for the key first: here nothing is ever sent but the call itself."""
+
+    async def test() -> None:
+        door = ScriptedDoor(strangers=True)
+        async with served(door) as channel:
+            for method in service.methods:
+                if method.name.startswith("Server") or method.name in ("ModelReady", "ModelMetadata"):
+                    continue
+                call = channel.stream_stream(f"/{service.full_name}/{method.name}")(metadata=(("x-api-key", "other"),))
+                assert (await asyncio.wait_for(refused(call), 5)).code() is grpc.StatusCode.UNAUTHENTICATED
+                assert door.arrived.pop()[1] == "other"
+        assert door.calls == []
+
+    run(test())
+
+
+def test_calls_that_need_no_key_leave_room_for_those_that_do() -> None:
+    async def test() -> None:
+        watch, check = (f"/grpc.health.v1.Health/{name}" for name in ("Watch", "Check"))
+        async with served(answering({"choices": [{"index": 0, "text": "a"}]})) as channel:
+            watches = [channel.unary_stream(watch)(b"") for _ in range(SIDE_CALLS)]
+            for one in watches:
+                await one.read()
+            error = await refused(channel.unary_unary(check)(b""))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert int(trailing(error)["grpc-retry-pushback-ms"]) > 0
+            raw = pb.CompletionRequest(text="a").SerializeToString()
+            assert await channel.unary_unary(COMPLETE)(raw)
+            watches[0].cancel()
+            async with asyncio.timeout(10):
+                while await channel.unary_unary(check)(b"", wait_for_ready=True).code() is not grpc.StatusCode.OK:
+                    await asyncio.sleep(0.01)
+
+    run(test())
+
+
 def test_a_call_without_a_request() -> None:
     async def test() -> None:
         async with served(answering({})) as channel:
@@ -118,7 +163,7 @@ def test_a_handler_is_closed_with_its_call_even_if_something_holds_it() -> None:
             held.append(tokens())
             return held[0]
 
-        server = grpc.aio.server(interceptors=[Edge(read_timeout_s=10, write_stall_s=10)])
+        server = grpc.aio.server(interceptors=[Edge(Entrance(ScriptedDoor(), {}, 1), 10, 10)])
         handler = grpc.unary_stream_rpc_method_handler(behaviour, bytes, bytes)
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("t", {"tokens": handler})])
         port = server.add_insecure_port("127.0.0.1:0")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import httpx
@@ -40,6 +41,13 @@ class EchoDoor:
         self.events, self.error, self.fails_after = events, error, fails_after
         self.entered, self.closed = asyncio.Event(), asyncio.Event()
         self.hold: asyncio.Event | None = None
+        self.arrivals: list[str] = []
+
+    @contextmanager
+    def arriving(self, path: str, key: str | None) -> Iterator[None]:
+        self.identify(key)
+        self.arrivals.append(path)
+        yield
 
     async def answer(self, call: Call) -> Answer:
         self.entered.set()
@@ -163,6 +171,25 @@ def test_a_body_over_the_bound_is_not_read_on(declared: bool) -> None:
     assert "larger than 1 MiB" in answer.json()["error"]["message"]
 
 
+def test_a_strangers_body_is_not_read() -> None:
+    read = 0
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        nonlocal read
+        read += 1
+        yield b"{}"
+
+    async def run() -> httpx.Response:
+        async with client(door) as http:
+            return await http.post("/v1/completions", content=pieces(), headers={"x-api-key": "wrong"})
+
+    door = EchoDoor()
+    assert asyncio.run(run()).status_code == 401
+    assert (read, door.arrivals, door.entered.is_set()) == (0, [], False)
+    assert post(door).status_code == 200
+    assert door.arrivals == ["/v1/completions"]
+
+
 BUSY = Overloaded("busy", retry_after_s=1.2, plane="experts", reason="ttft")
 LIMITS = RateLimits(100, 0, 6.0, 5000, 40, 30.5)
 
@@ -189,10 +216,10 @@ LIMITS = RateLimits(100, 0, 6.0, 5000, 40, 30.5)
             Draining("bye", retry_after_s=2, plane="gateway", reason="draining"),
             503,
             "server_error",
-            {"retry-after": "2"},
+            {"retry-after": "2", "connection": "close"},
         ),
         (RequestTimeout("slow"), 504, "server_error", {"x-should-retry": "false"}),
-        (ReplicaUnavailable("gone"), 503, "server_error", {}),
+        (ReplicaUnavailable("gone"), 503, "server_error", {"retry-after": "2"}),
     ],
 )  # fmt: skip
 def test_errors_in_openais_shape(error: DeepsplitError, status: int, kind: str, headers: dict[str, str]) -> None:
