@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import aiohttp
 import msgspec
@@ -19,6 +20,8 @@ from routing.tls import internal_client_ssl_context
 CONNECT_TIMEOUT_S = 2.0
 _RECONNECT_S = (0.1, 2.0)  # first and longest pause
 _READ_BUFFER_BYTES = 256 * 1024
+_READ_UP_S = 0.2  # to read what came while this process could not
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -138,16 +141,26 @@ class Replicas:
 
     async def _listen(self, endpoint: ReplicaEndpoint) -> AsyncGenerator[ReplicaLoad, None]:
         url = endpoint.url + "/deepsplit/load"
-        timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=self._silence_s)
-        async with self._client().get(url, headers=_headers(endpoint), timeout=timeout) as response:
+        timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S)
+        request = self._client().get(url, headers=_headers(endpoint), timeout=timeout)
+        async with await self._unless_silent(request) as response:
             response.raise_for_status()
-            while True:
-                # aiohttp's own does not see a stream whose chunks are broken
-                async with asyncio.timeout(self._silence_s):
-                    line = await response.content.readline()
-                if not line:
-                    return
+            while line := await self._unless_silent(response.content.readline()):
                 yield msgspec.json.decode(line, type=ReplicaLoad)
+
+    async def _unless_silent(self, awaitable: Awaitable[T]) -> T:
+        """Its result. Raises TimeoutError if nothing comes, and not because this process was busy: a timer that is
+        long due fires before what has come meanwhile is read.
+        """
+        coming = asyncio.ensure_future(awaitable)
+        try:
+            for wait_s in (self._silence_s, _READ_UP_S):
+                await asyncio.wait((coming,), timeout=wait_s)
+                if coming.done():
+                    return coming.result()
+            raise TimeoutError(f"nothing heard for {self._silence_s:g} s")
+        finally:
+            coming.cancel()
 
     def _abort(self, replica_id: str) -> None:
         for exchange in list(self._in_flight.get(replica_id, ())):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 import psutil
 import pytest
+import uvloop
 
 from benchmarks.service_model import ServiceModel
 from benchmarks.standin_fleet import Standin, StandinFleet
@@ -48,6 +50,7 @@ class World:
     """A gateway's replicas, and how often they changed."""
 
     changes: int = 0
+    on_change: Callable[[], None] = lambda: None
     replicas: Replicas = field(init=False)
 
     def __post_init__(self) -> None:
@@ -55,6 +58,7 @@ class World:
 
     def _changed(self) -> None:
         self.changes += 1
+        self.on_change()
 
     def live(self) -> list[str]:
         return [load.replica_id for load in self.replicas.loads()]
@@ -86,7 +90,10 @@ def sockets() -> int:
     return len([one for one in psutil.Process().net_connections("inet") if one.status != psutil.CONN_LISTEN])
 
 
-def run(scenario: Callable[[World], Awaitable[None]]) -> None:
+def run(
+    scenario: Callable[[World], Awaitable[None]],
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
+) -> None:
     """The scenario, and that nothing is left of it: no task, no connection, no unfinished exchange."""
 
     async def bounded() -> None:
@@ -102,7 +109,8 @@ def run(scenario: Callable[[World], Awaitable[None]]) -> None:
             await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
             await until(lambda: sockets() <= before)
 
-    asyncio.run(bounded())
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(bounded())
 
 
 def test_loads_and_a_stream(fleet: StandinFleet) -> None:
@@ -201,6 +209,23 @@ def test_stopped_and_continued(fleet: StandinFleet) -> None:
         assert (await world.whole()).endswith(b"[DONE]\n\n")
 
     run(scenario)
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_gateway_that_was_busy_itself_loses_no_replica(
+    fleet: StandinFleet, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    async def scenario(world: World) -> None:
+        world.replicas.set_endpoints(fleet.endpoints)
+        stream = await world.running(json.dumps({"prompt": [1], "max_tokens": 100, "stream": True}).encode())
+        seen: list[list[str]] = []
+        world.on_change = lambda: seen.append(world.live())
+        time.sleep(1.5)  # longer than a replica may be silent
+        assert (await stream).endswith(b"data: [DONE]\n\n")
+        assert [] not in seen
+        assert len(seen) > 1
+
+    run(scenario, loop_factory)
 
 
 def test_a_wrong_token_is_refused_everywhere(fleet: StandinFleet) -> None:
