@@ -10,6 +10,9 @@ from benchmarks.load import Sent
 from benchmarks.overload_mix import CLASSES, EQUAL
 from cluster.config import AdmissionConfig, ClassObjective
 
+# Reasons of those that were let in to wait first: nobody could know then.
+WAITED = ("waited", "displaced")
+
 
 @dataclass(frozen=True)
 class Window:
@@ -43,7 +46,8 @@ class Figures:
     refused: Mapping[str, int]  # by class
     asked: Mapping[str, int]  # by class
     reasons: Mapping[str, int]
-    refusal_s: list[float]
+    refusal_s: list[float]  # until the answer, of all that were refused
+    waited_s: list[float]  # of those, the ones that had been let in to wait
     errors: Mapping[str, list[tuple[float, float]]]  # by class: TTFT predicted minus actual, and relative to actual
     late_s: list[float]  # how late the generator was
     tenant_tokens: Mapping[str, int]
@@ -89,6 +93,7 @@ def figures(sent: Sequence[Sent], window: Window, admission: AdmissionConfig) ->
         asked=Counter(one.arrival.priority for one in due),
         reasons=Counter(one.refusal for one in refused if one.refusal is not None),
         refusal_s=[one.ended_s - one.sent_s for one in refused if one.ended_s is not None],
+        waited_s=[one.ended_s - one.sent_s for one in refused if one.ended_s is not None and one.refusal in WAITED],
         errors={name: [e for one in due if one.arrival.priority == name for e in _error(one)] for name in CLASSES},
         late_s=[one.sent_s - one.due_s for one in due],
         tenant_tokens=tenant_tokens,
@@ -146,6 +151,7 @@ def print_load(title: str, enforced: Run, off: Run, most: float, admission: Admi
         row(f"{name}: refused of asked", [f"{one.refused.get(name, 0)} of {one.asked.get(name, 0)}" for one in both])
     row("refused for", [", ".join(f"{why} {n}" for why, n in one.reasons.items()) or "-" for one in both])
     row("refusal p50 / p99 ms", [_ms(one.refusal_s) for one in both])
+    row("  after waiting: number, p50 / p99 ms", [f"{len(one.waited_s)}, {_ms(one.waited_s)}" for one in both])
     row(f"Jain, {' and '.join(EQUAL)}", [f"{_fairness(one):.3f}" for one in both])
     row("generator late p50 / p99 ms", [_ms(one.late_s) for one in both])
     row("failed", [", ".join(f"{n}x {why}" for why, n in one.failures.items()) or "0" for one in both])

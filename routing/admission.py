@@ -24,7 +24,7 @@ from routing.fair_queue import FairQueue
 from routing.margin import Margin
 from routing.prediction import Lengths, Pace, expected_tokens
 from routing.quota import Quotas
-from routing.releases import Releases, Stay
+from routing.releases import Releases, Room, Stay
 from routing.replica_choice import ReplicaChoice
 from routing.replica_state import ReplicaState
 from routing.request import Ask, Grant, Priority, ReplicaLoad, Usage
@@ -36,6 +36,7 @@ _RETRY_NO_REPLICA_S = 5.0
 _JITTER = 0.5  # Retry-After is up to this share longer than computed: those refused together do not come back together
 _PACE_IS_KNOWN_S = 10.0  # after so long without a step, one request is let through to see how fast the cluster is now
 _RELEASES_HOLD_S = 0.05  # for so long what was computed about running requests serves further offers
+_AVOIDS_S = 1.0  # after so long, a moved request goes back to a replica that lost it rather than nowhere
 _WAITING_SLACK = 1.1  # a waiting request is refused when its prediction exceeds its budget by this
 R = TypeVar("R", bound=Refusal)
 _NEXT = 0.05  # weight of one request in the picture of those that take what becomes free
@@ -83,6 +84,8 @@ class Admission:
         self._queues = {priority: FairQueue() for priority in Priority}
         self._tickets: dict[str, Ticket] = {}
         self._replicas: dict[str, ReplicaState] = {}
+        self._empty_since_s: float | None = -math.inf  # since when there is no live replica; None: there is one
+        self._most_seqs = 1  # decode slots of the largest replica, as last seen
         self._arrivals = 0
         self._lengths = Lengths()
         self._pace = Pace()
@@ -104,23 +107,25 @@ class Admission:
                 self._drop_if_unused(replica_id)
         for replica_id, load in live.items():
             self._replicas.setdefault(replica_id, ReplicaState()).load = load
+        if live:
+            self._empty_since_s = None
+            self._most_seqs = max(load.max_num_seqs for load in loads)
+        elif self._empty_since_s is None:
+            self._empty_since_s = now_s
         return self._place_waiting(now_s)
 
     def offer(self, ask: Ask, now_s: float) -> list[Decision]:
         """A request came. It is decided at once or waits."""
-        live = self._live()
-        if not live:
+        if self._empty_since_s is not None and now_s - self._empty_since_s >= self._budget_s(ask):
             return [Refused(ask.ticket, self._no_capacity())]
-        ask = replace(ask, sequences=_clamp(ask.sequences, 1, max(load.max_num_seqs for _, load in live)))
+        ask = replace(ask, sequences=_clamp(ask.sequences, 1, self._most_seqs))
         over = self._quotas.reserve(ask, now_s, self._mean_stay_s())
         if over is not None:
             return [Refused(ask.ticket, self._jittered(over))]
         ticket = self._new_ticket(ask, now_s)
         queue = self._queues[ask.priority]
         queue.asked(ask.tenant, ask.sequences, now_s)
-        if self._config.mode == "off":
-            replica_id = self._choice.best(ask, [state.candidate() for state, _ in live])
-            assert replica_id is not None
+        if self._config.mode == "off" and (replica_id := self._pick(ticket, now_s)) is not None:
             return [self._start(ticket, replica_id, now_s)]
         refusal, displaced = self._judge(ticket, now_s)
         if refusal is not None:
@@ -160,7 +165,7 @@ class Admission:
         state = self._replicas[ticket.replica_id]
         state.first_token(ticket, now_s)
         self._pace.observe_prefill(ticket.ahead_tokens, now_s - ticket.placed_s, _queue_s(state), now_s)
-        if not ticket.moved:
+        if not ticket.moved and ticket.predicted_ttft_s > 0:
             margin = self._margins[ticket.ask.priority]
             margin.observe(ticket.predicted_ttft_s, now_s - ticket.waits_since_s, ticket.budget_s)
 
@@ -224,7 +229,7 @@ class Admission:
                 ticket.would_refuse = ticket.would_refuse or refusal.reason
                 continue
             self._end_waiting(ticket, now_s)
-            if not ticket.moved:
+            if not ticket.moved and ticket.predicted_ttft_s > 0:
                 self._margins[ticket.ask.priority].missed()
             decisions.append(Refused(ticket.ask.ticket, refusal))
         return decisions + self._place_waiting(now_s) if decisions else decisions
@@ -245,26 +250,33 @@ class Admission:
             if not len(queue):
                 continue
             for ticket in queue:
-                replica_id = self._pick(ticket)
+                replica_id = self._pick(ticket, now_s)
                 if replica_id is None:
-                    if self._has_where_to_go(ticket):
+                    if self._open_to(ticket, now_s):
                         return decisions
                     continue  # it waits for a replica that it was not lost by, and must not hold up the others
                 queue.start(ticket)
                 decisions.append(self._start(ticket, replica_id, now_s))
         return decisions
 
-    def _pick(self, ticket: Ticket) -> str | None:
+    def _pick(self, ticket: Ticket, now_s: float) -> str | None:
+        open_to = self._open_to(ticket, now_s)
+        if self._config.mode == "off":
+            return self._choice.best(ticket.ask, [state.candidate() for state, _ in open_to])
         candidates = [
             state.candidate()
-            for state, load in self._live()
-            if load.replica_id not in ticket.avoid
-            and (not state.sequences or state.sequences + ticket.slots <= self._limit(state, load, ticket.ask.priority))
+            for state, load in open_to
+            if not state.sequences or state.sequences + ticket.slots <= self._limit(state, load, ticket.ask.priority)
         ]
         return self._choice.pick(ticket.ask, candidates, ticket.kv_tokens)
 
-    def _has_where_to_go(self, ticket: Ticket) -> bool:
-        return any(load.replica_id not in ticket.avoid for _, load in self._live())
+    def _open_to(self, ticket: Ticket, now_s: float) -> list[tuple[ReplicaState, ReplicaLoad]]:
+        """Live replicas that it may go to: another one than those that lost it, if it need not wait long for one. That
+        one of them still answers shows that it only blinked.
+        """
+        live = self._live()
+        others = [(state, load) for state, load in live if load.replica_id not in ticket.avoid]
+        return others if others or now_s - ticket.waits_since_s < _AVOIDS_S else live
 
     def _limit(self, state: ReplicaState, load: ReplicaLoad, priority: Priority) -> float:
         """Sequences at which steps are as slow as the classes there, and this one, are promised."""
@@ -286,14 +298,18 @@ class Admission:
 
     def _new_ticket(self, ask: Ask, now_s: float) -> Ticket:
         self._arrivals += 1
-        objective_s = self._objectives[ask.priority].ttft_s
         end_probability = self._lengths.end_probability(ask)
         new_tokens = ask.sequences * expected_tokens(end_probability, ask.max_new_tokens / ask.sequences)
         expected = ask.prompt_tokens + new_tokens
         return Ticket(
-            ask, self._arrivals, now_s, objective_s if ask.deadline_s is None else min(objective_s, ask.deadline_s),
-            end_probability, cost=max(1.0, expected), kv_tokens=math.ceil(expected),
+            ask, self._arrivals, now_s, self._budget_s(ask), end_probability, cost=max(1.0, expected),
+            kv_tokens=math.ceil(expected),
         )  # fmt: skip
+
+    def _budget_s(self, ask: Ask) -> float:
+        """Most seconds to its first token."""
+        objective_s = self._objectives[ask.priority].ttft_s
+        return objective_s if ask.deadline_s is None else min(objective_s, ask.deadline_s)
 
     def _new_kv_tokens(self, ticket: Ticket) -> int:
         """KV tokens beside its prompt that it will hold when it ends."""
@@ -321,7 +337,12 @@ class Admission:
     # --- judging ---
 
     def _judge(self, ticket: Ticket, now_s: float) -> tuple[Refusal | None, list[Decision]]:
-        """Why the new ticket is refused, and whom it displaces if it is not. Sets its predicted TTFT."""
+        """Why the new ticket is refused, and whom it displaces if it is not. Sets its predicted TTFT, if there is one:
+        while every replica is away for a moment, requests wait as long as they have time.
+        """
+        if not self._live():
+            full = self.waiting() >= self._config.max_waiting
+            return self._displace(ticket, _Wait(_RETRY_NO_REPLICA_S, "attention"), now_s) if full else (None, [])
         ask, margin = ticket.ask, self._margins[ticket.ask.priority]
         objective = self._objectives[ask.priority]
         step_s, plane = self._best_step(1)
@@ -351,11 +372,12 @@ class Admission:
             slots, kv_tokens = slots + higher.slots, kv_tokens + higher.kv_tokens
         for one in [queue, *self._higher(ask.priority)]:
             for moved in one.moved():
-                if not self._has_where_to_go(moved):  # it holds up nobody
+                if not self._open_to(moved, now_s):  # it holds up nobody
                     slots, kv_tokens = slots - moved.slots, kv_tokens - moved.kv_tokens
-        if not slots and self._pick(ticket) is not None:
+        if not slots and self._pick(ticket, now_s) is not None:
             return _Wait(0.0, "attention")
-        first = self._until_free(ask.priority, slots + ticket.slots, kv_tokens + ticket.kv_tokens, now_s)
+        room = self._room(ask.priority, now_s)
+        first = self._until_free(room, slots + ticket.slots, kv_tokens + ticket.kv_tokens)
         if not math.isfinite(first.seconds):
             return first
         overtakers = queue.overtakers(ask.tenant, tag, first.seconds, now_s)
@@ -363,22 +385,24 @@ class Admission:
             return first
         per_slot = self._next_kv.value
         return self._until_free(
-            ask.priority, slots + ticket.slots + overtakers, kv_tokens + ticket.kv_tokens + overtakers * per_slot, now_s
+            room, slots + ticket.slots + overtakers, kv_tokens + ticket.kv_tokens + overtakers * per_slot
         )
 
-    def _until_free(self, priority: Priority, slots: float, kv_tokens: float, now_s: float) -> _Wait:
-        """Until so much has become free, of which what is free now is a part."""
+    def _until_free(self, room: Room, slots: float, kv_tokens: float) -> _Wait:
+        seconds, for_kv = room.until(slots, kv_tokens)
+        return _Wait(seconds, "kv_cache" if for_kv else self._best_step(1)[1])
+
+    def _room(self, priority: Priority, now_s: float) -> Room:
+        free_slots = free_kv_tokens = 0.0
         for state, load in self._live():
-            slots -= max(0.0, self._limit(state, load, priority) - state.sequences)
-            kv_tokens -= max(0, load.kv_cache_tokens - state.kv_tokens)
+            free_slots += max(0.0, self._limit(state, load, priority) - state.sequences)
+            free_kv_tokens += max(0, load.kv_cache_tokens - state.kv_tokens)
         taken_per_s = sum(higher.demand_per_s(now_s) for higher in self._higher(priority))
         releases = self._releases_now(now_s)
-        # At least one slot: what is free is in pieces of which none is large enough.
-        for_slots_s = releases.slots(taken_per_s).time_of(max(1.0, slots))
-        for_kv_s = releases.kv_tokens(taken_per_s * self._next_kv.value).time_of(kv_tokens)
-        if for_kv_s > for_slots_s or slots <= 0 < kv_tokens:
-            return _Wait(max(for_kv_s, for_slots_s), "kv_cache")
-        return _Wait(for_slots_s, self._best_step(1)[1])
+        return Room(
+            free_slots, free_kv_tokens, releases.slots(taken_per_s),
+            releases.kv_tokens(taken_per_s * self._next_kv.value),
+        )  # fmt: skip
 
     def _releases_now(self, now_s: float) -> Releases:
         if self._releases is None or now_s - self._releases[0] > _RELEASES_HOLD_S:
@@ -450,6 +474,9 @@ class Admission:
         live = bool(self._live())
         slots = kv_tokens = 0.0
         for priority, queue in self._queues.items():
+            if not len(queue):
+                continue
+            room = self._room(priority, now_s)  # once: there may be hundreds of tickets, 20 times a second
             for ticket in queue:
                 waited_s = now_s - ticket.waits_since_s
                 if not live or ticket.moved:
@@ -457,10 +484,10 @@ class Admission:
                         found.append((ticket, self._no_capacity()))
                     continue
                 prefill_s = self._prefill_s(ticket, True)
-                wait = self._until_free(priority, slots + ticket.slots, kv_tokens + ticket.kv_tokens, now_s)
+                wait = self._until_free(room, slots + ticket.slots, kv_tokens + ticket.kv_tokens)
                 predicted_s = waited_s + wait.seconds + prefill_s
                 if waited_s + prefill_s > ticket.budget_s or predicted_s > _WAITING_SLACK * ticket.budget_s:
-                    found.append((ticket, self._late(ticket, predicted_s, wait.seconds, wait.plane, now_s)))
+                    found.append((ticket, self._late(ticket, predicted_s, wait.seconds, wait.plane, now_s, "waited")))
                     continue
                 slots, kv_tokens = slots + ticket.slots, kv_tokens + ticket.kv_tokens
         return found
@@ -470,7 +497,9 @@ class Admission:
 
     # --- refusing ---
 
-    def _late(self, ticket: Ticket, predicted_s: float, excess_s: float, plane: Plane, now_s: float) -> Overloaded:
+    def _late(
+        self, ticket: Ticket, predicted_s: float, excess_s: float, plane: Plane, now_s: float, reason: str = ""
+    ) -> Overloaded:
         ask = ticket.ask
         label, objective_s = ask.priority.label, self._objectives[ask.priority].ttft_s
         when = f"after about {predicted_s:.1f} s" if math.isfinite(predicted_s) else "too late: higher classes go first"
@@ -479,7 +508,7 @@ class Admission:
             if ticket.budget_s == objective_s
             else f"the client waits for {ticket.budget_s:g} s only"
         )
-        reason = "ttft" if ticket.budget_s == objective_s else "deadline"
+        reason = reason or ("ttft" if ticket.budget_s == objective_s else "deadline")
         return self._overloaded(ask, f"the first token would come {when}; {promise}", excess_s, plane, reason, now_s)
 
     def _overloaded(

@@ -96,6 +96,26 @@ class Curve:
         return (len(self._freed) - 1) * self._step_s + (amount - self._freed[-1]) / self._further_per_s
 
 
+@dataclass(frozen=True)
+class Room:
+    """What is free now, and when more becomes free, as one class sees it."""
+
+    free_slots: float
+    free_kv_tokens: float
+    slots: Curve
+    kv_tokens: Curve
+
+    def until(self, slots: float, kv_tokens: float) -> tuple[float, bool]:
+        """Seconds until so much has become free, of which what is free now is a part; and whether it is the KV cache
+        that is waited for.
+        """
+        slots, kv_tokens = slots - self.free_slots, kv_tokens - self.free_kv_tokens
+        # At least one slot: what is free is in pieces of which none is large enough.
+        for_slots_s = self.slots.time_of(max(1.0, slots))
+        for_kv_s = self.kv_tokens.time_of(kv_tokens)
+        return max(for_slots_s, for_kv_s), for_kv_s > for_slots_s or slots <= 0 < kv_tokens
+
+
 def _renewed(first: Sequence[float], again: Sequence[float], scale: float) -> list[float]:
     """Releases by those that run now (`first`), and by those that follow them (`again`: their distribution)."""
     total = [0.0] * len(first)

@@ -179,6 +179,43 @@ def test_without_replicas_everything_is_refused_for_want_of_capacity() -> None:
 
 
 @pytest.mark.parametrize("mode", ["enforce", "shadow", "off"])
+def test_while_every_replica_blinks_requests_wait(mode: str) -> None:
+    adm = admission(load(slots=4), mode=mode)
+    adm.fleet([], 10.0)
+    assert adm.offer(ask("a"), 11.0) == adm.offer(ask("b", sequences=9), 11.0) == adm.tick(12.0) == []
+    assert adm.waiting() == 2
+    assert placed(adm.fleet([load(slots=4)], 13.0))[0] == "a"
+    assert placed(adm.finish("a", Usage(10, 20), 13.1)) == (["b"] if mode != "off" else [])
+    assert adm.running() == 1
+
+
+def test_waiting_for_replicas_is_bounded_by_the_objective_and_by_the_queue() -> None:
+    adm = admission(load(), max_waiting=2)
+    adm.fleet([], 10.0)
+    assert adm.offer(ask("a"), 11.0) == adm.offer(ask("b", BATCH), 11.0) == []
+    assert refused(adm.offer(ask("c", BATCH), 11.0)).reason == "queue_full"
+    assert refusals(adm.offer(ask("d"), 11.0))["b"].reason == "displaced"
+    assert isinstance(refused(adm.offer(ask("e", deadline_s=0.5), 11.0)), NoCapacity)  # away for longer already
+    assert adm.tick(15.9) == []
+    assert {type(one) for one in refusals(adm.tick(16.1)).values()} == {NoCapacity}
+    assert isinstance(refused(adm.offer(ask("f"), 16.1)), NoCapacity)
+    assert adm.offer(ask("g", BATCH), 16.1) == []  # has more time
+    assert adm.waiting() == 1
+
+
+def test_what_came_while_replicas_were_away_teaches_no_margin() -> None:
+    adm = admission(load())
+    before = {priority: margin.value for priority, margin in adm._margins.items()}
+    adm.fleet([], 10.0)
+    for ticket in "abc":
+        adm.offer(ask(ticket), 10.0)
+    adm.withdraw("c", 10.1)
+    adm.fleet([load()], 14.0)
+    adm.first_token("a", 14.9)
+    assert {priority: margin.value for priority, margin in adm._margins.items()} == before
+
+
+@pytest.mark.parametrize("mode", ["enforce", "shadow", "off"])
 def test_quotas_bind_in_every_mode(mode: str) -> None:
     adm = admission(load(), mode=mode)
     tenant = Tenant("small", requests_per_minute=1)
@@ -352,7 +389,7 @@ def test_shadow_marks_those_that_would_be_refused_while_they_wait() -> None:
     assert adm.offer(ask("b"), 0.0) == []
     assert adm.tick(100.0) == []
     (grant,) = grants(adm.finish("a", Usage(10, 20), 101.0))
-    assert grant.would_refuse == "ttft"
+    assert grant.would_refuse == "waited"
 
 
 # --- while it waits or runs ---
@@ -366,7 +403,7 @@ def test_tick_refuses_what_would_miss_and_gives_its_quota_back() -> None:
     assert adm.tick(1.0) == []
     refusal = refused(adm.tick(5.0))
     assert isinstance(refusal, Overloaded)
-    assert refusal.reason == "ttft"
+    assert refusal.reason == "waited"
     assert (adm.waiting(), adm.running()) == (0, 1)
     adm.finish("a", Usage(10, 20), 6.0)
     assert placed(adm.offer(ask("c", tenant=tenant), 6.0)) == ["c"]
@@ -437,20 +474,41 @@ def test_a_moved_request_goes_elsewhere_before_all_of_its_class() -> None:
     assert first.replica_id != second.replica_id
 
 
-def test_a_moved_request_never_returns_to_the_replica_that_lost_it_and_holds_up_nobody() -> None:
+def test_a_moved_request_avoids_the_replica_that_lost_it_and_holds_up_nobody() -> None:
     adm = patient(load("r", 1))
     adm.offer(ask("a"), 0.0)
     adm.offer(ask("b"), 0.0)
     assert placed(adm.move("a", 1.0)) == ["b"]
-    assert adm.finish("b", Usage(10, 20), 2.0) == []
-    assert placed(adm.offer(ask("c"), 3.0)) == ["c"]
-    (grant,) = grants(adm.fleet([load("r", 1), load("s", 1)], 4.0))
+    assert adm.finish("b", Usage(10, 20), 1.5) == []
+    assert placed(adm.offer(ask("c"), 1.6)) == ["c"]
+    (grant,) = grants(adm.fleet([load("r", 1), load("s", 1)], 1.7))
     assert (grant.ticket, grant.replica_id) == ("a", "s")
+
+
+def test_a_moved_request_goes_back_to_a_replica_that_only_blinked_if_there_is_no_other() -> None:
+    adm = patient(load("r", 1))
+    adm.offer(ask("a"), 0.0)
+    adm.fleet([], 1.0)
+    assert adm.move("a", 1.0) == []
+    assert adm.fleet([load("r", 1)], 1.5) == []
+    assert adm.tick(1.9) == []
+    assert placed(adm.tick(2.1)) == ["a"]
+
+
+def test_a_moved_request_waits_for_another_replica_rather_than_go_back() -> None:
+    adm = patient(load("r", 1), load("s", 1))
+    (first,) = grants(adm.offer(ask("a"), 0.0))
+    adm.offer(ask("b"), 0.0)
+    assert adm.move("a", 1.0) == []
+    assert adm.tick(20.0) == []  # the other one is taken
+    (grant,) = grants(adm.finish("b", Usage(10, 20), 21.0))
+    assert (grant.ticket, grant.replica_id != first.replica_id) == ("a", True)
 
 
 def test_a_moved_request_with_nowhere_to_go_is_refused_after_its_objective_begun_anew() -> None:
     adm = admission(load("r", 1))
     adm.offer(ask("a"), 0.0)
+    adm.fleet([], 99.0)
     adm.move("a", 100.0)
     assert adm.tick(104.9) == []
     assert isinstance(refused(adm.tick(105.1)), NoCapacity)
@@ -538,6 +596,7 @@ class World:
         self.state: dict[str, str] = {}  # waiting, admitted, refused, withdrawn or finished
         self.where: dict[str, str] = {}
         self.lost: dict[str, set[str]] = {}
+        self.moved_s: dict[str, float] = {}
         self.loads: dict[str, ReplicaLoad] = {}
         self.generated: dict[str, int] = {}
 
@@ -547,7 +606,10 @@ class World:
                 ticket = one.grant.ticket
                 assert self.state[ticket] == "waiting"
                 assert one.grant.replica_id in self.loads
-                assert one.grant.replica_id not in self.lost.get(ticket, ())
+                lost = self.lost.get(ticket, set())
+                if one.grant.replica_id in lost:  # only if there is no other for a while
+                    assert set(self.loads) <= lost
+                    assert self.now_s - self.moved_s[ticket] >= 1.0
                 self.state[ticket], self.where[ticket] = "admitted", one.grant.replica_id
             else:
                 assert self.state[one.ticket] == "waiting"
@@ -607,6 +669,7 @@ class World:
             adm.first_token(ticket, self.now_s)
         elif what == "move":
             self.lost.setdefault(ticket, set()).add(self.where[ticket])
+            self.moved_s[ticket] = self.now_s
             self.state[ticket] = "waiting"
             self.take(adm.move(ticket, self.now_s))
         else:
@@ -687,6 +750,7 @@ def test_a_replica_never_gets_more_than_it_has_but_for_one_request_when_idle(rng
             world.end(ticket, Usage(world.asks[ticket].prompt_tokens, rng.randint(0, 100)))
         else:
             world.lost.setdefault(ticket, set()).add(world.where[ticket])
+            world.moved_s[ticket] = world.now_s
             world.state[ticket] = "waiting"
             world.take(world.adm.move(ticket, world.now_s))
         for replica_id, state in world.adm._replicas.items():
