@@ -3,8 +3,7 @@
 A real gateway process in front of a stand-in replica, which emits a token to each stream at a stated pace. Both servers
 are asked in turn, in random order; differences are taken pair by pair, so that noise hits both alike.
 
-    python -m benchmarks.gateway_cost           the stand-in (no engine)
-    python -m benchmarks.gateway_cost --demo    the whole application with the demo model; only added times
+    python -m benchmarks.gateway_cost
 """
 
 from __future__ import annotations
@@ -139,15 +138,9 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16], help="concurrent streams")
     parser.add_argument("--pairs", type=int, default=200, help="pairs of streams per line, at least")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one closed-loop measurement")
-    parser.add_argument("--demo", action="store_true", help="the whole application with the demo model")
     args = parser.parse_args()
     print(TARGETS)
-    if args.demo:
-        from benchmarks.demo_application import over_demo  # imports Ray
-
-        over_demo(args.streams, args.pairs)
-    else:
-        over_standin(args.streams, args.pairs, args.seconds)
+    over_standin(args.streams, args.pairs, args.seconds)
 
 
 if __name__ == "__main__":
