@@ -138,7 +138,11 @@ class GatewayServer:
             for load in self._replicas.loads()
         ]  # fmt: skip
         cluster = await self._cluster_status()
-        gateway = {"open_requests": self.door.open_requests, "tickets": self.gate.open_tickets(), "replicas": replicas}
+        gateway = {
+            "open_requests": self.door.open_requests, "tickets": self.gate.open_tickets(), "replicas": replicas,
+            # None: there is one gateway, which needs none. False: this gateway decides alone for now.
+            "common_admission": None if self._fleet is None else self._fleet.connected,
+        }  # fmt: skip
         return {"model": self.model, **cluster, "gateway": gateway}
 
     async def _openapi(self) -> bytes:

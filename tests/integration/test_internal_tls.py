@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import torch
@@ -49,7 +51,7 @@ def cli(
             "model": {"path": str(demo_model), "name": "demo", "dtype": "float32"},
             "attention": {"kv_cache_gib": 0.25, "max_model_len": 1024},
             "experts": {"workers": 2},
-            "gateway": {"port": free_port(), "grpc_port": free_port()},
+            "gateway": {"port": free_port(), "grpc_port": free_port(), "replicas": 2},
             "internal_tls": tls.model_dump(mode="json"),
         }
         made.up(made.write_config(config))
@@ -62,6 +64,24 @@ def workers(cli: Cli) -> dict[int, str]:
     return {worker["pid"]: worker["address"] for worker in cli.status()["experts"] if worker["state"] == "ready"}
 
 
+def all_decide_in_common(url: str) -> bool:
+    """Whether every gateway does that one of ten new connections reaches."""
+    answers = [httpx.get(f"{url}/v1/deepsplit/status", timeout=30) for _ in range(10)]
+    return all(one.status_code == 200 and one.json()["gateway"]["common_admission"] is True for one in answers)
+
+
+def process_of(cli: Cli, deployment: str) -> psutil.Process:
+    driver = psutil.Process(cli.status()["supervisor"]["pid"])
+    title = f"ServeReplica:deepsplit:{deployment}"
+    found = []
+    for one in driver.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if title in " ".join(one.cmdline()):
+                found.append(one)
+    (process,) = found
+    return process
+
+
 def test_plain_clients_reach_no_expert(cli: Cli) -> None:
     for address in workers(cli).values():
         link = WorkerLink(address, "any-model", DispatchConfig())
@@ -70,6 +90,11 @@ def test_plain_clients_reach_no_expert(cli: Cli) -> None:
         with pytest.raises(WorkerLost, match="internal_tls must be set here too"):
             link.receive(1, 10)
         link.close()
+
+
+def test_gateways_decide_in_common(cli: Cli) -> None:
+    url = cli.status()["gateway"]["rest"]
+    wait_until("both gateways at the common admission", lambda: all_decide_in_common(url), 30)
 
 
 def test_certificates_of_another_authority_take_over_while_it_serves(cli: Cli, secret: MountedSecret) -> None:
@@ -82,3 +107,7 @@ def test_certificates_of_another_authority_take_over_while_it_serves(cli: Cli, s
         assert complete(url, "demo", PROMPT, 24) == expected
         wait_until("a new worker", lambda before=before: len(workers(cli)) == 2 and workers(cli) != before, 60)
         assert complete(url, "demo", PROMPT, 24) == expected
+    process_of(cli, "admission").kill()
+    assert complete(url, "demo", PROMPT, 24) == expected
+    wait_until("both gateways at the new common admission", lambda: all_decide_in_common(url), 60)
+    assert complete(url, "demo", PROMPT, 24) == expected
