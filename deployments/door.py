@@ -41,7 +41,7 @@ class Answer:
 class Door(Protocol):
     """See the module."""
 
-    def arriving(self, path: str, key: str | None) -> AbstractContextManager[None]:
+    def arriving(self, path: str, key: str | None, request_id: str) -> AbstractContextManager[None]:
         """To be held while a request's body is read. Raises DeepsplitError for what would not be taken whatever it
         says: strangers and too many at once must not make the gateway hold their bodies.
         """

@@ -97,13 +97,14 @@ class GatewayDoor:
         return self._tenants.current().identify(key)
 
     @contextmanager
-    def arriving(self, path: str, key: str | None) -> Iterator[None]:
+    def arriving(self, path: str, key: str | None, request_id: str) -> Iterator[None]:
         """See Door."""
+        meter = self._meters.request(request_id, self._model, path, path in GENERATES)
         try:
-            self.identify(key)
+            meter.identified(self.identify(key))
             self._check_open(len(self._open) + self._arriving)
         except BaseException as error:
-            self._meters.request(path, path in GENERATES).end(error, 0)
+            meter.end(error, 0)
             raise
         self._arriving += 1
         try:

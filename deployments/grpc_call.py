@@ -13,7 +13,7 @@ from deployments.door import Answer, Call, Door
 from deployments.grpc_errors import replica_error
 
 SSE = "text/event-stream"
-_ID = "x-request-id"
+REQUEST_ID = "x-request-id"
 _MAX_ID_CHARS = 128
 
 
@@ -42,7 +42,7 @@ async def ask_stream(
         if not answer.content_type.startswith(SSE):
             raise replica_error(500, await _read(answer))
         if announce:
-            await context.send_initial_metadata(((_ID, call.request_id),))
+            await context.send_initial_metadata(((REQUEST_ID, call.request_id),))
         async for data in event_data(answer.chunks):
             yield data
 
@@ -71,7 +71,7 @@ def call_of(context: grpc.aio.ServicerContext, path: str, body: bytes, request_i
         method="POST" if body else "GET",
         path=path,
         body=body,
-        request_id=_request_id(request_id or metadata.get(_ID, "")),
+        request_id=_request_id(request_id or metadata.get(REQUEST_ID, "")),
         key=key_of(context),
         priority=metadata.get("x-deepsplit-priority"),
         timeout_s=remaining_s,
@@ -88,14 +88,19 @@ def key_of(context: grpc.aio.ServicerContext) -> str | None:
 
 @asynccontextmanager
 async def _answer(door: Door, call: Call, context: grpc.aio.ServicerContext) -> AsyncIterator[Answer]:
-    context.set_trailing_metadata(((_ID, call.request_id),))
+    context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
     answer = await door.answer(call)
     async with aclosing(answer.chunks):
         if answer.status != 200:
             raise replica_error(answer.status, await _read(answer))
         limits = [(name, value) for name, value in answer.headers.items() if name.startswith("x-ratelimit-")]
-        context.set_trailing_metadata(((_ID, call.request_id), *limits))
+        context.set_trailing_metadata(((REQUEST_ID, call.request_id), *limits))
         yield answer
+
+
+def request_id_of(context: grpc.aio.ServicerContext) -> str:
+    """The id that the call came with, or a new one."""
+    return _request_id(_metadata(context).get(REQUEST_ID, ""))
 
 
 def _metadata(context: grpc.aio.ServicerContext) -> dict[str, str]:

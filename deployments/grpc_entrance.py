@@ -9,7 +9,7 @@ import grpc
 
 from cluster.errors import Overloaded
 from deployments.door import Door
-from deployments.grpc_call import key_of
+from deployments.grpc_call import REQUEST_ID, key_of, request_id_of
 
 _RETRY_S = 1.0
 
@@ -47,4 +47,6 @@ class Entrance:
         """To be held while the call's first message is read. Raises DeepsplitError; see `Door.arriving`."""
         if method not in self._paths:
             return nullcontext()
-        return self._door.arriving(self._paths[method], key_of(context))
+        request_id = request_id_of(context)
+        context.set_trailing_metadata(((REQUEST_ID, request_id),))  # should it end here
+        return self._door.arriving(self._paths[method], key_of(context), request_id)

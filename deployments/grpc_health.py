@@ -36,10 +36,11 @@ class Health(health_pb2_grpc.HealthServicer):
         """See the protocol. Ends when the server stops."""
         last: int | None = None
         while True:
+            closing = self._closing.is_set()  # asked first: what is set during a write is still told
             if (status := self._status(request.service)) != last:
                 yield _Status(status=status)
                 last = status
-            if self._closing.is_set():
+            if closing:
                 return
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), self._poll_s)

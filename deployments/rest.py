@@ -78,7 +78,7 @@ class RestApi:
     async def _handle(self, request: Request) -> Response:
         path, key, body = request.url.path, _key(request), b""
         if request.method == "POST":
-            with self._door.arriving(path, key):
+            with self._door.arriving(path, key, request.state.request_id):
                 body = await self._read_body(request)
         call = Call(
             method=request.method,

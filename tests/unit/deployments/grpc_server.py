@@ -71,7 +71,7 @@ class ScriptedDoor:
     answers: list[ScriptedChunks] = field(default_factory=list)
 
     @contextmanager
-    def arriving(self, path: str, key: str | None) -> Iterator[None]:
+    def arriving(self, path: str, key: str | None, request_id: str) -> Iterator[None]:
         self.arrived.append((path, key))
         if self.strangers:
             raise Unauthenticated("no key")

@@ -352,13 +352,13 @@ def test_too_many_in_flight() -> None:
 def test_bodies_that_arrive_count_as_held() -> None:
     world = World(Fleet([SSE, *stream("x")]), max_streams=2)
     with (
-        world.door.arriving("/v1/completions", None),
-        world.door.arriving("/tokenize", None),
+        world.door.arriving("/v1/completions", None, "r1"),
+        world.door.arriving("/tokenize", None, "r1"),
         pytest.raises(Overloaded, match="max_streams"),
-        world.door.arriving("/v1/completions", None),
+        world.door.arriving("/v1/completions", None, "r1"),
     ):
         pytest.fail("a third one was let in")
-    with world.door.arriving("/v1/completions", None):
+    with world.door.arriving("/v1/completions", None, "r1"):
         assert world.nothing_left()
     refusals = world.registry.get_sample_value(
         "deepsplit_refusals_total", {"reason": "max_streams", "plane": "gateway", "class": "unknown"}
@@ -371,7 +371,7 @@ def test_strangers_and_those_who_come_too_late_send_nothing(tmp_path: Path) -> N
     keys.write_text(f"tenants:\n  - name: a\n    keys: [\"{key_hash(new_key())}\"]\n")
     keys.chmod(0o600)
     world = World(Fleet(), keys)
-    with pytest.raises(Unauthenticated), world.door.arriving("/v1/completions", "ds-other"):
+    with pytest.raises(Unauthenticated), world.door.arriving("/v1/completions", "ds-other", "r1"):
         pytest.fail("a stranger was let in")
 
     async def scenario() -> None:
@@ -379,7 +379,7 @@ def test_strangers_and_those_who_come_too_late_send_nothing(tmp_path: Path) -> N
         await open_to_all.door.drain(0)
         told = set()
         for _ in range(20):
-            with pytest.raises(Draining) as caught, open_to_all.door.arriving("/v1/completions", None):
+            with pytest.raises(Draining) as caught, open_to_all.door.arriving("/v1/completions", None, "r1"):
                 pytest.fail("let in while draining")
             told.add(caught.value.retry_after_s)
         assert len(told) > 10, "all would come back at once"

@@ -7,6 +7,7 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
+from deployments.grpc_health import Health
 from tests.unit.deployments.grpc_server import MODEL, ScriptedDoor, refused, run, served
 
 SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
@@ -45,5 +46,17 @@ def test_watch_tells_of_each_change_once() -> None:
                 door.is_ready = status == SERVING
                 for watch in watches:
                     assert (await watch.read()).status == status
+
+    run(test())
+
+
+def test_a_watcher_that_is_being_told_something_else_still_hears_of_the_end() -> None:
+    async def test() -> None:
+        health = Health(lambda: {MODEL: True}, frozenset({""}), 60)
+        watch = health.Watch(HealthCheckRequest(), None)
+        told = [(await anext(watch)).status]
+        health.close()  # while that is being written
+        told += [answer.status async for answer in watch]
+        assert told == [SERVING, NOT_SERVING]
 
     run(test())

@@ -43,7 +43,7 @@ class FailsOnce:
         self.asked_s: list[float] = []
 
     @contextmanager
-    def arriving(self, path: str, key: str | None) -> Iterator[None]:
+    def arriving(self, path: str, key: str | None, request_id: str) -> Iterator[None]:
         yield
 
     async def answer(self, call: Call) -> Answer:

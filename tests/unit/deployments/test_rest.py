@@ -44,7 +44,7 @@ class EchoDoor:
         self.arrivals: list[str] = []
 
     @contextmanager
-    def arriving(self, path: str, key: str | None) -> Iterator[None]:
+    def arriving(self, path: str, key: str | None, request_id: str) -> Iterator[None]:
         self.identify(key)
         self.arrivals.append(path)
         yield
