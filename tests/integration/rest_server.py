@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ class RestServer:
 
 
 @contextmanager
-def rest_server(checkpoint: Path) -> Iterator[RestServer]:
+def rest_server(checkpoint: Path, engine_args: Mapping[str, object] | None = None) -> Iterator[RestServer]:
     """Serve `checkpoint` with MTP drafting, a request body limit of 1 MiB and JSON logs down to debug lines; ready when
     the block is entered.
     """
@@ -47,6 +47,7 @@ def rest_server(checkpoint: Path) -> Iterator[RestServer]:
             "model": {"path": str(checkpoint), "name": MODEL},
             "attention": {
                 "max_model_len": MAX_MODEL_LEN, "kv_cache_gib": 0.25, "max_num_seqs": 8, "speculative_tokens": 1,
+                "engine_args": dict(engine_args or {}),
             },
             "gateway": {"port": free_port(), "grpc_port": free_port(), "max_body_mib": 1},
             "logging": {"format": "json", "level": "debug"},

@@ -32,7 +32,8 @@ SEQUENCES = 8
 
 @pytest.fixture(scope="module")
 def server(no_leftovers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RestServer]:
-    with rest_server(make_checkpoint(tmp_path_factory.mktemp("mtp"), SHAPES["mtp"])) as running:
+    tools = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
+    with rest_server(make_checkpoint(tmp_path_factory.mktemp("mtp"), SHAPES["mtp"]), tools) as running:
         yield running
 
 
@@ -77,18 +78,19 @@ def test_tool_calls(client: openai.OpenAI, server: RestServer, stream: bool) -> 
 
 
 def test_choices_log_probabilities_stop_and_seed(client: openai.OpenAI, server: RestServer) -> None:
-    sampled: dict[str, Any] = {"model": server.model, "prompt": "class Worker", "temperature": 1.0, "seed": 7, "n": 3,
-                               "max_tokens": 8, "logprobs": 2, "extra_body": {"ignore_eos": True}}  # fmt: skip
-    first, again = (client.completions.create(**sampled) for _ in range(2))
-    assert [one.index for one in first.choices] == [0, 1, 2]
-    assert [one.text for one in first.choices] == [one.text for one in again.choices]
-    assert len({one.text for one in first.choices}) > 1
-    assert first.choices[0].logprobs is not None
-    assert len(first.choices[0].logprobs.token_logprobs or []) == 8
-    greedy: dict[str, Any] = {"model": server.model, "prompt": "class Worker", "temperature": 0, "max_tokens": 12}
-    text = client.completions.create(**greedy).choices[0].text
-    cut = client.completions.create(stop=[text[2:4]], **greedy).choices[0]
-    assert (cut.text, cut.finish_reason) == (text[: text.index(text[2:4])], "stop")
+    asked: dict[str, Any] = {"model": server.model, "prompt": "class Worker", "max_tokens": 12,
+                             "extra_body": {"ignore_eos": True}}  # fmt: skip
+    several = client.completions.create(temperature=1.0, n=3, logprobs=2, **asked).choices
+    assert [one.index for one in several] == [0, 1, 2]
+    assert len({one.text for one in several}) > 1
+    assert several[0].logprobs is not None
+    assert len(several[0].logprobs.token_logprobs or []) == 12
+    first, again = (client.completions.create(temperature=1.0, seed=7, **asked).choices[0].text for _ in range(2))
+    assert first == again
+    text = client.completions.create(temperature=0, **asked).choices[0].text
+    stop = next(text[at : at + 2] for at in range(1, len(text) - 1) if text[at : at + 2].isascii())
+    cut = client.completions.create(temperature=0, stop=[stop], **asked).choices[0]
+    assert (cut.text, cut.finish_reason) == (text[: text.index(stop)], "stop")
 
 
 def test_usage_in_every_chunk(client: openai.OpenAI, server: RestServer) -> None:
@@ -125,7 +127,8 @@ def test_responses(client: openai.OpenAI, server: RestServer) -> None:
 
 
 def test_messages(server: RestServer) -> None:
-    asked: dict[str, Any] = {"model": server.model, "max_tokens": 12, "messages": MESSAGES, "temperature": 0}
+    asked: dict[str, Any] = {"model": server.model, "max_tokens": 12, "messages": MESSAGES,
+                             "extra_body": {"temperature": 0}}  # fmt: skip
     with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120) as claude:
         whole = claude.messages.create(**asked)
         assert 0 < whole.usage.output_tokens <= 12
