@@ -107,6 +107,16 @@ class AttentionConfig(Section):
         return self
 
 
+class ExpertPool(Section):
+    """Some of the expert workers, on nodes of one kind."""
+
+    name: str = Field(pattern="^[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?$", description="Name, unique among the pools.")
+    workers: int = Field(ge=1, description="Number of its workers.")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where its experts compute.")
+    threads: int = Field(1, ge=1, description="Compute threads of one of its CPU workers.")
+    placement: NodeSelector = Field(default_factory=NodeSelector, description="Which nodes its workers run on.")
+
+
 class ExpertsConfig(Section):
     """Expert workers: routed experts only, stateless between calls."""
 
@@ -121,6 +131,8 @@ class ExpertsConfig(Section):
     host: str | None = Field(None, description="Address that workers listen on; loopback on a local cluster, "
                                                "the node's own address on a joined one, if not set.")
     placement: NodeSelector = Field(default_factory=NodeSelector, description="Which nodes expert workers run on.")
+    pools: tuple[ExpertPool, ...] = Field((), description="Workers on different kinds of nodes, such as GPU and CPU "
+                                                          "hosts side by side.")
     max_per_node: int | None = Field(None, ge=1, description="Most expert workers on one node; Ray spreads them over "
                                                              "the nodes as evenly as it can if not set.")
     heartbeat_interval_s: float = Field(1.0, gt=0, description="How often a worker reports to the directory.")
@@ -139,6 +151,20 @@ class ExpertsConfig(Section):
         if self.heartbeat_timeout_s <= self.heartbeat_interval_s:
             raise conflict("heartbeat_timeout_s", f"must be above experts.heartbeat_interval_s "
                                                    f"({self.heartbeat_interval_s}), or every worker is always lost")
+        return self
+
+    @model_validator(mode="after")
+    def _pools_are_all_workers(self) -> Self:
+        if not self.pools:
+            return self
+        for name in ("device", "threads", "placement"):
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                raise conflict(name, "is set per pool where there are pools: move it into experts.pools")
+        total, names = sum(pool.workers for pool in self.pools), {pool.name for pool in self.pools}
+        if total != self.workers:
+            raise conflict("pools", f"have {total} workers, but experts.workers is {self.workers}: make them equal")
+        if len(names) != len(self.pools):
+            raise conflict("pools", "two have the same name: give each its own")
         return self
 
     def worker_shares(self) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from cluster.config import Config
 from cluster.errors import PlanError
+from cluster.pools import expert_pools
 
 # The engine's placement group and the replica in front of it; Serve's controller, proxies and spare room.
 _CPUS_PER_ATTENTION = 2
@@ -16,11 +17,11 @@ _CPUS_OF_SERVE = 2
 
 def node_resources(config: Config) -> dict[str, float]:
     """Ray resources ("CPU" and custom ones) of the node."""
-    attention, experts = config.attention, config.experts
-    roles = ((attention.placement, attention.replicas), (experts.placement, experts.workers))
+    attention, pools = config.attention, expert_pools(config.experts)
+    roles = [(attention.placement, attention.replicas), *((p.experts.placement, len(p.slots)) for p in pools)]
     cpus = _CPUS_OF_SERVE + _CPUS_PER_GATEWAY * config.gateway.replicas
     cpus += attention.replicas * max(_CPUS_PER_ATTENTION, _round_up(attention.placement.num_cpus))
-    cpus += experts.workers * max(1, experts.threads, _round_up(experts.placement.num_cpus))
+    cpus += sum(len(p.slots) * max(1, p.experts.threads, _round_up(p.experts.placement.num_cpus)) for p in pools)
     resources = {"CPU": float(config.ray.num_cpus or cpus)}
     for placement, processes in roles:
         for name, amount in placement.resources.items():
@@ -32,7 +33,8 @@ def node_resources(config: Config) -> dict[str, float]:
 def node_labels(config: Config) -> dict[str, str]:
     """Ray labels of the node. Raises PlanError when the roles ask for different nodes."""
     labels: dict[str, str] = {}
-    for placement in (config.attention.placement, config.experts.placement):
+    pools = expert_pools(config.experts)
+    for placement in (config.attention.placement, *(pool.experts.placement for pool in pools)):
         for name, value in placement.labels.items():
             if labels.setdefault(name, value) != value:
                 raise PlanError(

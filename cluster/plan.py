@@ -13,6 +13,7 @@ from cluster.errors import PlanError
 from cluster.fit import Need, place
 from cluster.model import ModelSpec
 from cluster.nodes import GIB, NodeSpec
+from cluster.pools import expert_pools
 from cluster.shares import split_shares
 from cluster.wire_traffic import DTYPE_BYTES, WireTraffic, expected_workers, wire_traffic
 
@@ -126,7 +127,8 @@ def model_facts(config: Config, spec: ModelSpec) -> ModelFacts:
 
 
 def _needs(config: Config, model: ModelFacts, kv_bytes: int, counts: Sequence[int]) -> tuple[Need, ...]:
-    attention, experts = config.attention, config.experts
+    attention = config.attention
+    by_slot = [pool.experts for pool in expert_pools(config.experts) for _ in pool.slots]
     needs = [Need("gateway, directory and Ray", "services", 0, 0, _SERVICES_OVERHEAD)]
     needs += [
         Need(
@@ -152,7 +154,7 @@ def _needs(config: Config, model: ModelFacts, kv_bytes: int, counts: Sequence[in
             labels=experts.placement.labels,
             resources=experts.placement.resources,
         )
-        for i, count in enumerate(counts)
+        for i, (count, experts) in enumerate(zip(counts, by_slot, strict=True))
     ]
     return tuple(needs)
 

@@ -13,7 +13,7 @@ from cluster.config import Config
 from deployments.admission_service import admission_deployment
 from deployments.attention import attention_deployment
 from deployments.directory import directory_deployment
-from deployments.expert_worker import expert_deployment
+from deployments.expert_worker import expert_deployments
 from deployments.gateway import gateway_deployment
 
 
@@ -35,9 +35,8 @@ def build(args: BuildArgs) -> serve.Application:
     """gateway -> attention -> directory <- experts; several gateways share one admission."""
     config = args.config
     directory = directory_deployment(config)
-    experts = expert_deployment(config, directory)
     attention = attention_deployment(config, directory)
-    others = [experts]
+    others = [*expert_deployments(config, directory)]
     if config.gateway.replicas > 1:
         others.append(admission_deployment(config, directory))
     return gateway_deployment(config, directory, attention, *others)

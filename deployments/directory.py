@@ -101,9 +101,9 @@ class Directory:
 
     # --- expert workers ---
 
-    async def join(self, worker_id: str, pid: int, node: str) -> Assignment | None:
-        """The share of a new expert worker; None: all are taken, ask again."""
-        slot = self._membership.join(worker_id, pid, node, time.monotonic())
+    async def join(self, worker_id: str, pid: int, node: str, slots: range) -> Assignment | None:
+        """The share of a new expert worker, whose pool has `slots`; None: all are taken, ask again."""
+        slot = self._membership.join(worker_id, pid, node, time.monotonic(), slots)
         if slot is None:
             return None
         self._metrics.worker_events.labels("joined").inc()

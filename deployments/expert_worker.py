@@ -22,6 +22,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Config
+from cluster.pools import Pool, expert_pools
 from deployments.directory import Assignment, Standing
 from deployments.scrape import scrape_process
 from deployments.serve_logs import start_logging
@@ -45,7 +46,10 @@ class ExpertWorker:
     """Serve replica. Serves gRPC on its own port; Serve only starts, watches and stops it."""
 
     # Serve awaits an async constructor.
-    async def __init__(self, config_json: str, directory: DeploymentHandle) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config_json: str, directory: DeploymentHandle, slots: range
+    ) -> None:
+        """`slots`: those of the worker's pool, one of which it takes."""
         config = Config.model_validate_json(config_json)
         # Waiting OpenMP threads sleep: spinning ones steal the cores of other workers on the host. Read by torch's
         # OpenMP runtime when it is loaded, so before the import below.
@@ -58,7 +62,7 @@ class ExpertWorker:
         self._failure: str | None = None
         worker_id, node = f"experts-{uuid.uuid4().hex[:8]}", ray.util.get_node_ip_address()
         start_logging(config.logging, "experts", worker_id)
-        assignment = await self._join(worker_id, os.getpid(), node)
+        assignment = await self._join(worker_id, os.getpid(), node, slots)
         # Heartbeats and metrics from now on: a real checkpoint loads for minutes.
         registry = ProcessRegistry()
         meter = ExpertMeter(ExpertMetrics(registry))
@@ -81,10 +85,10 @@ class ExpertWorker:
             assignment.slot, self._host.bytes_read / 2**20,
         )  # fmt: skip
 
-    async def _join(self, worker_id: str, pid: int, node: str) -> Assignment:
+    async def _join(self, worker_id: str, pid: int, node: str, slots: range) -> Assignment:
         while True:
             with contextlib.suppress(*DIRECTORY_AWAY):
-                answer = self._directory.join.remote(worker_id, pid, node)
+                answer = self._directory.join.remote(worker_id, pid, node, slots)
                 assignment: Assignment | None = await asyncio.wait_for(answer, CALL_TIMEOUT_S)
                 if assignment is not None:
                     return assignment
@@ -136,9 +140,13 @@ def _load(config: Config, experts: Mapping[int, tuple[int, ...]], meter: ExpertM
     return ExpertHost(config, experts, meter)
 
 
-def expert_deployment(config: Config, directory: serve.Application) -> serve.Application:
-    """The expert workers, bound."""
-    experts, placement = config.experts, config.experts.placement
+def expert_deployments(config: Config, directory: serve.Application) -> tuple[serve.Application, ...]:
+    """The expert workers, bound; one deployment per pool."""
+    return tuple(_deployment(config, pool, directory) for pool in expert_pools(config.experts))
+
+
+def _deployment(config: Config, pool: Pool, directory: serve.Application) -> serve.Application:
+    experts, placement = pool.experts, pool.experts.placement
     options: dict[str, Any] = {
         "num_cpus": experts.threads if placement.num_cpus is None else placement.num_cpus,
         "resources": dict(placement.resources),
@@ -149,8 +157,8 @@ def expert_deployment(config: Config, directory: serve.Application) -> serve.App
         options["label_selector"] = dict(placement.labels)
     deployment = serve.deployment(
         ExpertWorker,
-        name=NAME,
-        num_replicas=experts.workers,
+        name=f"{NAME}-{pool.name}" if pool.name else NAME,
+        num_replicas=len(pool.slots),
         max_replicas_per_node=experts.max_per_node,
         ray_actor_options=options,
         max_ongoing_requests=1,  # Serve sends it none
@@ -159,6 +167,6 @@ def expert_deployment(config: Config, directory: serve.Application) -> serve.App
         health_check_timeout_s=10.0,
         graceful_shutdown_timeout_s=3.0,
         graceful_shutdown_wait_loop_s=0.1,
-        max_constructor_retry_count=2 * experts.workers,  # Serve counts over all replicas
+        max_constructor_retry_count=2 * len(pool.slots),  # Serve counts over all replicas
     )
-    return deployment.bind(config.model_dump_json(), directory)
+    return deployment.bind(config.model_copy(update={"experts": experts}).model_dump_json(), directory, pool.slots)

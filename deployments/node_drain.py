@@ -54,8 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import ray
     from ray import serve
 
-    ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), namespace="serve", log_to_driver=False)
+    # Asked before connecting, and given: by itself Ray takes the first node whose processes it sees, the head's if any.
     node = ray.util.get_node_ip_address()
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    ray.init(address=address, _node_ip_address=node, namespace="serve", log_to_driver=False)
 
     print(f"node {node}: leaves in {SETTLE_S:g} s", flush=True)
 

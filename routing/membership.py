@@ -45,13 +45,15 @@ class Membership:
         self._seen_epoch = 0  # newest epoch that a former directory published, by its workers' word
         self._published = False
 
-    def join(self, worker_id: str, pid: int, node: str, now_s: float) -> int | None:
-        """Slot for a new worker; None while every slot has a live member (ask again: a dead one falls silent)."""
+    def join(self, worker_id: str, pid: int, node: str, now_s: float, slots: range | None = None) -> int | None:
+        """Slot for a new worker, one of `slots` if they are given; None while each has a live member (ask again: a dead
+        one falls silent).
+        """
         self.expire(now_s)
         if worker_id in self._members:
             return self._members[worker_id].slot
         taken = {member.slot for member in self._members.values()}
-        free = [slot for slot in range(len(self._slots)) if slot not in taken]
+        free = [slot for slot in slots or range(len(self._slots)) if slot not in taken]
         if not free:
             return None
         self._members[worker_id] = Member(worker_id, free[0], pid, node, "", "loading", now_s)

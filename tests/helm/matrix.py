@@ -99,4 +99,8 @@ MATRIX: dict[str, tuple[str | None, Values]] = {
         **{kind: {"enabled": False} for kind in ("podMonitor", "scrapeConfig", "prometheusRule", "dashboards")}}}),
     "two expert groups": (None, {"experts": {"groups": {
         "cpu": {"workers": 2, "share": 1}, "large": {"workers": 1, "share": 2.5, "resources": _LIMITS}}}}),
+    "GPU and CPU experts": ("deepseek-v3-gpu", {
+        "config": {"experts": {"replicas_per_expert": 2}},
+        "experts": {"groups": {"cpu": {"workers": 4, "share": 3, "resources": _LIMITS}}},
+    }),
 }  # fmt: skip

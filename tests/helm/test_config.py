@@ -15,10 +15,13 @@ from cluster.checks import load_model, plan_for, validate
 from cluster.config import Config
 from cluster.config_file import load_config
 from cluster.keys_file import parse_keys
+from cluster.pools import expert_pools
 from deployments.app import BuildArgs
 from tests.helm.chart import CHART, NAME, PROFILES, ROOT, Manifest, groups, helm, of_kind, render, serve_config, the
 
-ATTENTION, EXPERTS = {"resources": {"deepsplit-attention": 1}}, {"resources": {"deepsplit-experts": 1}}
+ATTENTION, EXPERTS, GPU_EXPERTS = (
+    {"resources": {f"deepsplit-{role}": 1}} for role in ("attention", "experts-cpu", "experts-gpu")
+)
 NODES: dict[str, list[dict[str, Any]]] = {
     "deepseek-v3-hybrid": [
         {"name": "gpu", "count": 2, "memory_gib": 256, "gpus": 8, "gpu_memory_gib": 80} | ATTENTION,
@@ -26,7 +29,7 @@ NODES: dict[str, list[dict[str, Any]]] = {
     ],
     "deepseek-v3-gpu": [
         {"name": "gpu", "count": 2, "memory_gib": 256, "gpus": 8, "gpu_memory_gib": 141} | ATTENTION,
-        {"name": "expert", "count": 16, "memory_gib": 64, "gpus": 1, "gpu_memory_gib": 141} | EXPERTS,
+        {"name": "expert", "count": 16, "memory_gib": 64, "gpus": 1, "gpu_memory_gib": 141} | GPU_EXPERTS,
     ],
     "demo": [
         {"name": "attention", "count": 1, "memory_gib": 6} | ATTENTION,
@@ -106,21 +109,37 @@ def test_every_row_of_the_matrix_is_a_configuration(rendered: dict[str, list[Man
         assert sum(n for name, n in pods.items() if name.startswith("experts-")) == whole.experts.workers
 
 
-def test_each_role_goes_to_its_own_group() -> None:
-    objects = render()
-    placements = served_config({})
-    for name, group in groups(the(objects, "RayService")):
-        role = name.split("-")[0]
-        offered = {key for key in group["resources"] if key.startswith("deepsplit-")}
-        if role == "head":
-            assert group["resources"] == {"CPU": "0"}
-        else:
-            assert placements[role]["placement"]["resources"].keys() == offered
+def test_each_role_goes_to_its_own_group(rendered: dict[str, list[Manifest]]) -> None:
+    for row, objects in rendered.items():
+        (service,) = of_kind(objects, "RayService")
+        config = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["args"]["config"]
+        asked = {role: config[role]["placement"]["resources"] for role in ("gateway", "attention")}
+        asked |= {f"experts-{pool['name']}": pool["placement"]["resources"] for pool in config["experts"]["pools"]}
+        offered = {name: group["resources"] for name, group in groups(service)}
+        assert offered.pop("head") == {"CPU": "0"}
+        assert offered.keys() == asked.keys(), row
+        for name, wanted in asked.items():
+            assert {key for key in offered[name] if key.startswith("deepsplit-")} == wanted.keys(), row
+
+
+def test_gpu_and_cpu_experts_run_side_by_side(rendered: dict[str, list[Manifest]]) -> None:
+    (service,) = of_kind(rendered["GPU and CPU experts"], "RayService")
+    config = Config.model_validate(
+        yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["args"]["config"]
+    )
+    cpu, gpu = expert_pools(config.experts)
+    assert (cpu.name, cpu.experts.device, len(cpu.slots)) == ("cpu", "cpu", 4)
+    assert (gpu.name, gpu.experts.device, len(gpu.slots)) == ("gpu", "cuda", 16)
+    assert config.experts.worker_shares() == (3.0,) * 4 + (1.0,) * 16
+    images = {
+        name: group["template"]["spec"]["containers"][0]["image"].rsplit("-", 1)[1] for name, group in groups(service)
+    }
+    assert images == {"head": "cpu", "gateway": "cpu", "attention": "gpu", "experts-cpu": "cpu", "experts-gpu": "gpu"}
 
 
 def test_threads_follow_the_limits() -> None:
     config = served_config({"attention": {"resources": {"limits": {"cpu": 6}}}})
-    assert (config["attention"]["threads"], config["experts"]["threads"]) == (6, 1)
+    assert (config["attention"]["threads"], config["experts"]["pools"][0]["threads"]) == (6, 1)
     own = served_config({"config": {"attention": {"threads": 1}}})
     assert own["attention"]["threads"] == 1
 

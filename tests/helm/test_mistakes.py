@@ -85,9 +85,6 @@ MISTAKES: dict[str, tuple[Values, str]] = {
     "too few workers": (
         {"config": {"experts": {"replicas_per_expert": 3}}}, "config.experts.replicas_per_expert is 3, but",
     ),
-    "threads beyond the limit": (
-        {"config": {"experts": {"threads": 4}}}, "config.experts.threads is 4, but experts.groups.cpu.resources.limits",
-    ),
     "parts of a CPU": (
         {"attention": {"resources": {"limits": {"cpu": "1500m"}}}}, "attention.resources.limits.cpu is 1500m",
     ),
@@ -96,7 +93,11 @@ MISTAKES: dict[str, tuple[Values, str]] = {
         "config.attention.tensor_parallel_size is 8, but attention.resources.limits has 0 nvidia.com/gpu",
     ),
     "GPU experts without GPUs": (
-        {"config": {"experts": {"device": "cuda"}}}, "experts.groups.cpu.resources.limits has no nvidia.com/gpu",
+        {"experts": {"groups": {"cpu": {"device": "cuda"}}}}, "experts.groups.cpu.device is cuda, but",
+    ),
+    "CPU experts with GPUs": (
+        {"experts": {"groups": {"cpu": {"resources": {"limits": {"nvidia.com/gpu": 1}}}}}},
+        "experts.groups.cpu.device is cpu: set the device to cuda",
     ),
     "replicas outside of the bounds": (
         {"attention": {"replicas": 9, "autoscaling": {"enabled": True}}}, "attention.replicas is 9, outside of",
@@ -144,6 +145,7 @@ def test_a_key_that_the_chart_sets_is_refused_with_its_place(path: str) -> None:
 EXAMPLES = {
     "ray.address": "auto", "ray.num_cpus": 4, "gateway.keys_file": "/k", "experts.shares": [1, 1],
     "attention.autoscaling": {"max_replicas": 2}, "experts.host": "0.0.0.0", "experts.max_per_node": 2,
+    "experts.pools": [{"name": "a", "workers": 1}],
     "gateway.tls": {"cert_file": "/c", "key_file": "/k"},
     "internal_tls": {"cert_file": "/c", "key_file": "/k", "ca_file": "/a"},
     "monitoring.host": "0.0.0.0",

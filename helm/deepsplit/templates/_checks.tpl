@@ -45,15 +45,12 @@
 {{- $workers = add $workers $group.workers -}}
 {{- if $group.workers -}}
 {{- $at := printf "experts.groups.%s" $name -}}
-{{- if eq ($experts.device | default "cpu") "cuda" -}}
-{{- if not (get $group.resources.limits "nvidia.com/gpu") -}}
-{{- fail (printf "config.experts.device is cuda, but %s.resources.limits has no nvidia.com/gpu: ask for the GPUs, or set config.experts.device to cpu" $at) -}}
+{{- $gpus := get $group.resources.limits "nvidia.com/gpu" -}}
+{{- if and (eq ($group.device | default "cpu") "cuda") (not $gpus) -}}
+{{- fail (printf "%s.device is cuda, but %s.resources.limits has no nvidia.com/gpu: ask for a GPU, or set the device to cpu" $at $at) -}}
 {{- end -}}
-{{- else -}}
-{{- $cpus := int (include "deepsplit.cpus" (dict "name" $at "group" $group)) -}}
-{{- if gt (int ($experts.threads | default 0)) $cpus -}}
-{{- fail (printf "config.experts.threads is %d, but %s.resources.limits.cpu is %d: raise the limit or lower the threads" (int $experts.threads) $at $cpus) -}}
-{{- end -}}
+{{- if and (eq ($group.device | default "cpu") "cpu") $gpus -}}
+{{- fail (printf "%s.resources.limits has nvidia.com/gpu, but %s.device is cpu: set the device to cuda, or leave the GPU out" $at $at) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -20,6 +20,9 @@ attention.placement: set attention.nodeSelector, attention.tolerations or attent
 experts.workers: set experts.groups.NAME.workers
 experts.shares: set experts.groups.NAME.share
 experts.placement: set experts.groups.NAME.nodeSelector, .tolerations or .affinity
+experts.pools: set experts.groups
+experts.device: set experts.groups.NAME.device
+experts.threads: set experts.groups.NAME.resources.limits.cpu
 experts.host: workers listen on their pod's address; leave it out
 experts.max_per_node: each pod holds one worker; set experts.groups.NAME.workers
 internal_tls: set tls.internal
@@ -86,22 +89,28 @@ monitoring.port: scrape targets take the ports from 9400 on, which the network p
 {{- if and (ne ($attention.device | default "cpu") "cuda") (not $attention.threads) -}}
 {{- $_ := set $attention "threads" (int (include "deepsplit.cpus" (dict "name" "attention" "group" .Values.attention))) -}}
 {{- end -}}
-{{- $experts := merge (dict "placement" (dict "resources" (dict "deepsplit-experts" 1)) "max_per_node" 1) ($config.experts | default dict) -}}
+{{- $experts := merge (dict "max_per_node" 1) ($config.experts | default dict) -}}
 {{- $workers := 0 -}}
 {{- $shares := list -}}
-{{- $even := true -}}
+{{- $pools := list -}}
 {{- range $name, $group := .Values.experts.groups -}}
+{{- if $group.workers -}}
 {{- $workers = add $workers $group.workers -}}
-{{- if and $group.workers (ne ($experts.device | default "cpu") "cuda") (not $experts.threads) -}}
-{{- $_ := set $experts "threads" (int (include "deepsplit.cpus" (dict "name" (printf "experts.groups.%s" $name) "group" $group))) -}}
-{{- end -}}
 {{- range until (int $group.workers) -}}
 {{- $shares = append $shares ($group.share | default 1) -}}
 {{- end -}}
-{{- if and $group.workers (ne (float64 ($group.share | default 1)) 1.0) -}}{{- $even = false -}}{{- end -}}
+{{- $pool := dict "name" $name "workers" $group.workers "placement" (dict "resources" (dict (printf "deepsplit-experts-%s" $name) 1)) -}}
+{{- if eq ($group.device | default "cpu") "cuda" -}}
+{{- $_ := set $pool "device" "cuda" -}}
+{{- else -}}
+{{- $_ := set $pool "threads" (int (include "deepsplit.cpus" (dict "name" (printf "experts.groups.%s" $name) "group" $group))) -}}
+{{- end -}}
+{{- $pools = append $pools $pool -}}
+{{- end -}}
 {{- end -}}
 {{- $_ := set $experts "workers" $workers -}}
-{{- if not $even -}}{{- $_ := set $experts "shares" $shares -}}{{- end -}}
+{{- $_ := set $experts "pools" $pools -}}
+{{- if gt (len (uniq $shares)) 1 -}}{{- $_ := set $experts "shares" $shares -}}{{- end -}}
 {{- $_ := set $config "gateway" $gateway -}}
 {{- $_ := set $config "attention" $attention -}}
 {{- $_ := set $config "experts" $experts -}}

@@ -48,10 +48,11 @@ deepsplit.io/role: {{ . }}
 {{- end -}}
 {{- end -}}
 
-{{/* cpu or gpu: which image the pods of a role run. Call with (dict "root" $ "role" "experts"). */}}
+{{/* cpu or gpu: which image the pods of a group run. Call with (dict "root" $ "role" "experts" "group" $group). */}}
 {{- define "deepsplit.imageKind" -}}
-{{- $section := get .root.Values.config .role | default dict -}}
-{{- ternary "gpu" "cpu" (and (has .role (list "attention" "experts")) (eq ($section.device | default "cpu") "cuda")) -}}
+{{- $device := dig "attention" "device" "cpu" .root.Values.config -}}
+{{- if eq .role "experts" -}}{{- $device = .group.device | default "cpu" -}}{{- end -}}
+{{- ternary "gpu" "cpu" (and (has .role (list "attention" "experts")) (eq $device "cuda")) -}}
 {{- end -}}
 
 {{/* Whether an object of a kind that an operator brings is rendered. Call with (dict "root" $ "want" "auto" "api" "group/version/Kind"). */}}

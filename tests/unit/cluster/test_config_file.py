@@ -57,8 +57,8 @@ workers: 3
         "  line 9: experts.device: must be one of cpu or cuda, but is 'tpu'",
         "  line 10: gateway: must be a section of `key: value` lines, but is 8000",
         "  line 11: dispatch.placement: unknown key; did you mean attention.placement or experts.placement "
-        "or gateway.placement?",
-        "  line 12: workers: unknown key; did you mean experts.workers?",
+        "or experts.pools.placement or gateway.placement?",
+        "  line 12: workers: unknown key; did you mean experts.workers or experts.pools.workers?",
     ]
 
 

@@ -21,6 +21,14 @@ def start(membership: Membership, name: str, now_s: float, seen_epoch: int = 0) 
     return member
 
 
+def test_a_worker_takes_a_slot_of_its_pool() -> None:
+    membership = make()
+    assert membership.join("a", 1, "n", 0.0, slots=range(1, 2)) == 1
+    assert membership.join("b", 1, "n", 0.0, slots=range(1, 2)) is None  # although slot 0 is free
+    assert membership.join("c", 1, "n", 0.0, slots=range(1)) == 0
+    assert membership.join("b", 1, "n", 6.0, slots=range(1, 2)) == 1  # a was silent
+
+
 def test_nothing_is_published_before_every_expert_has_a_holder() -> None:
     membership = make()
     start(membership, "a", 0.0)
