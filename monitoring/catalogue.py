@@ -35,8 +35,9 @@ _HEAD = """# Metrics
 Generated from `monitoring/metrics.py` by `python -m monitoring.catalogue > docs/metrics.md`; do not edit.
 
 Each process is a scrape target of its own. Counters only ever grow, until their process restarts. Histograms have the
-series `_bucket`, `_sum` and `_count`. `process_*` (memory, CPU time, file descriptors) are there for every process,
-vLLM's own `vllm:*` on targets with `role="attention"`, Ray's `ray_*` on those with `role="ray"`.
+series `_bucket`, `_count` and, if their values cannot be negative, `_sum`. `process_*` (memory, CPU time, open files)
+are there for every process, vLLM's own `vllm:*` on targets with `role="attention"`, Ray's `ray_*` on those with
+`role="ray"`.
 
 Labels that service discovery adds to all of them:
 
@@ -54,12 +55,14 @@ class Declared:
     labels: tuple[str, ...]
     meaning: str
     role: str | None  # of the processes that emit it; None: every one
+    signed: bool  # a histogram with buckets below 0, of which a sum means nothing
 
     def series(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Names that queries can use, with their own labels."""
         if self.kind == "histogram":
             yield f"{self.name}_bucket", (*self.labels, "le")
-            yield f"{self.name}_sum", self.labels
+            if not self.signed:
+                yield f"{self.name}_sum", self.labels
             yield f"{self.name}_count", self.labels
         else:
             yield self.name, self.labels
@@ -83,8 +86,9 @@ def _of(role: str | None, home: type) -> Iterator[Declared]:
     for attribute in vars(made).values():
         family: Metric = attribute if isinstance(attribute, Metric) else next(iter(attribute.describe()))
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
-        labels = tuple(attribute._labelnames)  # the library has no public way to ask
-        yield Declared(family.name + suffix, family.type, labels, family.documentation, role)
+        # The library has no public way to ask for these two.
+        labels, signed = tuple(attribute._labelnames), getattr(attribute, "_upper_bounds", (0.0,))[0] < 0
+        yield Declared(family.name + suffix, family.type, labels, family.documentation, role, signed)
 
 
 def reference() -> str:

@@ -65,5 +65,13 @@ def start_exporter(registry: CollectorRegistry, host: str, first_port: int) -> E
             if error.errno != errno.EADDRINUSE:
                 raise
             continue
+        _speak_plain_text(server)
         return Exporter(server.server_port, server, thread)
     raise OSError(errno.EADDRINUSE, f"all ports from {ports[0]} to {ports[-1]} are in use")
+
+
+def _speak_plain_text(server: WSGIServer) -> None:
+    """Whatever is asked for: in OpenMetrics prometheus-client 0.26 writes vLLM's `vllm:name` as `vllm_name`."""
+    negotiating = server.get_app()
+    assert negotiating is not None
+    server.set_app(lambda environ, start: negotiating({**environ, "HTTP_ACCEPT": "text/plain"}, start))

@@ -27,7 +27,6 @@ BORROWED: Mapping[str, tuple[str, ...]] = {
     "process_start_time_seconds": (),
     "process_open_fds": (),
     "process_max_fds": (),
-    "prometheus_sd_http_failures_total": (),  # Prometheus' own
     "vllm:num_preemptions_total": ("engine", "model_name"),
     "vllm:generation_tokens_total": ("engine", "model_name"),
     "vllm:prompt_tokens_total": ("engine", "model_name"),
@@ -51,7 +50,7 @@ def substituted(query: str, values: Mapping[str, str]) -> str:
     """Grafana's query as Prometheus gets it; dashboard variables that are not given match everything."""
     for name, value in {**_VARIABLES, **{f"${name}": value for name, value in values.items()}}.items():
         query = query.replace(name, value)
-    return re.sub(r"\$\w+", ".*", query)
+    return re.sub(r"\$[a-z]\w*", ".*", query)
 
 
 def known_series() -> dict[str, frozenset[str]]:

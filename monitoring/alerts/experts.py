@@ -21,8 +21,8 @@ def groups() -> list[Group]:
             Alert(
                 "DeepsplitExpertsUncovered", "max by (model) (deepsplit_uncovered_experts) > 0", "1m", "page",
                 "{{ $labels.model }}: some experts have no live holder.",
-                "{{ $value }} experts of one layer are held by no live worker; requests that need them wait, fail or "
-                "are degraded, as dispatch.on_uncovered says.",
+                "{{ $value }} experts, over all layers, are held by no live worker; requests that need them wait, fail "
+                "or are degraded, as dispatch.on_uncovered says.",
                 "experts",
             ),
             Alert(

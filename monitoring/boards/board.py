@@ -99,6 +99,14 @@ def mean(metric: str, selector: str) -> str:
     return f"{total(f'{metric}_sum', selector)} / {total(f'{metric}_count', selector)}"
 
 
+def padded(expr: str, label: str, digits: int) -> str:
+    """A number in a label with leading zeros: Prometheus and Grafana sort labels as text."""
+    for length in range(1, digits):
+        zeros, any_of_length = "0" * (digits - length), "." * length
+        expr = f'label_replace({expr}, "{label}", "{zeros}$1", "{label}", "({any_of_length})")'
+    return expr
+
+
 def top(expr: str, count: int = 10) -> str:
     """The largest: what keeps a panel readable with a thousand nodes."""
     return f"topk({count}, {expr})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from monitoring.boards.board import HERE, MODEL, RATE, Board, Chart, Limits, Query, Row, quantiles, rate, top
+from monitoring.boards.board import HERE, MODEL, RATE, Board, Chart, Limits, Query, Row, padded, quantiles, rate, top
 
 _WORKERS = f'{HERE},role="experts"'
 _LOAD = f"max by (layer, expert) (deepsplit_expert_load_ratio{{{HERE}}})"
@@ -12,13 +12,14 @@ LOAD = Row("Load of the experts", (
     Chart(
         "Layer by expert", "none",
         "Tokens of each expert over its layer's mean, now: 1 is fair, red is hot. A red column is an expert hot in all "
-        "layers, a red row a skewed layer. By default the fullest 8 of each layer; or all (monitoring.expert_load).",
-        (Query(top(_LOAD, 1000), "{{layer}} {{expert}}"),), "matrix", 24, alert="DeepsplitExpertImbalance",
+        "layers, a red row a skewed layer. By default the fullest 8 of each layer, or all (monitoring.expert_load).",
+        (Query(top(padded(padded(_LOAD, "layer", 3), "expert", 3), 1000), "{{layer}} {{expert}}"),),
+        "matrix", 24, alert="DeepsplitExpertImbalance",
     ),
     Chart(
         "Imbalance by layer", "suffix:x",
         "Fullest expert over the mean, over time. A layer that turns dark holds every step up.",
-        (Query(_IMBALANCE, "{{layer}}"),), "heatmap", 12, alert="DeepsplitExpertImbalance",
+        (Query(padded(_IMBALANCE, "layer", 3), "{{layer}}"),), "heatmap", 12, alert="DeepsplitExpertImbalance",
     ),
     Chart(
         "Imbalance", "suffix:x",

@@ -99,6 +99,9 @@ def _lines(chart: Chart) -> timeseries.Panel:
     tooltip = common.VizTooltipOptions().mode(common_model.TooltipDisplayMode.MULTI)
     panel = timeseries.Panel().tooltip(tooltip.sort(common_model.SortOrder.DESCENDING))
     panel.legend(legend.display_mode(common_model.LegendDisplayMode.LIST)).fill_opacity(10)
+    if chart.limits is not None:
+        dashed = common.GraphThresholdsStyleConfig().mode(common_model.GraphThresholdsStyleMode.DASHED)
+        panel.thresholds_style(dashed)
     if chart.kind != "lines":
         mode = common_model.StackingMode.NORMAL if chart.kind == "stack" else common_model.StackingMode.PERCENT
         panel.stacking(common.StackingConfig().mode(mode)).fill_opacity(60)
@@ -131,7 +134,10 @@ def _matrix(_chart: Chart) -> table.Panel:
     cells = model.DynamicConfigValue(id_val="custom.cellOptions", value={"type": "color-background"})
     narrow = model.DynamicConfigValue(id_val="custom.minWidth", value=50)
     color = build.FieldColor().mode(model.FieldColorModeId.CONTINUOUS_GR_YL_RD)
-    panel = table.Panel().with_transformation(model.DataTransformerConfig(id_val="groupingToMatrix", options=options))
+    panel = table.Panel()
+    for field in ("expert", "layer"):
+        panel.with_transformation(model.DataTransformerConfig(id_val="sortBy", options={"sort": [{"field": field}]}))
+    panel.with_transformation(model.DataTransformerConfig(id_val="groupingToMatrix", options=options))
     return panel.color_scheme(color).decimals(1).override_by_regexp(r"^\d+$", [cells, narrow])
 
 

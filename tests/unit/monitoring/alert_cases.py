@@ -113,8 +113,8 @@ def _experts() -> Iterator[Case]:
     model = {"model": "m"}
     uncovered = Firing(
         {"severity": "page", **model},
-        "4 experts of one layer are held by no live worker; requests that need them wait, fail or are degraded, as "
-        "dispatch.on_uncovered says.",
+        "4 experts, over all layers, are held by no live worker; requests that need them wait, fail or are degraded, "
+        "as dispatch.on_uncovered says.",
     )
     series = 'deepsplit_uncovered_experts{model="m"}'
     yield Case("DeepsplitExpertsUncovered", "four, to the end", {series: "0x4 4x10"}, 8, (uncovered,))

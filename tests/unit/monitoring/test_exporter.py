@@ -45,6 +45,15 @@ def test_a_process_shows_its_own_memory_and_its_metrics(exporters: list[Exporter
     assert "_created" not in shown
 
 
+def test_vllms_names_are_the_same_for_every_prometheus(exporters: list[Exporter]) -> None:
+    library = CollectorRegistry()
+    Counter("vllm:things", "Things.", registry=library).inc()
+    exporters.append(start_exporter(ProcessRegistry(library), "127.0.0.1", 0))
+    for wanted in ("application/openmetrics-text;version=1.0.0", "text/plain;version=0.0.4", "*/*"):
+        answer = httpx.get(f"http://127.0.0.1:{exporters[0].port}/metrics", headers={"Accept": wanted}, timeout=5)
+        assert "\nvllm:things_total 1.0" in answer.text, wanted
+
+
 def test_gauges_are_brought_up_to_date_for_each_scrape(exporters: list[Exporter]) -> None:
     registry = ProcessRegistry()
     gauge = Gauge("deepsplit_depth", "Depth.", registry=registry)

@@ -23,6 +23,7 @@ REPLIES = "deepsplit_dispatch_worker_replies_total"
         ("deepsplit_reqests_total", "nobody declares"),
         ("deepsplit_requests", "nobody declares"),
         ("deepsplit_ttft_seconds", "nobody declares"),
+        ("deepsplit_ttft_prediction_error_seconds_sum", "nobody declares"),
         ('deepsplit_requests_total{outcom="ok"}', "no label"),
         ("sum by (layer) (deepsplit_requests_total)", "no label"),
         ("histogram_quantile(0.5, sum by (class) (rate(deepsplit_ttft_seconds_bucket[5m])))", "no label"),
