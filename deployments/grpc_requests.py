@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -11,10 +11,13 @@ from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.struct_pb2 import Struct, Value
 
 from cluster.errors import RequestError
+from deployments.peek import MAX_PARTS, too_many_parts
 from deployments.protos.deepsplit.v1 import inference_pb2 as pb
 
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 Body: TypeAlias = dict[str, Json]
+
+_MAX_EXTRA_BYTES = 2**20  # a Struct of many values is slow to read
 
 
 def chat_body(request: pb.ChatRequest, stream: bool) -> bytes:
@@ -80,12 +83,18 @@ def _add_output(body: Body, request: pb.ChatRequest | pb.CompletionRequest, stre
 
 def _sampling(sampling: pb.Sampling) -> Body:
     body = _scalars(sampling)
+    if len(sampling.logit_bias) > MAX_PARTS:
+        raise too_many_parts()
     if sampling.logit_bias:
         body["logit_bias"] = {str(token): _finite(bias, "logit_bias") for token, bias in sampling.logit_bias.items()}
     return body
 
 
-def _conversation(messages: Iterable[pb.Message], tools: Iterable[pb.Tool]) -> Body:
+def _conversation(messages: Sequence[pb.Message], tools: Sequence[pb.Tool]) -> Body:
+    # Asked before they are: 8 MiB of empty messages would take seconds.
+    if len(messages) + len(tools) > MAX_PARTS or sum(len(one.tool_calls) for one in messages) > MAX_PARTS:
+        raise too_many_parts()
+    _check_extra(sum(one.extra.ByteSize() for one in messages))
     body: Body = {"messages": [_message(message) for message in messages]}
     functions: list[Json] = [_tool(tool) for tool in tools]
     if functions:
@@ -139,11 +148,17 @@ def _json_object(text: str, name: str) -> Json:
 
 
 def _with_extra(body: Body, extra: Struct) -> Body:
+    _check_extra(extra.ByteSize())
     for name, value in extra.fields.items():
         if name in body:
             raise RequestError(f"extra.{name} is set by a field of its own, or by the method: leave it out of `extra`")
         body[name] = _value(value, f"extra.{name}")
     return body
+
+
+def _check_extra(size: int) -> None:
+    if size > _MAX_EXTRA_BYTES:
+        raise RequestError(f"`extra` is larger than {_MAX_EXTRA_BYTES} bytes, this server's limit")
 
 
 def _value(value: Value, name: str) -> Json:

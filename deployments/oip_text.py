@@ -11,6 +11,7 @@ import msgspec
 
 from cluster.errors import ModelNotFound, RequestError
 from deployments.grpc_requests import Body, Json
+from deployments.peek import MAX_SEQUENCES
 from deployments.protos.inference import open_inference_pb2 as pb
 
 VERSION = "1"
@@ -102,6 +103,8 @@ def _inputs(request: pb.ModelInferRequest) -> dict[str, list[bytes]]:
         if tensor.name in inputs:
             raise RequestError(f"the input {tensor.name!r} is there twice")
         inputs[tensor.name] = elements = _elements(tensor, raw)
+        if len(elements) > MAX_SEQUENCES:
+            raise RequestError(f"the input {tensor.name!r} has more than {MAX_SEQUENCES} elements, this server's limit")
         if min(tensor.shape, default=1) < 1 or math.prod(tensor.shape) != len(elements):
             raise RequestError(
                 f"the input {tensor.name!r} has {len(elements)} elements, but the shape {list(tensor.shape)}"
@@ -114,15 +117,15 @@ def _inputs(request: pb.ModelInferRequest) -> dict[str, list[bytes]]:
 def _elements(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> list[bytes]:
     if raw is None:
         if tensor.datatype == "BOOL":
-            return [bytes([value]) for value in tensor.contents.bool_contents]
-        return list(tensor.contents.bytes_contents)
+            return [bytes([value]) for value in tensor.contents.bool_contents[: MAX_SEQUENCES + 1]]
+        return list(tensor.contents.bytes_contents[: MAX_SEQUENCES + 1])
     if tensor.HasField("contents"):
         raise RequestError(f"the input {tensor.name!r} has contents beside raw_input_contents")
     if tensor.datatype == "BOOL":
-        return [raw[place : place + 1] for place in range(len(raw))]
+        return [raw[place : place + 1] for place in range(min(len(raw), MAX_SEQUENCES + 1))]
     elements: list[bytes] = []
     place = 0
-    while place < len(raw):
+    while place < len(raw) and len(elements) <= MAX_SEQUENCES:
         start = place + _LENGTH.size
         end = start + _LENGTH.unpack_from(raw, place)[0] if start <= len(raw) else len(raw) + 1
         if end > len(raw):

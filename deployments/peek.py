@@ -39,7 +39,7 @@ class Peek:
 def parse(body: bytes) -> Fields:
     """The request's JSON object. Raises RequestError for anything else, and for more than MAX_PARTS parts."""
     if _containers(body) > MAX_PARTS and _containers(_STRING.sub(b"", body)) > MAX_PARTS:
-        raise _too_many_parts()
+        raise too_many_parts()
     try:
         fields = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -101,7 +101,7 @@ def _text(fields: Fields) -> Iterator[bytes]:
     while parts:  # a stack: nesting as deep as JSON allows would be too deep for calls
         seen += 1
         if seen > MAX_PARTS:
-            raise _too_many_parts()
+            raise too_many_parts()
         part = parts.pop()
         if isinstance(part, str):
             yield part.encode("utf-8", "surrogatepass")
@@ -130,5 +130,6 @@ def _containers(body: bytes) -> int:
     return body.count(b"[") + body.count(b"{")
 
 
-def _too_many_parts() -> RequestError:
+def too_many_parts() -> RequestError:
+    """For a body with more than MAX_PARTS parts."""
     return RequestError(f"the request body has more than {MAX_PARTS} objects, lists and texts, this server's limit")

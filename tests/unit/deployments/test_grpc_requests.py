@@ -9,7 +9,7 @@ from google.protobuf.struct_pb2 import Struct
 
 from cluster.errors import RequestError
 from deployments.grpc_requests import chat_body, completion_body, detokenize_body, tokenize_body
-from deployments.peek import parse, peek
+from deployments.peek import MAX_PARTS, parse, peek
 from deployments.protos.deepsplit.v1 import inference_pb2 as pb
 
 HELLO = [pb.Message(role="user", content="hello")]
@@ -176,6 +176,32 @@ def test_tokenize_and_detokenize() -> None:
     ],
 )
 def test_what_json_cannot_say(request_: pb.ChatRequest, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        chat_body(request_, stream=False)
+
+
+def many(count: int) -> Struct:
+    extra = Struct()
+    extra.get_or_create_list("x").extend([None] * count)
+    return extra
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (pb.ChatRequest(messages=[pb.Message()] * (MAX_PARTS + 1)), "more than 65536 objects"),
+        (pb.ChatRequest(tools=[pb.Tool()] * (MAX_PARTS + 1)), "more than 65536 objects"),
+        (
+            pb.ChatRequest(messages=[pb.Message(tool_calls=[pb.ToolCall()] * (MAX_PARTS // 2 + 1))] * 2),
+            "more than 65536 objects",
+        ),
+        (pb.ChatRequest(sampling=pb.Sampling(logit_bias=dict.fromkeys(range(MAX_PARTS + 1), 1.0))), "more than 65536"),
+        (pb.ChatRequest(extra=many(300_000)), "`extra` is larger than 1048576 bytes"),
+        (pb.ChatRequest(messages=[pb.Message(extra=many(100_000))] * 4), "`extra` is larger than 1048576 bytes"),
+    ],
+    ids=["messages", "tools", "calls", "bias", "extra", "extras"],
+)
+def test_too_many_parts_are_refused_before_they_are_read(request_: pb.ChatRequest, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         chat_body(request_, stream=False)
 

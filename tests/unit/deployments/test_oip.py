@@ -138,6 +138,8 @@ def raw_input(element: bytes, name: str = "text_input", datatype: str = "BYTES")
         (infer(text(b"a"), raw=[b"", b""]), "raw_input_contents has 2 entries for 1 inputs"),
         (raw_input(b"\1\0\0"), "raw contents of the input 'text_input' end within an element"),
         (raw_input(b"\xff\xff\xff\xffa"), "raw contents of the input 'text_input' end within an element"),
+        (infer(text(*[b""] * 1025)), "'text_input' has more than 1024 elements"),
+        (raw_input(b"\0" * 4 * 2**20), "'text_input' has more than 1024 elements"),
         (infer(text(b"a"), prompt="b"), "the parameter 'prompt' cannot be set"),
         (infer(text(b"a"), echo=True), "the parameter 'echo' cannot be set"),
         (infer(text(b"a"), temperature=float("nan")), "'temperature' must be a finite number"),
