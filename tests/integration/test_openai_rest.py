@@ -18,7 +18,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leftovers")]
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
 MESSAGES: list[Any] = [{"role": "user", "content": "def split(self"}]
-LONG: dict[str, Any] = {"prompt": "def split(", "max_tokens": MAX_MODEL_LEN - 16, "temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -168,24 +167,6 @@ def log_lines(server: RestServer, role: str | None = None) -> list[dict[str, Any
     text = "".join(path.read_text() for path in server.logs.iterdir() if path.is_file())
     lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
     return [line for line in lines if role in (None, line.get("role"))]
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_sequence(server: RestServer, stream: bool) -> None:
-    body = LONG | {"model": server.model, "stream": stream}
-    before = engine(server)["generation_tokens"]
-    if stream:
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
-            next(answer.iter_lines())
-    else:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.5)
-    deadline = time.monotonic() + 5
-    while engine(server)["running"] and time.monotonic() < deadline:
-        time.sleep(0.05)
-    after = engine(server)
-    assert (after["running"], after["waiting"], after["kv_cache_usage"]) == (0, 0, 0)
-    assert after["generation_tokens"] - before < LONG["max_tokens"] / 2
 
 
 def test_mtp_acceptance_is_visible(client: openai.OpenAI, server: RestServer) -> None:
