@@ -84,7 +84,7 @@ class Admission:
         self._queues = {priority: FairQueue() for priority in Priority}
         self._tickets: dict[str, Ticket] = {}
         self._replicas: dict[str, ReplicaState] = {}
-        self._empty_since_s: float | None = -math.inf  # since when there is no live replica; None: there is one
+        self._empty_since_s: float | None = None  # since when none is live; None: one is, or nobody has asked yet
         self._most_seqs = 1  # decode slots of the largest replica, as last seen
         self._arrivals = 0
         self._lengths = Lengths()
@@ -116,8 +116,11 @@ class Admission:
 
     def offer(self, ask: Ask, now_s: float) -> list[Decision]:
         """A request came. It is decided at once or waits."""
-        if self._empty_since_s is not None and now_s - self._empty_since_s >= self._budget_s(ask):
-            return [Refused(ask.ticket, self._no_capacity())]
+        if not self._live():
+            if self._empty_since_s is None:
+                self._empty_since_s = now_s  # this admission is new and has not heard from the replicas yet
+            if now_s - self._empty_since_s >= self._budget_s(ask):
+                return [Refused(ask.ticket, self._no_capacity())]
         ask = replace(ask, sequences=_clamp(ask.sequences, 1, self._most_seqs))
         over = self._quotas.reserve(ask, now_s, self._mean_stay_s())
         if over is not None:

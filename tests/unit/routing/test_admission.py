@@ -169,9 +169,11 @@ def test_off_sends_at_once_whatever_is_taken() -> None:
 # --- refusing ---
 
 
-def test_without_replicas_everything_is_refused_for_want_of_capacity() -> None:
+def test_without_replicas_for_longer_than_the_objective_all_is_refused_for_want_of_capacity() -> None:
     adm = admission()
-    refusal = refused(adm.offer(ask("a"), 0.0))
+    assert adm.offer(ask("first"), 10.0) == []  # a new admission may not have heard from the replicas yet
+    assert placed(adm.withdraw("first", 11.0)) == []
+    refusal = refused(adm.offer(ask("a"), 15.1))
     assert isinstance(refusal, NoCapacity)
     assert (refusal.reason, refusal.plane) == ("no_replica", "attention")
     assert refusal.retry_after_s > 0
@@ -541,7 +543,7 @@ def test_an_adopted_request_holds_its_slot_and_its_stream() -> None:
 def test_a_request_can_be_adopted_at_a_replica_not_heard_of_yet() -> None:
     adm = patient()
     adm.adopt(ask("a"), "r", 0.0)
-    assert isinstance(refused(adm.offer(ask("b"), 0.0)), NoCapacity)
+    assert adm.offer(ask("b"), 0.0) == adm.withdraw("b", 0.5) == []
     adm.fleet([load("r", 1)], 1.0)
     assert adm.offer(ask("c"), 1.0) == []
     assert placed(adm.move("a", 2.0)) == ["c"]
