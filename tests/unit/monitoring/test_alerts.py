@@ -14,7 +14,8 @@ from monitoring.alerts.__main__ import all_groups, prometheus_rule, rules
 from monitoring.alerts.objectives import OURS
 from monitoring.alerts.rule import Alert
 from monitoring.links import RUNBOOKS, board_path, runbook
-from tests.unit.monitoring.alert_cases import Case, Firing, cases
+from tests.unit.monitoring.alert_case import Case, Firing
+from tests.unit.monitoring.alert_cases import cases
 
 REPOSITORY = Path(__file__).parents[3]
 RULES = REPOSITORY / "monitoring" / "rules" / "deepsplit.yaml"
