@@ -59,6 +59,9 @@ MATRIX: dict[str, tuple[str | None, Values]] = {
         "tls": {"gateway": {"mode": "secret", "secretName": "a"}, "internal": {"mode": "secret", "secretName": "b"}},
         "ray": {"auth": {"existingSecret": "token"}},
     }),
+    "cert-manager": (None, {"tls": {
+        use: {"mode": "certManager", "issuerRef": {"name": "ours", "kind": "ClusterIssuer"}}
+        for use in ("gateway", "internal")}}),
     "no tls": (None, {"tls": {"gateway": {"mode": "disabled"}, "internal": {"mode": "disabled"}}}),
     "more names": (None, {"tls": {"gateway": {"hosts": ["llm.example.org"]}}}),
     "autoscaling": (None, {

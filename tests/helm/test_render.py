@@ -98,6 +98,19 @@ def test_each_group_has_the_probe_that_fits(rendered: dict[str, list[Manifest]])
             assert probes == [ray, ray, ready if name == "gateway" else ray], f"{row}: {name}"
 
 
+def test_cert_manager_fills_the_secrets_that_pods_mount(rendered: dict[str, list[Manifest]]) -> None:
+    objects = rendered["cert-manager"]
+    made = {o["spec"]["secretName"]: o["spec"] for o in of_kind(objects, "Certificate")}
+    assert made.keys() == {f"{NAME}-tls", f"{NAME}-internal-tls"}
+    assert not made.keys() & {o["metadata"]["name"] for o in of_kind(objects, "Secret")}
+    volumes = [v for pod in pods(objects) if pod.role == "gateway" for v in pod.spec["volumes"]]
+    assert made.keys() <= {v["secret"]["secretName"] for v in volumes if "secret" in v}
+    assert f"{NAME}.models.svc" in made[f"{NAME}-tls"]["dnsNames"]
+    assert made[f"{NAME}-internal-tls"]["dnsNames"] == ["deepsplit"]  # internal_tls.server_name
+    assert set(made[f"{NAME}-internal-tls"]["usages"]) == {"server auth", "client auth"}
+    assert all(spec["issuerRef"] == {"name": "ours", "kind": "ClusterIssuer"} for spec in made.values())
+
+
 def test_the_service_protects_its_floor() -> None:
     def floors(objects: list[Manifest]) -> dict[str, int]:
         found = of_kind(objects, "PodDisruptionBudget")
