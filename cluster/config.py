@@ -107,6 +107,15 @@ class AttentionConfig(Section):
         return self
 
 
+class ExpertSpares(Section):
+    """More expert workers while the experts are busy, each with a copy of one worker's share; Serve sets their number."""
+
+    max_workers: int = Field(ge=1, description="Most spare workers; there is always one.")
+    target_busy: float = Field(0.6, gt=0, le=1, description="Share of its time that a worker is to compute, on average.")
+    upscale_delay_s: float = Field(30.0, ge=0, description="How long more must be wanted before there are more.")
+    downscale_delay_s: float = Field(600.0, ge=0, description="How long fewer must be wanted before there are fewer.")
+
+
 class ExpertPool(Section):
     """Some of the expert workers, on nodes of one kind."""
 
@@ -115,6 +124,8 @@ class ExpertPool(Section):
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where its experts compute.")
     threads: int = Field(1, ge=1, description="Compute threads of one of its CPU workers.")
     placement: NodeSelector = Field(default_factory=NodeSelector, description="Which nodes its workers run on.")
+    spares: ExpertSpares | None = Field(None, description="Workers beyond these while the experts are busy, on a joined "
+                                                          "cluster with room for them.")
 
 
 class ExpertsConfig(Section):
@@ -133,6 +144,8 @@ class ExpertsConfig(Section):
     placement: NodeSelector = Field(default_factory=NodeSelector, description="Which nodes expert workers run on.")
     pools: tuple[ExpertPool, ...] = Field((), description="Workers on different kinds of nodes, such as GPU and CPU "
                                                           "hosts side by side.")
+    spares: ExpertSpares | None = Field(None, description="Workers beyond these while the experts are busy, on a joined "
+                                                          "cluster with room for them.")
     max_per_node: int | None = Field(None, ge=1, description="Most expert workers on one node; Ray spreads them over "
                                                              "the nodes as evenly as it can if not set.")
     heartbeat_interval_s: float = Field(1.0, gt=0, description="How often a worker reports to the directory.")
@@ -157,7 +170,7 @@ class ExpertsConfig(Section):
     def _pools_are_all_workers(self) -> Self:
         if not self.pools:
             return self
-        for name in ("device", "threads", "placement"):
+        for name in ("device", "threads", "placement", "spares"):
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise conflict(name, "is set per pool where there are pools: move it into experts.pools")
         total, names = sum(pool.workers for pool in self.pools), {pool.name for pool in self.pools}

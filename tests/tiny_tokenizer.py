@@ -63,5 +63,19 @@ def write_tokenizer(folder: Path) -> None:
     )
 
 
+def add_tokens(folder: Path, *tokens: str) -> None:
+    """Make `tokens` special tokens of the tokenizer in `folder`, in place of its last merges."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    model = content["model"]
+    for token_id, token in enumerate(tokens, VOCAB_SIZE - len(tokens)):
+        del model["vocab"][next(text for text, known in model["vocab"].items() if known == token_id)]
+        model["vocab"][token] = token_id
+        model["merges"].pop()
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        content["added_tokens"].append({"id": token_id, "content": token, **flags})
+    path.write_text(json.dumps(content))
+
+
 def _write_json(path: Path, content: dict[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -19,6 +19,7 @@ from deployments.protos.deepsplit.v1 import inference_pb2 as pb
 from deployments.protos.deepsplit.v1.inference_pb2_grpc import InferenceStub
 from tests.checkpoints import SHAPES, make_checkpoint
 from tests.integration.rest_server import MAX_MODEL_LEN, RestServer, rest_server
+from tests.tiny_tokenizer import add_tokens
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leftovers")]
 
@@ -32,8 +33,10 @@ SEQUENCES = 8
 
 @pytest.fixture(scope="module")
 def server(no_leftovers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RestServer]:
-    tools = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
-    with rest_server(make_checkpoint(tmp_path_factory.mktemp("mtp"), SHAPES["mtp"]), tools) as running:
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp("mtp"), SHAPES["mtp"])
+    add_tokens(checkpoint, "<think>", "</think>")
+    parsers = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes", "reasoning_parser": "deepseek_v3"}
+    with rest_server(checkpoint, parsers) as running:
         yield running
 
 
@@ -75,6 +78,27 @@ def test_tool_calls(client: openai.OpenAI, server: RestServer, stream: bool) -> 
         name, arguments = made.function.name, made.function.arguments
     assert name == "paint"
     assert json.loads(arguments)["colour"] in ("red", "green")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_content(client: openai.OpenAI, server: RestServer, stream: bool) -> None:
+    """As DeepSeek-V3.1 thinks: what comes before `</think>` is reasoning, if the template is told to let it think."""
+
+    def answer(thinking: bool) -> tuple[str, str]:
+        extra = {"chat_template_kwargs": {"thinking": thinking}, "ignore_eos": True}
+        asked: dict[str, Any] = {"model": server.model, "messages": MESSAGES, "max_tokens": 12, "temperature": 0,
+                                 "extra_body": extra}  # fmt: skip
+        if not stream:
+            message = client.chat.completions.create(**asked).choices[0].message
+            return message.content or "", getattr(message, "reasoning", None) or ""
+        deltas = [chunk.choices[0].delta for chunk in client.chat.completions.create(stream=True, **asked)]
+        content = "".join(delta.content or "" for delta in deltas)
+        return content, "".join(getattr(delta, "reasoning", None) or "" for delta in deltas)
+
+    said, thought = answer(thinking=False)
+    assert said
+    assert not thought
+    assert answer(thinking=True) == ("", said)
 
 
 def test_choices_log_probabilities_stop_and_seed(client: openai.OpenAI, server: RestServer) -> None:
