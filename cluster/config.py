@@ -108,10 +108,10 @@ class AttentionConfig(Section):
 
 
 class ExpertSpares(Section):
-    """More expert workers while the experts are busy, each with a copy of one worker's share; Serve sets their number."""
+    """More expert workers while the experts are busy, each with a copy of one worker's share. Serve sets the number."""
 
     max_workers: int = Field(ge=1, description="Most spare workers; there is always one.")
-    target_busy: float = Field(0.6, gt=0, le=1, description="Share of its time that a worker is to compute, on average.")
+    target_busy: float = Field(0.6, gt=0, le=1, description="Share of its time that a worker is to compute.")
     upscale_delay_s: float = Field(30.0, ge=0, description="How long more must be wanted before there are more.")
     downscale_delay_s: float = Field(600.0, ge=0, description="How long fewer must be wanted before there are fewer.")
 
@@ -124,7 +124,7 @@ class ExpertPool(Section):
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where its experts compute.")
     threads: int = Field(1, ge=1, description="Compute threads of one of its CPU workers.")
     placement: NodeSelector = Field(default_factory=NodeSelector, description="Which nodes its workers run on.")
-    spares: ExpertSpares | None = Field(None, description="Workers beyond these while the experts are busy, on a joined "
+    spares: ExpertSpares | None = Field(None, description="More workers while the experts are busy, on a joined "
                                                           "cluster with room for them.")
 
 
@@ -144,7 +144,7 @@ class ExpertsConfig(Section):
     placement: NodeSelector = Field(default_factory=NodeSelector, description="Which nodes expert workers run on.")
     pools: tuple[ExpertPool, ...] = Field((), description="Workers on different kinds of nodes, such as GPU and CPU "
                                                           "hosts side by side.")
-    spares: ExpertSpares | None = Field(None, description="Workers beyond these while the experts are busy, on a joined "
+    spares: ExpertSpares | None = Field(None, description="More workers while the experts are busy, on a joined "
                                                           "cluster with room for them.")
     max_per_node: int | None = Field(None, ge=1, description="Most expert workers on one node; Ray spreads them over "
                                                              "the nodes as evenly as it can if not set.")
@@ -367,6 +367,9 @@ class Config(Section):
         if self.attention.autoscaling is not None and self.ray.address is None:
             raise conflict(("attention", "autoscaling"), "a cluster of our own has room for attention.replicas only: "
                                                          "set ray.address, or a fixed attention.replicas")
+        if self.ray.address is None and (self.experts.spares or any(pool.spares for pool in self.experts.pools)):
+            raise conflict(("experts", "spares"), "a cluster of our own has room for experts.workers only: set "
+                                                  "ray.address, or leave spares out")
         return self
 
     @property

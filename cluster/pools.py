@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from cluster.config import ExpertsConfig
+from cluster.config import ExpertsConfig, ExpertSpares
+
+_Share = TypeVar("_Share")
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,36 @@ def expert_pools(experts: ExpertsConfig) -> tuple[Pool, ...]:
         return (Pool("", range(experts.workers), experts),)
     made, first = [], 0
     for pool in experts.pools:
-        own = {"device": pool.device, "threads": pool.threads, "placement": pool.placement, "pools": ()}
+        own = {"device": pool.device, "threads": pool.threads, "placement": pool.placement, "spares": pool.spares,
+               "pools": ()}  # fmt: skip
         made.append(Pool(pool.name, range(first, first + pool.workers), experts.model_copy(update=own)))
         first += pool.workers
     return tuple(made)
+
+
+@dataclass(frozen=True)
+class SparePool:
+    """Workers that come and go with the load; each of their slots copies one of a pool's."""
+
+    pool: Pool  # named and placed like the one that they help, with slots of their own
+    helped: range  # slots that they copy
+    scaling: ExpertSpares
+
+
+def spare_pools(experts: ExpertsConfig) -> tuple[SparePool, ...]:
+    """Their slots come after all others."""
+    made, first = [], experts.workers
+    for pool in expert_pools(experts):
+        scaling = pool.experts.spares
+        if scaling is not None:
+            slots = range(first, first + scaling.max_workers)
+            name = f"{pool.name}-spares" if pool.name else "spares"
+            made.append(SparePool(Pool(name, slots, pool.experts), pool.slots, scaling))
+            first = slots.stop
+    return tuple(made)
+
+
+def with_copies(shares: Sequence[_Share], experts: ExpertsConfig) -> list[_Share]:
+    """What each slot holds: `shares` of the workers, then those that the spare slots copy, evenly."""
+    slots = [one.helped[at % len(one.helped)] for one in spare_pools(experts) for at in range(len(one.pool.slots))]
+    return [*shares, *(shares[slot] for slot in slots)]

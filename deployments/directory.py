@@ -20,6 +20,7 @@ from ray import serve
 
 from cluster.config import Config
 from cluster.model import load_model_spec
+from cluster.pools import with_copies
 from cluster.shares import split_shares
 from deployments.fleet import AdmissionEndpoint, FleetView, GatewayMember, ReplicaEndpoint
 from deployments.ray_agents import RayAgents
@@ -60,10 +61,13 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Standing:
-    """Answer to a heartbeat: whether the directory knows the worker, and the newest published epoch (0: none)."""
+    """Answer to a heartbeat: whether the directory knows the worker, the newest published epoch (0: none), and how busy
+    the expert plane is.
+    """
 
     known: bool
     epoch: int
+    plane_busy: float  # mean over all workers that are ready, 0 to 1
 
 
 class Directory:
@@ -75,7 +79,9 @@ class Directory:
         spec = load_model_spec(config.model.path)
         experts = config.experts
         held = split_shares(spec.num_experts, experts.worker_shares(), experts.replicas_per_expert)
-        self._slots = [dict.fromkeys(spec.moe_layers, ids) for ids in held]
+        self._slots = [dict.fromkeys(spec.moe_layers, ids) for ids in with_copies(held, experts)]
+        self._workers = experts.workers  # slots from here on are spare
+        self._busy: dict[str, float] = {}  # by worker id, as of its last heartbeat
         self._model = config.model.name or config.model.path.name
         self._membership = Membership(self._slots, experts.heartbeat_timeout_s, time.monotonic())
         self._attention: dict[str, tuple[AttentionMember, float]] = {}
@@ -118,11 +124,15 @@ class Directory:
         self._wake()
         return accepted
 
-    async def heartbeat(self, worker_id: str) -> Standing:
-        """A worker's sign of life."""
+    async def heartbeat(self, worker_id: str, busy: float) -> Standing:
+        """A worker's sign of life, with the share of its time that it computes."""
         known = self._membership.heartbeat(worker_id, time.monotonic())
         table = self._membership.table(time.monotonic())
-        return Standing(known, table.epoch if table else 0)
+        self._busy[worker_id] = busy
+        ready = [member.worker_id for member in self._membership.members() if member.state == "ready"]
+        self._busy = {one: self._busy[one] for one in ready if one in self._busy}
+        plane_busy = sum(self._busy.values()) / len(self._busy) if self._busy else 0.0
+        return Standing(known, table.epoch if table else 0, plane_busy)
 
     async def leave(self, worker_id: str) -> None:
         """A worker that ends in good order."""
@@ -266,8 +276,9 @@ class Directory:
         metrics.epoch.set(table.epoch if table else 0)
         metrics.uncovered.set(self._membership.uncovered())
         for state in ("loading", "ready"):
-            workers = [m for m in self._membership.members() if m.state == state]
-            metrics.members.labels("experts", state).set(len(workers))
+            slots = [m.slot for m in self._membership.members() if m.state == state]
+            metrics.members.labels("experts", state).set(sum(slot < self._workers for slot in slots))
+            metrics.members.labels("spare_experts", state).set(sum(slot >= self._workers for slot in slots))
         for state in ("starting", "ready", "draining"):
             metrics.members.labels("attention", state).set(sum(m.state == state for m in attention))
         for state, draining in (("ready", False), ("draining", True)):

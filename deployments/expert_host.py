@@ -64,6 +64,10 @@ class ExpertHost:
         self._meter.fold()
         self._meter.metrics.waiting.set(self._server.waiting())
 
+    def busy_s(self) -> float:
+        """Seconds in which experts were computed, so far."""
+        return self._server.busy_s()
+
     def start(self, host: str) -> str:
         """Listen on a free port of `host`; returns host:port."""
         return self._server.start(host)

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Config
-from cluster.pools import Pool, expert_pools
+from cluster.pools import Pool, expert_pools, spare_pools
+from deployments.autoscaling import BUSY, spare_autoscaling
 from deployments.directory import Assignment, Standing
 from deployments.scrape import scrape_process
 from deployments.serve_logs import start_logging
@@ -42,6 +44,20 @@ DIRECTORY_AWAY = (RayError, RayServeException, TimeoutError)
 logger = logging.getLogger(__name__)
 
 
+class BusyShare:
+    """Of a worker's time, from a count of busy seconds."""
+
+    def __init__(self, now_s: float) -> None:
+        self._then_s = now_s
+        self._busy_s = 0.0
+
+    def since_last(self, busy_s: float, now_s: float) -> float:
+        """Share since the last call, 0 to 1."""
+        passed_s, worked_s = now_s - self._then_s, busy_s - self._busy_s
+        self._then_s, self._busy_s = now_s, busy_s
+        return min(1.0, worked_s / passed_s) if passed_s > 0 else 0.0
+
+
 class ExpertWorker:
     """Serve replica. Serves gRPC on its own port; Serve only starts, watches and stops it."""
 
@@ -59,6 +75,7 @@ class ExpertWorker:
         self._directory = directory
         self._heartbeat_interval_s = config.experts.heartbeat_interval_s
         self._seen_epoch = 0
+        self._plane_busy = 0.0
         self._failure: str | None = None
         worker_id, node = f"experts-{uuid.uuid4().hex[:8]}", ray.util.get_node_ip_address()
         start_logging(config.logging, "experts", worker_id)
@@ -100,16 +117,24 @@ class ExpertWorker:
             self._failure = f"slot {self._member.slot} was given to another worker while this one was not heard of"
 
     async def _beat(self) -> None:
+        busy = BusyShare(time.monotonic())
         while self._failure is None:
             await asyncio.sleep(self._heartbeat_interval_s)
+            host = getattr(self, "_host", None)  # not there while it loads
+            share = 0.0 if host is None else busy.since_last(host.busy_s(), time.monotonic())
             try:
-                answer = self._directory.heartbeat.remote(self._member.worker_id)
+                answer = self._directory.heartbeat.remote(self._member.worker_id, share)
                 standing: Standing = await asyncio.wait_for(answer, CALL_TIMEOUT_S)
                 self._seen_epoch = max(self._seen_epoch, standing.epoch)
+                self._plane_busy = standing.plane_busy
                 if not standing.known:
                     await self._announce()
             except DIRECTORY_AWAY as error:
                 logger.warning("the directory is away (%s); serving goes on", type(error).__name__)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve asks spare workers for when it sets their number."""
+        return {BUSY: self._plane_busy}
 
     async def check_health(self) -> None:
         """Serve replaces a worker whose check raises."""
@@ -141,11 +166,18 @@ def _load(config: Config, experts: Mapping[int, tuple[int, ...]], meter: ExpertM
 
 
 def expert_deployments(config: Config, directory: serve.Application) -> tuple[serve.Application, ...]:
-    """The expert workers, bound; one deployment per pool."""
-    return tuple(_deployment(config, pool, directory) for pool in expert_pools(config.experts))
+    """The expert workers, bound; one deployment per pool, and one for the spare workers of each that has some."""
+    fixed = [_deployment(config, pool, directory) for pool in expert_pools(config.experts)]
+    spare = [
+        _deployment(config, one.pool, directory, spare_autoscaling(one.scaling, len(one.helped)))
+        for one in spare_pools(config.experts)
+    ]
+    return (*fixed, *spare)
 
 
-def _deployment(config: Config, pool: Pool, directory: serve.Application) -> serve.Application:
+def _deployment(
+    config: Config, pool: Pool, directory: serve.Application, autoscaling: AutoscalingConfig | None = None
+) -> serve.Application:
     experts, placement = pool.experts, pool.experts.placement
     options: dict[str, Any] = {
         "num_cpus": experts.threads if placement.num_cpus is None else placement.num_cpus,
@@ -158,7 +190,8 @@ def _deployment(config: Config, pool: Pool, directory: serve.Application) -> ser
     deployment = serve.deployment(
         ExpertWorker,
         name=f"{NAME}-{pool.name}" if pool.name else NAME,
-        num_replicas=len(pool.slots),
+        num_replicas=len(pool.slots) if autoscaling is None else None,
+        autoscaling_config=autoscaling,
         max_replicas_per_node=experts.max_per_node,
         ray_actor_options=options,
         max_ongoing_requests=1,  # Serve sends it none

@@ -61,6 +61,7 @@ class LayerBatcher:
         self._clock = clock
         self._waiting: deque[_Work] = deque()
         self._computing = threading.Lock()
+        self.busy_s = 0.0  # that the experts were computed, so far
 
     def submit(self, request: Request) -> _Work:
         """Compute one request, possibly together with others. Errors are in the result."""
@@ -109,7 +110,9 @@ class LayerBatcher:
             failed = WorkerLost(f"expert computation failed: {error!r}")
             failed.__cause__ = error
             return failed
-        compute_us = int((self._clock() - started) * 1e6)
+        took_s = self._clock() - started
+        self.busy_s += took_s
+        compute_us = int(took_s * 1e6)
         for work, piece in zip(group, output_TH.split([len(r.hidden_TH) for r in requests]), strict=True):
             work.output_TH, work.compute_us = piece, compute_us
             work.queue_us = int((started - work.arrived) * 1e6)
@@ -200,6 +203,10 @@ class ExpertServer:
     def waiting(self) -> int:
         """Requests in the queue."""
         return self._batcher.waiting()
+
+    def busy_s(self) -> float:
+        """Seconds in which experts were computed, so far."""
+        return self._batcher.busy_s
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -68,6 +68,10 @@ MATRIX: dict[str, tuple[str | None, Values]] = {
         "ray": {"autoscaler": {"enabled": True}},
         "attention": {"replicas": 2, "autoscaling": {"enabled": True, "minReplicas": 1, "maxReplicas": 8}},
     }),
+    "spare experts": (None, {
+        "ray": {"autoscaler": {"enabled": True}},
+        "experts": {"groups": {"cpu": {"spares": {"maxWorkers": 4, "targetBusy": 0.5, "downscaleDelaySeconds": 60}}}},
+    }),
     "redis": (None, {"ray": {"gcsFaultTolerance": {
         "enabled": True, "redisAddress": "redis.data:6379", "redisPassword": {"secretName": "r"}}}}),
     "redis without password": (None, {"ray": {"gcsFaultTolerance": {"enabled": True, "redisAddress": "r:6379"}}}),

@@ -15,7 +15,7 @@ from cluster.checks import load_model, plan_for, validate
 from cluster.config import Config
 from cluster.config_file import load_config
 from cluster.keys_file import parse_keys
-from cluster.pools import expert_pools
+from cluster.pools import expert_pools, spare_pools
 from deployments.app import BuildArgs
 from tests.helm.chart import CHART, NAME, PROFILES, ROOT, Manifest, groups, helm, of_kind, render, serve_config, the
 
@@ -106,7 +106,11 @@ def test_every_row_of_the_matrix_is_a_configuration(rendered: dict[str, list[Man
         pods = {name: group["replicas"] for name, group in groups(service) if name != "head"}
         assert pods["gateway"] == whole.gateway.replicas
         assert pods["attention"] == whole.attention.replicas
-        assert sum(n for name, n in pods.items() if name.startswith("experts-")) == whole.experts.workers
+        spares = spare_pools(whole.experts)  # of which one each is always there
+        always = whole.experts.workers + len(spares)
+        assert sum(n for name, n in pods.items() if name.startswith("experts-")) == always
+        most = sum(group["maxReplicas"] for name, group in groups(service) if name.startswith("experts-"))
+        assert most == whole.experts.workers + sum(len(one.pool.slots) for one in spares)
 
 
 def test_each_role_goes_to_its_own_group(rendered: dict[str, list[Manifest]]) -> None:

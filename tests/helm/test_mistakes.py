@@ -105,6 +105,10 @@ MISTAKES: dict[str, tuple[Values, str]] = {
     "replicas without pods": (
         {"attention": {"autoscaling": {"enabled": True}}}, "set ray.autoscaler.enabled too",
     ),
+    "spare workers without pods": (
+        {"experts": {"groups": {"cpu": {"spares": {"maxWorkers": 2}}}}},
+        "experts.groups.cpu.spares.maxWorkers above 1 asks for workers that no pod is made for",
+    ),
     "no redis": ({"ray": {"gcsFaultTolerance": {"enabled": True}}}, "needs ray.gcsFaultTolerance.redisAddress"),
     "no host": ({"ingress": {"rest": {"enabled": True}}}, "ingress.rest.enabled needs ingress.rest.host"),
     "no gateway": ({"gatewayApi": {"httpRoute": {"enabled": True}}}, "needs gatewayApi.parentRefs: name the Gateway"),
@@ -145,7 +149,7 @@ def test_a_key_that_the_chart_sets_is_refused_with_its_place(path: str) -> None:
 EXAMPLES = {
     "ray.address": "auto", "ray.num_cpus": 4, "gateway.keys_file": "/k", "experts.shares": [1, 1],
     "attention.autoscaling": {"max_replicas": 2}, "experts.host": "0.0.0.0", "experts.max_per_node": 2,
-    "experts.pools": [{"name": "a", "workers": 1}],
+    "experts.pools": [{"name": "a", "workers": 1}], "experts.spares": {"max_workers": 1},
     "gateway.tls": {"cert_file": "/c", "key_file": "/k"},
     "internal_tls": {"cert_file": "/c", "key_file": "/k", "ca_file": "/a"},
     "monitoring.host": "0.0.0.0",

@@ -1,4 +1,4 @@
-"""Serve follows what attention replicas say of themselves; a stand-in says it here."""
+"""Serve follows what attention replicas and expert workers say of themselves; stand-ins say it here."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from pathlib import Path
 import pytest
 import ray
 from ray import serve
+from ray.serve.config import AutoscalingConfig
 
-from cluster.config import AttentionAutoscaling
-from deployments.autoscaling import OCCUPANCY, serve_autoscaling
+from cluster.config import AttentionAutoscaling, ExpertSpares
+from deployments.autoscaling import BUSY, OCCUPANCY, serve_autoscaling, spare_autoscaling
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leftovers")]
 
 
 class Busy:
-    """As full as a file says."""
+    """As busy as a file says."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, measure: str) -> None:
         self._file = Path(file)
+        self._measure = measure
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        return {OCCUPANCY: float(self._file.read_text())}
+        return {self._measure: float(self._file.read_text())}
 
 
 @pytest.fixture
@@ -44,24 +46,33 @@ def folder() -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def test_serve_follows_what_replicas_say(folder: Path) -> None:
-    said = folder / "occupancy"
-    said.write_text("0.5")
-    scaling = AttentionAutoscaling(max_replicas=3, upscale_delay_s=0, downscale_delay_s=0)
+@pytest.mark.parametrize(
+    ("measure", "scaling", "steps"),
+    [
+        (OCCUPANCY, serve_autoscaling(AttentionAutoscaling(max_replicas=3, upscale_delay_s=0, downscale_delay_s=0), 1),
+         [("0.5", 1), ("1.0", 3), ("0.1", 1)]),
+        # Beside two workers that are always there: 3 x 0.9 / 0.6 is 5 in all, so 3 more.
+        (BUSY, spare_autoscaling(ExpertSpares(max_workers=3, upscale_delay_s=0, downscale_delay_s=0), helped=2),
+         [("0.6", 1), ("0.9", 3), ("0.1", 1)]),
+    ],
+)  # fmt: skip
+def test_serve_follows_what_replicas_say(
+    folder: Path, measure: str, scaling: AutoscalingConfig, steps: list[tuple[str, int]]
+) -> None:
+    said = folder / "said"
+    said.write_text(steps[0][0])
     quick = {"metrics_interval_s": 0.5, "look_back_period_s": 2.0}
     deployment = serve.deployment(
-        Busy, name="attention", autoscaling_config=serve_autoscaling(scaling, 1).model_copy(update=quick),
-        ray_actor_options={"num_cpus": 0.1},
-    )  # fmt: skip
-    serve.run(deployment.bind(str(said)), name="app", route_prefix=None)
+        Busy, name="scaled", autoscaling_config=scaling.model_copy(update=quick), ray_actor_options={"num_cpus": 0.1}
+    )
+    serve.run(deployment.bind(str(said), measure), name="app", route_prefix=None)
 
     def running() -> int:
-        return serve.status().applications["app"].deployments["attention"].replica_states.get("RUNNING", 0)
+        return serve.status().applications["app"].deployments["scaled"].replica_states.get("RUNNING", 0)
 
-    assert running() == 1
-    for occupancy, replicas in (("1.0", 3), ("0.1", 1)):
-        said.write_text(occupancy)
+    for text, replicas in steps:
+        said.write_text(text)
         deadline = time.monotonic() + 60
         while running() != replicas:
-            assert time.monotonic() < deadline, f"{running()} replicas at {occupancy}"
+            assert time.monotonic() < deadline, f"{running()} replicas at {text}"
             time.sleep(0.5)

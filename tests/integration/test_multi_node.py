@@ -1,9 +1,13 @@
-"""`deepsplit up` on an existing three-node Ray cluster: attention on one host, expert workers on the two others."""
+"""`deepsplit up` on an existing three-node Ray cluster: attention on one host, expert workers on the two others, a spare
+one among them.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -33,7 +37,7 @@ def test_attention_and_experts_on_different_hosts_give_the_same_tokens(tmp_path:
     expected = greedy_reference(checkpoint, prompts, TOKENS).token_ids
     nodes = [
         Node(num_cpus=4, labels={"role": "attention"}),
-        Node(num_cpus=4, resources={"expert_host": 1}),
+        Node(num_cpus=4, resources={"expert_host": 2}),
         Node(num_cpus=4, resources={"expert_host": 1}),
     ]
     with Network(3) as network, RayCluster(network, nodes) as cluster:
@@ -48,7 +52,9 @@ def test_attention_and_experts_on_different_hosts_give_the_same_tokens(tmp_path:
                     "kv_cache_gib": 0.25, "max_model_len": 256, "max_num_seqs": 8,
                     "placement": {"labels": {"role": "attention"}},
                 },
-                "experts": {"workers": 2, "placement": {"resources": {"expert_host": 1}}},
+                "experts": {
+                    "workers": 2, "spares": {"max_workers": 2}, "placement": {"resources": {"expert_host": 1}},
+                },
                 "gateway": {"port": port},
                 "ray": {"address": cluster.address},
             }
@@ -56,9 +62,13 @@ def test_attention_and_experts_on_different_hosts_give_the_same_tokens(tmp_path:
         cli.up(config)
         report = cli.status()
         assert [replica["node"] for replica in report["attention"]] == [head.address]
-        assert sorted(worker["node"] for worker in report["experts"]) == sorted(host.address for host in hosts)
-        assert sorted(w["address"].split(":")[0] for w in report["experts"]) == sorted(h.address for h in hosts)
+        assert {worker["node"] for worker in report["experts"]} == {host.address for host in hosts}
+        assert all(worker["address"].split(":")[0] == worker["node"] for worker in report["experts"])
+        first, second, spare = report["experts"]
+        assert spare["experts"] == first["experts"] != second["experts"]
         command = [sys.executable, "-c", COMPLETE, report["gateway"]["rest"], json.dumps(prompts), str(TOKENS)]
+        assert json.loads(network.run(head, command)) == expected
+        os.kill(first["pid"], signal.SIGKILL)
         assert json.loads(network.run(head, command)) == expected
         cli.down()
         alive = cluster.python("import ray; ray.init(log_to_driver=False); print(len(ray.nodes()))")

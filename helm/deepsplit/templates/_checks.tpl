@@ -49,6 +49,9 @@
 {{- if and (eq ($group.device | default "cpu") "cuda") (not $gpus) -}}
 {{- fail (printf "%s.device is cuda, but %s.resources.limits has no nvidia.com/gpu: ask for a GPU, or set the device to cpu" $at $at) -}}
 {{- end -}}
+{{- if and (gt (int (dig "spares" "maxWorkers" 0 $group)) 1) (not $.Values.ray.autoscaler.enabled) -}}
+{{- fail (printf "%s.spares.maxWorkers above 1 asks for workers that no pod is made for: set ray.autoscaler.enabled too" $at) -}}
+{{- end -}}
 {{- if and (eq ($group.device | default "cpu") "cpu") $gpus -}}
 {{- fail (printf "%s.resources.limits has nvidia.com/gpu, but %s.device is cpu: set the device to cuda, or leave the GPU out" $at $at) -}}
 {{- end -}}

@@ -12,7 +12,7 @@ from cluster.local_node import node_resources
 from cluster.model import load_model_spec
 from cluster.nodes import NodeSpec
 from cluster.plan import make_plan
-from cluster.pools import expert_pools
+from cluster.pools import expert_pools, spare_pools, with_copies
 
 GPU = {"name": "gpu", "workers": 1, "device": "cuda", "placement": {"resources": {"gpu_host": 1}}}
 CPU = {"name": "cpu", "workers": 2, "threads": 8, "placement": {"resources": {"cpu_host": 1}}}
@@ -77,3 +77,23 @@ def test_a_local_node_offers_what_every_pool_asks_for(demo_model: Any) -> None:
     offered = node_resources(config)
     assert (offered["cpu_host"], offered["gpu_host"]) == (4, 2)
     assert offered["CPU"] >= 2 * 8 + 1
+
+
+def test_spare_slots_come_last_and_copy_their_pools_shares_evenly() -> None:
+    section = experts(workers=3, pools=[GPU | {"spares": {"max_workers": 2}}, CPU | {"spares": {"max_workers": 3}}])
+    gpu, cpu = spare_pools(section)
+    assert (gpu.pool.name, gpu.pool.slots, gpu.helped) == ("gpu-spares", range(3, 5), range(1))
+    assert (cpu.pool.name, cpu.pool.slots, cpu.helped) == ("cpu-spares", range(5, 8), range(1, 3))
+    assert (gpu.pool.experts.device, cpu.pool.experts.threads) == ("cuda", 8)
+    assert with_copies(["a", "b", "c"], section) == ["a", "b", "c", "a", "a", "b", "c", "b"]
+    assert with_copies(["a", "b"], experts(workers=2)) == ["a", "b"]
+
+
+def test_spares_need_a_cluster_with_room() -> None:
+    values: dict[str, Any] = {"model": {"path": "/m"}, "experts": {"spares": {"max_workers": 2}}}
+    with pytest.raises(ValidationError, match=r"set ray\.address, or leave spares out"):
+        Config.model_validate(values)
+    assert Config.model_validate(values | {"ray": {"address": "auto"}}).experts.spares is not None
+    pooled = {"workers": 3, "spares": {"max_workers": 1}, "pools": [GPU, CPU]}
+    with pytest.raises(ValidationError, match=r"move it into experts\.pools"):
+        experts(**pooled)

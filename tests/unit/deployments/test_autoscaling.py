@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
-from cluster.config import AttentionAutoscaling, Config
-from deployments.autoscaling import serve_autoscaling, wanted
+from cluster.config import AttentionAutoscaling, Config, ExpertSpares
+from deployments.autoscaling import BUSY, LoadPolicy, serve_autoscaling, spare_autoscaling, wanted
 
 
 @pytest.mark.parametrize(
@@ -37,3 +40,23 @@ def test_bounds_must_fit() -> None:
     scaling = config.attention.autoscaling
     assert scaling is not None
     assert serve_autoscaling(scaling, config.attention.replicas).initial_replicas == 4
+
+
+@pytest.mark.parametrize(
+    ("busy", "spares", "replicas"),
+    [(0.6, 1, 1), (0.8, 1, 3), (1.0, 1, 4), (1.0, 3, 7), (0.3, 4, 1), (0.1, 4, 0)],  # Serve keeps at least one
+)
+def test_spares_take_the_load_that_is_too_much_for_the_workers(busy: float, spares: int, replicas: int) -> None:
+    policy = LoadPolicy(BUSY, target=0.6, fixed=3)
+    context: Any = SimpleNamespace(aggregated_metrics={BUSY: {"a": busy}}, current_num_replicas=spares)
+    assert policy(context) == (replicas, {})
+
+
+def test_nothing_changes_while_no_spare_has_said_anything() -> None:
+    context: Any = SimpleNamespace(aggregated_metrics={}, current_num_replicas=2)
+    assert LoadPolicy(BUSY, target=0.6, fixed=3)(context) == (2, {})
+
+
+def test_one_spare_is_always_there() -> None:
+    scaling = spare_autoscaling(ExpertSpares(max_workers=4, downscale_delay_s=7), helped=3)
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.downscale_delay_s) == (1, 4, 7)

@@ -1,4 +1,4 @@
-"""The directory while nodes leave, without Ray."""
+"""The directory while nodes leave, and what it tells workers of the load; without Ray."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from cluster.config import Config
 from deployments.directory import AttentionMember, Directory
 from deployments.fleet import FleetView, GatewayMember
 from monitoring.discovery import ScrapeTarget
+from routing.membership import Member
 
 
 @pytest.fixture
-def directory(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> Directory:
+def outside_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.directory.start_logging", lambda *_: None)  # which takes over Serve's handlers
+
+
+@pytest.fixture
+def directory(demo_model: Path, outside_serve: None) -> Directory:
     config = {"model": {"path": demo_model}, "monitoring": {"port": 0}}
     return Directory(Config.model_validate(config).model_dump_json())
 
@@ -86,3 +91,27 @@ def test_other_nodes_stay_only_for_gateways_that_are_leaving(directory: Director
 
 def test_a_replicas_token_is_not_in_what_could_be_logged() -> None:
     assert "secret" not in repr(AttentionMember("r0", 1, "node", "ready", token="secret"))
+
+
+def test_workers_hear_how_busy_all_of_them_are(demo_model: Path, outside_serve: None) -> None:
+    config = {"model": {"path": demo_model}, "monitoring": {"port": 0}, "ray": {"address": "auto"},
+              "experts": {"workers": 2, "spares": {"max_workers": 2}}}  # fmt: skip
+    directory = Directory(Config.model_validate(config).model_dump_json())
+
+    async def scenario() -> None:
+        held = {}
+        for name, slots in (("a", range(2)), ("b", range(2)), ("spare", range(2, 4)), ("loading", range(2, 4))):
+            assignment = await directory.join(name, 1, "n", slots)
+            assert assignment is not None
+            held[name] = assignment.experts
+            if name != "loading":
+                await directory.announce(Member(name, assignment.slot, 1, "n", f"n:{assignment.slot}", "ready", 0.0), 0)
+        assert held["spare"] == held["a"] != held["b"]  # a copy of the first worker's
+        assert await directory.join("too many", 1, "n", range(2, 4)) is None
+        await directory.heartbeat("a", 0.9)
+        await directory.heartbeat("loading", 0.0)  # has no experts yet
+        assert (await directory.heartbeat("spare", 0.3)).plane_busy == pytest.approx(0.6)
+        await directory.leave("a")
+        assert (await directory.heartbeat("spare", 0.3)).plane_busy == pytest.approx(0.3)
+
+    asyncio.run(scenario())
