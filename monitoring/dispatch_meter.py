@@ -44,13 +44,12 @@ class DispatchMeter:
         self._experts = experts
         self._changing = threading.Lock()  # of the set of workers
         self._workers: set[str] = set()
-        self._samples = Deferred(self._add)
-        self.record = self._samples.record  # a dispatch ended
+        self._samples = Deferred(self._add_all)
         self.fold = self._samples.fold  # take in all that was recorded, now
 
-    def chose(self, layer: int, expert_ids_TK: np.ndarray) -> None:
-        """The router's choice for one dispatch."""
-        self._experts.add(layer, expert_ids_TK)
+    def record(self, sample: DispatchSample, layer: int, expert_ids_TK: np.ndarray) -> None:
+        """A dispatch ended. `expert_ids_TK`, the router's choice, must not change any more."""
+        self._samples.record((sample, layer, expert_ids_TK))
 
     def placement(self, epoch: int, workers: Iterable[str]) -> None:
         """A new table: forget workers that are not in it."""
@@ -69,6 +68,14 @@ class DispatchMeter:
                 self._metrics.worker_seconds.labels(worker)
                 self._metrics.worker_replies.labels(worker)
             self._workers = live
+
+    def _add_all(self, recorded: list[tuple[DispatchSample, int, np.ndarray]]) -> None:
+        chosen: defaultdict[int, list[np.ndarray]] = defaultdict(list)
+        for _, layer, expert_ids_TK in recorded:
+            chosen[layer].append(expert_ids_TK.ravel())
+        for layer, ids in chosen.items():
+            self._experts.add(layer, np.concatenate(ids))
+        self._add([sample for sample, _, _ in recorded])
 
     def _add(self, samples: list[DispatchSample]) -> None:
         metrics = self._metrics

@@ -37,8 +37,9 @@ class ExpertLoad(Collector):
         self._folded_s = clock()
 
     def add(self, layer: int, expert_ids_TK: np.ndarray) -> None:
-        """Tokens of one dispatch: ids of any integer dtype, all from 0 to E - 1."""
-        counts_E = np.bincount(expert_ids_TK.ravel(), minlength=self._num_experts)
+        """Tokens of some dispatches: ids of any integer dtype and shape; those of no expert do not count."""
+        ids = expert_ids_TK[(expert_ids_TK >= 0) & (expert_ids_TK < self._num_experts)]
+        counts_E = np.bincount(ids, minlength=self._num_experts)
         with self._lock:
             row = self._layers.get(layer)
             if row is None:

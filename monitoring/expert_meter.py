@@ -9,7 +9,7 @@ from monitoring.deferred import Deferred
 from monitoring.metrics import ExpertMetrics
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen ones take longer to make
 class BatchSample:
     """One batch of one layer. Seconds."""
 
@@ -25,7 +25,7 @@ class ExpertMeter:
         self.metrics = metrics
         self._batches = Deferred(self._add_batches)
         self._gemms = Deferred(self._add_gemms)
-        self._answers = Deferred(self._add_answers)
+        self._failures = Deferred(self._add_failures)
 
     def batch(self, sample: BatchSample) -> None:
         """Computed."""
@@ -35,26 +35,27 @@ class ExpertMeter:
         """Rows of each held expert [N] in one batch; 0 for those that nobody asked for."""
         self._gemms.record(rows_N)
 
-    def answered(self, outcome: str) -> None:
-        """One request; `ok` or an error's outcome."""
-        self._answers.record(outcome)
+    def failed(self, outcome: str) -> None:
+        """One request that ended with an error; those of a batch count as `ok`."""
+        self._failures.record(outcome)
 
     def fold(self) -> None:
         """Take in all that was told so far, now."""
         self._batches.fold()
         self._gemms.fold()
-        self._answers.fold()
+        self._failures.fold()
 
     def _add_batches(self, samples: list[BatchSample]) -> None:
         metrics = self.metrics
         metrics.batch_rows.observe([sample.rows for sample in samples])
         metrics.compute.observe([sample.compute_s for sample in samples])
         metrics.busy.inc(sum(sample.compute_s for sample in samples))
+        metrics.requests.labels("ok").inc(sum(len(sample.queue_s) for sample in samples))
         metrics.queue.observe([seconds for sample in samples for seconds in sample.queue_s])
 
     def _add_gemms(self, batches: list[list[int]]) -> None:
         self.metrics.gemm_rows.observe([rows for rows_N in batches for rows in rows_N if rows])
 
-    def _add_answers(self, outcomes: list[str]) -> None:
+    def _add_failures(self, outcomes: list[str]) -> None:
         for outcome, count in Counter(outcomes).items():
             self.metrics.requests.labels(outcome).inc(count)

@@ -97,17 +97,15 @@ class ExpertClient:
         are pure functions, so a repeat is safe. Raises UncoveredExperts, DispatchTimeout, or FrameError (never worth
         a retry).
         """
-        now = time.monotonic()
+        now, chosen_TK = time.monotonic(), expert_ids_TK.numpy()
         dispatch = InFlight(
             layer,
             hidden_TH.to(self._dispatch_dtype).contiguous(),
             weights_TK.to(torch.float32).contiguous(),
-            expert_ids_TK.numpy().astype(np.int16),
+            chosen_TK.astype(np.int16),
             now + self._settings.dispatch_timeout_s,
             now + self._settings.uncovered_timeout_s,
         )
-        if self.meter is not None:
-            self.meter.chose(layer, dispatch.remaining_TK)
         with self._lock:
             try:
                 self._send_remaining(dispatch)
@@ -129,7 +127,7 @@ class ExpertClient:
             finally:
                 dispatch.sample.total_s = time.monotonic() - now
                 if self.meter is not None:
-                    self.meter.record(dispatch.sample)
+                    self.meter.record(dispatch.sample, layer, chosen_TK)
                 # Replies of an abandoned dispatch must not wait in a stream for the next one.
                 for sent in dispatch.sent:
                     self._drop(sent.worker_id)

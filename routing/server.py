@@ -219,16 +219,15 @@ class ExpertServer:
     def _answer(self, frame: bytes) -> bytes:
         request_id = peek_request_id(frame)
         try:
-            reply, outcome = self._reply(decode_request(frame, self._hidden_size)), "ok"
+            return self._reply(decode_request(frame, self._hidden_size))
         except DeepsplitError as error:
             bug = error.__cause__
             fields = {"request_id": peek_trace(frame)}
             level = logging.ERROR if bug else logging.WARNING
             logger.log(level, "request not computed: %s", error, exc_info=bug, extra={"fields": fields})
-            reply, outcome = encode_error(request_id, error), error.outcome
-        if self._meter is not None:
-            self._meter.answered(outcome)
-        return reply
+            if self._meter is not None:
+                self._meter.failed(error.outcome)
+            return encode_error(request_id, error)
 
     def _reply(self, request: Request) -> bytes:
         work = self._batcher.submit(request)

@@ -18,6 +18,9 @@ class World:
         self.registry = CollectorRegistry()
         self.meter = DispatchMeter(DispatchMetrics(self.registry), ExpertLoad(4, "top", lambda: 0.0))
 
+    def record(self, sample: DispatchSample) -> None:
+        self.meter.record(sample, 1, np.array([[0, 1]]))
+
     def value(self, name: str, **labels: str) -> float | None:
         self.meter.fold()
         return self.registry.get_sample_value(f"deepsplit_dispatch_{name}", labels)
@@ -35,7 +38,7 @@ def sample(**fields: object) -> DispatchSample:
 
 def test_every_stage_of_a_dispatch() -> None:
     world = World()
-    world.meter.record(sample())
+    world.record(sample())
     seconds = [world.value("stage_seconds_sum", stage=stage) for stage in STAGES]
     assert seconds == pytest.approx([0.1, 0.02, 0.03, 0.4, 0.05, 0.06])
     assert world.value("shared_expert_seconds_sum") == pytest.approx(0.2)
@@ -46,15 +49,15 @@ def test_every_stage_of_a_dispatch() -> None:
 
 def test_a_way_back_that_the_shared_expert_hid_is_not_guessed() -> None:
     world = World()
-    world.meter.record(sample(return_s=None))
+    world.record(sample(return_s=None))
     assert not world.value("stage_seconds_count", stage="return")
     assert world.value("stage_seconds_count", stage="compute") == 1
 
 
 def test_a_failover_is_a_retry_that_ended_well() -> None:
     world = World()
-    world.meter.record(sample(retries=["worker_lost", "stale_placement"]))
-    world.meter.record(sample(retries=["worker_lost"], failure="uncovered"))
+    world.record(sample(retries=["worker_lost", "stale_placement"]))
+    world.record(sample(retries=["worker_lost"], failure="uncovered"))
     assert world.value("retries_total", reason="worker_lost") == 2
     assert world.value("retries_total", reason="stale_placement") == 1
     assert world.value("failovers_total") == 1
@@ -65,8 +68,8 @@ def test_a_failover_is_a_retry_that_ended_well() -> None:
 def test_the_slowest_of_several_workers_is_the_straggler() -> None:
     world = World()
     world.meter.placement(3, ["a", "b"])
-    world.meter.record(sample(workers=[("a", 0.1), ("b", 0.4)]))
-    world.meter.record(sample(workers=[("a", 0.1)]))  # alone: nobody waited for it rather than for another
+    world.record(sample(workers=[("a", 0.1), ("b", 0.4)]))
+    world.record(sample(workers=[("a", 0.1)]))  # alone: nobody waited for it rather than for another
     assert world.value("last_replies_total", expert_worker="a") == 0
     assert world.value("last_replies_total", expert_worker="b") == 1
     assert world.value("worker_replies_total", expert_worker="a") == 2
@@ -77,10 +80,10 @@ def test_the_slowest_of_several_workers_is_the_straggler() -> None:
 def test_workers_that_left_leave_no_series() -> None:
     world = World()
     world.meter.placement(1, ["a", "b"])
-    world.meter.record(sample(workers=[("a", 0.1), ("b", 0.4)]))
+    world.record(sample(workers=[("a", 0.1), ("b", 0.4)]))
     world.meter.fold()
     world.meter.placement(2, ["b", "c"])
-    world.meter.record(sample(workers=[("a", 0.1), ("b", 0.4)]))  # replied before it left
+    world.record(sample(workers=[("a", 0.1), ("b", 0.4)]))  # replied before it left
     assert world.value("worker_replies_total", expert_worker="a") is None
     assert world.value("worker_replies_total", expert_worker="b") == 2
     assert world.value("worker_replies_total", expert_worker="c") == 0
@@ -90,5 +93,9 @@ def test_the_routers_choice_is_counted() -> None:
     experts = ExpertLoad(4, "top", lambda: 0.0)
     registry = CollectorRegistry()
     registry.register(experts)
-    DispatchMeter(DispatchMetrics(CollectorRegistry()), experts).chose(5, np.array([[0, 1], [2, 3]], dtype=np.int16))
-    assert registry.get_sample_value("deepsplit_layer_routed_tokens_total", {"layer": "5"}) == 4
+    meter = DispatchMeter(DispatchMetrics(CollectorRegistry()), experts)
+    for layer in (5, 5, 6):
+        meter.record(sample(), layer, np.array([[0, 1], [2, -1]], dtype=np.int16))
+    meter.fold()
+    assert registry.get_sample_value("deepsplit_layer_routed_tokens_total", {"layer": "5"}) == 6
+    assert registry.get_sample_value("deepsplit_layer_routed_tokens_total", {"layer": "6"}) == 3

@@ -9,14 +9,13 @@ from monitoring.expert_meter import BatchSample, ExpertMeter
 from monitoring.metrics import ExpertMetrics
 
 
-def test_batches_gemms_and_answers() -> None:
+def test_batches_gemms_and_failures() -> None:
     registry = CollectorRegistry()
     meter = ExpertMeter(ExpertMetrics(registry))
     meter.batch(BatchSample(rows=5, compute_s=0.2, queue_s=(0.0, 0.3)))
     meter.batch(BatchSample(rows=1, compute_s=0.1, queue_s=(0.1,)))
     meter.gemms([3, 0, 2, 0])
-    meter.answered("ok")
-    meter.answered("bad_frame")
+    meter.failed("bad_frame")
     meter.fold()
 
     def value(name: str, **labels: str) -> float | None:
@@ -26,4 +25,4 @@ def test_batches_gemms_and_answers() -> None:
     assert value("busy_seconds_total") == pytest.approx(0.3)
     assert (value("queue_seconds_count"), value("queue_seconds_sum")) == (3, pytest.approx(0.4))
     assert (value("gemm_rows_count"), value("gemm_rows_sum")) == (2, 5)  # experts that nobody asked for are left out
-    assert value("requests_total", outcome="ok") == value("requests_total", outcome="bad_frame") == 1
+    assert (value("requests_total", outcome="ok"), value("requests_total", outcome="bad_frame")) == (3, 1)
