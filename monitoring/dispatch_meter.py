@@ -53,20 +53,14 @@ class DispatchMeter:
 
     def placement(self, epoch: int, workers: Iterable[str]) -> None:
         """A new table: forget workers that are not in it."""
+        metrics, live = self._metrics, set(workers)
         with self._changing:
-            self._metrics.epoch.set(epoch)
-            live = set(workers)
-            for gone in self._workers - live:
-                for by_worker in (
-                    self._metrics.worker_seconds,
-                    self._metrics.worker_replies,
-                    self._metrics.last_replies,
-                ):
+            metrics.epoch.set(epoch)
+            for by_worker in (metrics.worker_seconds, metrics.worker_replies, metrics.last_replies):
+                for gone in self._workers - live:
                     by_worker.remove(gone)
-            for worker in live - self._workers:
-                self._metrics.last_replies.labels(worker)
-                self._metrics.worker_seconds.labels(worker)
-                self._metrics.worker_replies.labels(worker)
+                for come in live - self._workers:
+                    by_worker.labels(come)  # from 0 on, or rates miss the first
             self._workers = live
 
     def _add_all(self, recorded: list[tuple[DispatchSample, int, np.ndarray]]) -> None:
