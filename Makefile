@@ -33,7 +33,7 @@ test: lint ## lint and every test
 	$(BIN)/python -m pytest
 
 docs: $(READY) ## regenerate docs/configuration.md and docs/metrics.md
-	$(BIN)/python -m cluster.reference > docs/configuration.md
+	$(BIN)/python -m cluster.config.reference > docs/configuration.md
 	$(BIN)/python -m monitoring.catalogue > docs/metrics.md
 
 rules: $(READY) ## regenerate the alerting rules; RUNBOOKS=URL of docs/runbooks where you serve it

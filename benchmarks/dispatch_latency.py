@@ -21,9 +21,9 @@ from queue import SimpleQueue
 import torch
 
 from cluster.config import DispatchConfig
-from routing.client import ExpertClient, ExpertShape
-from routing.placement import PlacementFile, PlacementTable, WorkerEndpoint
-from routing.server import ExpertServer
+from routing.tokens.client import ExpertClient, ExpertShape
+from routing.tokens.placement import PlacementFile, PlacementTable, WorkerEndpoint
+from routing.tokens.server import ExpertServer
 
 import grpc  # isort: skip  # after routing, which sets gRPC's endpoint experiments
 

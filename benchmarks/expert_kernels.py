@@ -36,9 +36,9 @@ def main() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read when torch is loaded
     import torch
 
-    from deployments.expert_compute import ExpertCompute
-    from deployments.expert_kernels import load_vllm_operators
-    from deployments.expert_weights import ExpertWeights, LayerExperts
+    from deployments.experts.compute import ExpertCompute
+    from deployments.experts.kernels import load_vllm_operators
+    from deployments.experts.weights import ExpertWeights, LayerExperts
 
     generator = torch.Generator().manual_seed(0)
 

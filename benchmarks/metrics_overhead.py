@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.model import load_model_spec
+from cluster.model.spec import load_model_spec
 from tests.expert_processes import ExpertPlane
 
 MODEL = Path("models/demo")
@@ -75,7 +75,7 @@ class _Engine:
     def __init__(self, engine_args: Any, sequences: int) -> None:
         import vllm
 
-        from deployments.remote_experts import RemoteRoutedExperts
+        from deployments.attention.remote_experts import RemoteRoutedExperts
 
         self._llm = vllm.LLM(
             str(MODEL), dtype="bfloat16", max_model_len=1024, max_num_seqs=sequences, enforce_eager=True,

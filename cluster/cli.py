@@ -10,18 +10,18 @@ from pathlib import Path
 
 import click
 
-from cluster.api_keys import key_hash, new_key
-from cluster.checks import check_files, check_model, load_model, plan_for, validate
 from cluster.config import Config
-from cluster.config_file import load_config
+from cluster.config.file import load_config
 from cluster.errors import DeepsplitError, StartupError
-from cluster.keys_editor import add_key, snippet
-from cluster.keys_file import tenant_name_fault
-from cluster.launcher import BUILDER, down, grpc_target, rest_url, status, up, up_detached
-from cluster.plan import to_json
-from cluster.plan_text import plan_text
-from cluster.state import ClusterState, StateFolder
-from cluster.supervisor import Stopped
+from cluster.keys.api_keys import key_hash, new_key
+from cluster.keys.editor import add_key, snippet
+from cluster.keys.file import tenant_name_fault
+from cluster.launch.launcher import BUILDER, down, grpc_target, rest_url, status, up, up_detached
+from cluster.launch.state import ClusterState, StateFolder
+from cluster.launch.supervisor import Stopped
+from cluster.plan.checks import check_files, check_model, load_model, plan_for, validate
+from cluster.plan.plan import to_json
+from cluster.plan.text import plan_text
 
 _DEFAULTS = (Path("deepsplit.yaml"), Path("examples/local.yaml"))
 _CONFIG = click.Path(path_type=Path, dir_okay=False)

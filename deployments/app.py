@@ -10,11 +10,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 from ray import serve
 
 from cluster.config import Config
-from deployments.admission_service import admission_deployment
-from deployments.attention import attention_deployment
-from deployments.directory import directory_deployment
-from deployments.expert_worker import expert_deployments
-from deployments.gateway import gateway_deployment
+from deployments.admission.replica import admission_deployment
+from deployments.attention.deployment import attention_deployment
+from deployments.directory.replica import directory_deployment
+from deployments.experts.worker import expert_deployments
+from deployments.gateway.replica import gateway_deployment
 
 
 def _parsed(config: object) -> object:

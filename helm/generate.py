@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel
 
 from cluster.config import Config
-from cluster.keys_file import TenantEntry
+from cluster.keys.file import TenantEntry
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "helm" / "deepsplit"

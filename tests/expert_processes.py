@@ -4,8 +4,8 @@
         plane.publish(plane.start(shares=[3, 1]))
         with Engine(checkpoint, engine_args=plane.engine_args) as engine: ...
 
-Each process is what a Serve replica is inside: `deployments.expert_host.ExpertHost`. One engine can be led from one set
-of workers to the next by another `publish`.
+Each process is what a Serve replica is inside: `deployments.experts.host.ExpertHost`. One engine can be led from one
+set of workers to the next by another `publish`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from cluster.config import Config, DispatchConfig, Dtype, ExpertsConfig, InternalTlsConfig, ModelConfig
-from cluster.model import load_model_spec
-from cluster.shares import split_shares
+from cluster.model.spec import load_model_spec
+from cluster.plan.shares import split_shares
 from monitoring.expert_meter import BatchSample, ExpertMeter
 from monitoring.metrics import ExpertMetrics
-from routing.placement import PlacementFile, PlacementTable, WorkerEndpoint
+from routing.tokens.placement import PlacementFile, PlacementTable, WorkerEndpoint
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -119,7 +119,7 @@ class _NoMeter(ExpertMeter):
 
 
 def _serve(config: Config, experts: Mapping[int, tuple[int, ...]], metered: bool) -> None:
-    from deployments.expert_host import ExpertHost
+    from deployments.experts.host import ExpertHost
 
     meter = (ExpertMeter if metered else _NoMeter)(ExpertMetrics(CollectorRegistry()))
     host = ExpertHost(config, experts, meter)

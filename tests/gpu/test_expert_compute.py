@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.model import load_checkpoint_index, load_model_spec
-from deployments.expert_compute import ExpertCompute
-from deployments.expert_weights import load_experts
+from cluster.model.spec import load_checkpoint_index, load_model_spec
+from deployments.experts.compute import ExpertCompute
+from deployments.experts.weights import load_experts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and this machine has none")
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.checks import load_model, plan_for, validate
 from cluster.config import Config
-from cluster.config_file import load_config
-from cluster.keys_file import parse_keys
-from cluster.pools import expert_pools, spare_pools
+from cluster.config.file import load_config
+from cluster.keys.file import parse_keys
+from cluster.plan.checks import load_model, plan_for, validate
+from cluster.plan.pools import expert_pools, spare_pools
 from deployments.app import BuildArgs
 from tests.helm.chart import CHART, NAME, PROFILES, ROOT, Manifest, groups, helm, of_kind, render, serve_config, the
 

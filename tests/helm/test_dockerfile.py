@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from cluster.preflight import RAY_VERSION, VLLM_VERSION
+from cluster.launch.preflight import RAY_VERSION, VLLM_VERSION
 from tests.helm.chart import ROOT, pods, render
 
 Stage = list[tuple[str, str]]

@@ -127,7 +127,7 @@ def test_one_value_sets_every_time_of_a_stream(rendered: dict[str, list[Manifest
         if pod.role != "test":
             assert pod.spec["terminationGracePeriodSeconds"] == 1294
             hook = pod.spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-            assert hook == ["python", "-m", "deployments.node_drain", "--wait-s", "1234"]
+            assert hook == ["python", "-m", "deployments.directory.node_drain", "--wait-s", "1234"]
 
 
 def test_scaling_attention_changes_nothing_else() -> None:

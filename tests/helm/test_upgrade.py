@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.certificates import load_internal, load_public
 from cluster.config import InternalTlsConfig, ServerTls
+from cluster.tls.certificates import load_internal, load_public
 from tests.helm.chart import (
     CHART,
     NAME,

@@ -16,9 +16,9 @@ from pathlib import Path
 import ray
 from ray import serve
 
-from benchmarks.free_port import free_port
+from benchmarks.measuring.free_port import free_port
 from cluster.config import Config
-from cluster.driver import APP, GATEWAY
+from cluster.launch.driver import APP, GATEWAY
 from deployments.app import BuildArgs, build
 
 MODEL = "tiny"

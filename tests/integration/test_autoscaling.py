@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 
 from cluster.config import AttentionAutoscaling, ExpertSpares
-from deployments.autoscaling import BUSY, OCCUPANCY, serve_autoscaling, spare_autoscaling
+from deployments.hosting.autoscaling import BUSY, OCCUPANCY, serve_autoscaling, spare_autoscaling
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leftovers")]
 

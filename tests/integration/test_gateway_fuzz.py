@@ -12,9 +12,9 @@ import httpx
 import psutil
 import pytest
 
-from benchmarks.gateway_process import GatewayProcess
-from benchmarks.service_model import ServiceModel
-from benchmarks.standin_fleet import Standin, StandinFleet
+from benchmarks.standins.fleet import Standin, StandinFleet
+from benchmarks.standins.gateway_process import GatewayProcess
+from benchmarks.standins.service_model import ServiceModel
 from cluster.config import Config
 from tests.cli import free_port
 from tests.integration import grpc_attacks, http_attacks

@@ -15,8 +15,8 @@ import torch
 
 from cluster.config import DispatchConfig, InternalTlsConfig
 from cluster.errors import WorkerLost
-from routing.wire import Request, encode_request
-from routing.worker_link import WorkerLink
+from routing.tokens.link import WorkerLink
+from routing.tokens.wire import Request, encode_request
 from tests.certificates import Authority, MountedSecret
 from tests.cli import Cli, complete, free_port, wait_until
 

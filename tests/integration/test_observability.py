@@ -21,7 +21,7 @@ import httpx
 import pytest
 import yaml
 
-from cluster.api_keys import key_hash, new_key
+from cluster.keys.api_keys import key_hash, new_key
 from monitoring.alerts.__main__ import all_groups
 from monitoring.alerts.rule import Alert, Record
 from monitoring.boards.__main__ import all_boards

@@ -145,7 +145,7 @@ spec:
             command:
               - python
               - -m
-              - deployments.node_drain
+              - deployments.directory.node_drain
               - --wait-s
               - {{ $values.longestStreamSeconds | quote }}
       volumeMounts:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from cluster.api_keys import key_hash
 from cluster.cli import cli
-from cluster.keys_file import load_keys
+from cluster.keys.api_keys import key_hash
+from cluster.keys.file import load_keys
 
 
 def test_a_new_key_is_printed_once_and_its_hash_is_for_the_file(tmp_path: Path) -> None:

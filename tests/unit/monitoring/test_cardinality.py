@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from cluster import errors
-from deployments.request_meter import BUG, CANCELLED, CLIENT_ERROR, ENGINE_ERROR, OK
+from deployments.gateway.meter import BUG, CANCELLED, CLIENT_ERROR, ENGINE_ERROR, OK
 from monitoring.bulk_histogram import BulkHistogram
 from monitoring.expert_load import Detail, ExpertLoad
 from monitoring.exporter import ProcessRegistry

@@ -23,7 +23,7 @@ WORKER = Process("experts", "10.0.0.7", "r-1", "experts-1")
 def record(message: str, fields: dict[str, object] | None = None, error: Exception | None = None) -> logging.LogRecord:
     made = logging.makeLogRecord(
         {
-            "name": "routing.server", "levelno": logging.WARNING, "levelname": "WARNING", "msg": message,
+            "name": "routing.tokens.server", "levelno": logging.WARNING, "levelname": "WARNING", "msg": message,
             "created": 1795523045.25, "process": 4242, "exc_info": error and (type(error), error, None),
         }
     )  # fmt: skip
@@ -34,7 +34,7 @@ def record(message: str, fields: dict[str, object] | None = None, error: Excepti
 def test_json_has_every_field_and_leaves_out_what_is_not_known() -> None:
     fields = {"request_id": "cmpl-a", "tenant": None, "status": 0, "replicas": ("x", "y"), "ttft_s": 0.25}
     assert json.loads(JsonFormatter(WORKER).format(record("late", fields))) == {
-        "time": "2026-11-24T12:24:05.250Z", "level": "warning", "logger": "routing.server", "message": "late",
+        "time": "2026-11-24T12:24:05.250Z", "level": "warning", "logger": "routing.tokens.server", "message": "late",
         "role": "experts", "node": "10.0.0.7", "replica_id": "r-1", "worker_id": "experts-1", "pid": 4242,
         "request_id": "cmpl-a", "status": 0, "replicas": ["x", "y"], "ttft_s": 0.25,
     }  # fmt: skip
@@ -43,7 +43,7 @@ def test_json_has_every_field_and_leaves_out_what_is_not_known() -> None:
 def test_text_is_one_line_with_its_fields() -> None:
     fields = {"request_id": "cmpl-a", "path": "a b", "replicas": ("x", "y"), "ttft_s": 0.25, "plane": None}
     assert TextFormatter(WORKER).format(record("late", fields)) == (
-        "2026-11-24T12:24:05.250Z WARNING experts 4242 routing.server: late "
+        "2026-11-24T12:24:05.250Z WARNING experts 4242 routing.tokens.server: late "
         'request_id=cmpl-a path="a b" replicas=x,y ttft_s=0.250'
     )
 
@@ -95,12 +95,13 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_a_replicas_lines_all_go_to_serves_file(tmp_path: Path) -> None:
     with serve_log(tmp_path) as path:
         take_over_serve("json", "debug", WORKER)
-        for name in ("routing.client", "deployments.relay", "ray.serve", "vllm.engine", "aiohttp.server"):
+        for name in ("routing.tokens.client", "deployments.app", "ray.serve", "vllm.engine", "aiohttp.server"):
             logging.getLogger(name).debug("low")
             logging.getLogger(name).info("middle")
             logging.getLogger(name).warning("high")
     said = [(line["logger"], line["level"]) for line in lines(path)]
-    ours = [(name, level) for name in ("routing.client", "deployments.relay") for level in ("debug", "info", "warning")]
+    levels = ("debug", "info", "warning")
+    ours = [(name, level) for name in ("routing.tokens.client", "deployments.app") for level in levels]
     theirs = [(name, level) for name in ("ray.serve", "vllm.engine") for level in ("info", "warning")]
     assert said == [*ours, *theirs, ("aiohttp.server", "warning")]
     assert {line["worker_id"] for line in lines(path)} == {"experts-1"}
@@ -109,7 +110,7 @@ def test_a_replicas_lines_all_go_to_serves_file(tmp_path: Path) -> None:
 def test_the_level_holds_for_libraries_too(tmp_path: Path) -> None:
     with serve_log(tmp_path) as path:
         take_over_serve("json", "error", WORKER)
-        for name in ("routing.client", "ray.serve", "vllm.engine", "aiohttp.server"):
+        for name in ("routing.tokens.client", "ray.serve", "vllm.engine", "aiohttp.server"):
             logging.getLogger(name).warning("high")
             logging.getLogger(name).error("highest")
     assert [line["level"] for line in lines(path)] == ["error"] * 4
@@ -121,11 +122,12 @@ def test_a_process_that_vllm_starts_has_a_file_beside_the_replicas(tmp_path: Pat
     config = json.dumps(child_config("json", "info", Process("engine", "10.0.0.7", "r-1"), file))
     code = (
         "import json, logging.config, sys; logging.config.dictConfig(json.loads(sys.argv[1]));"
-        "logging.getLogger('routing.client').info('ours', extra={'fields': {'request_id': 'cmpl-a'}});"
-        "logging.getLogger('vllm.core').info('theirs'); logging.getLogger('routing.client').debug('low')"
+        "logging.getLogger('routing.tokens.client').info('ours', extra={'fields': {'request_id': 'cmpl-a'}});"
+        "logging.getLogger('vllm.core').info('theirs'); logging.getLogger('routing.tokens.client').debug('low')"
     )
     child = subprocess.Popen([sys.executable, "-c", code, config])
     assert child.wait(60) == 0
     said = lines(tmp_path / f"engine_r-1_{child.pid}.log")
-    assert [(line["logger"], line["message"]) for line in said] == [("routing.client", "ours"), ("vllm.core", "theirs")]
+    expected = [("routing.tokens.client", "ours"), ("vllm.core", "theirs")]
+    assert [(line["logger"], line["message"]) for line in said] == expected
     assert (said[0]["role"], said[0]["replica_id"], said[0]["request_id"]) == ("engine", "r-1", "cmpl-a")

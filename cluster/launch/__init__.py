@@ -1,0 +1,1 @@
+"""`deepsplit up`: the launcher and the processes that it owns."""

@@ -1,0 +1,1 @@
+"""The model and its checkpoint, as files say it."""

@@ -1,0 +1,1 @@
+"""What would run where, and whether it fits."""

@@ -1,0 +1,193 @@
+"""What a configuration would run where, how much memory each process takes, and what crosses the wire. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.config import Config
+from cluster.errors import PlanError
+from cluster.model.spec import ModelSpec
+from cluster.plan.fit import Need, place
+from cluster.plan.nodes import GIB, NodeSpec
+from cluster.plan.pools import expert_pools
+from cluster.plan.shares import split_shares
+from cluster.plan.wire_traffic import DTYPE_BYTES, WireTraffic, expected_workers, wire_traffic
+
+# Resident memory before any weight, measured on CPU hosts: one engine is three processes that import vLLM (3.5 GB);
+# a worker imports torch, gRPC and Ray; Ray's own processes, Serve's controller and proxy, directory and gateway.
+_ATTENTION_OVERHEAD = int(3.3 * GIB)
+_EXPERT_OVERHEAD = int(0.45 * GIB)
+_SERVICES_OVERHEAD = int(1.5 * GIB)
+
+_FIXES = {
+    "services": "free some memory on the head node",
+    "attention": "lower attention.kv_cache_gib or attention.replicas, raise attention.tensor_parallel_size on GPUs, "
+    "or add nodes",
+    "experts": "add nodes, raise experts.workers so that each holds less, lower experts.replicas_per_expert, or set "
+    "experts.dtype: bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of the model, in bytes."""
+
+    name: str
+    architecture: str
+    dtype: str  # of activations
+    moe_layers: int  # MTP layers included
+    experts_per_layer: int
+    top_k: int
+    checkpoint_bytes: int
+    expert_bytes_on_disk: int  # one routed expert
+    expert_bytes_in_memory: int  # one routed expert in the workers' dtype
+    attention_weight_bytes: int  # everything but the routed experts, in memory
+    kv_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class WorkerExperts:
+    """The share of one expert worker, the same in every layer."""
+
+    worker: str
+    experts_per_layer: int
+    expert_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that `deepsplit plan` prints."""
+
+    model: ModelFacts
+    processes: tuple[Need, ...]
+    workers: tuple[WorkerExperts, ...]
+    wire: WireTraffic
+    nodes: tuple[NodeSpec, ...]  # empty: not held against any
+    kv_cache_tokens: int | None  # per CPU attention replica; None on GPUs
+    shortfalls: tuple[str, ...]
+
+    def check(self) -> None:
+        """Raises PlanError, with every shortfall and its fix, if something does not fit."""
+        if self.shortfalls:
+            raise PlanError("the plan does not fit:\n" + "\n".join(f"  {sentence}" for sentence in self.shortfalls))
+
+
+def make_plan(config: Config, spec: ModelSpec, nodes: Sequence[NodeSpec]) -> Plan:
+    """Raises PlanError when the experts cannot be divided as asked; what does not fit is in `shortfalls`."""
+    model = model_facts(config, spec)
+    held = split_shares(spec.num_experts, config.experts.worker_shares(), config.experts.replicas_per_expert)
+    kv_bytes = 0 if config.attention.device == "cuda" else int(config.attention.kv_cache_gib * GIB)
+    needs = _needs(config, model, kv_bytes, [len(ids) for ids in held])
+    shortfalls: tuple[str, ...] = ()
+    if nodes:
+        needs, shortfalls = place(needs, nodes)
+        roles = list(dict.fromkeys(need.role for need in needs if need.node is None))
+        shortfalls = tuple(f"{text}; {_FIXES[role]}" for text, role in zip(shortfalls, roles, strict=True))
+    decode_layers = len([layer for layer in spec.moe_layers if layer < spec.num_hidden_layers])
+    # The one MTP layer runs once per drafted token.
+    drafting = config.attention.speculative_tokens if spec.num_mtp_layers else 0
+    wire = wire_traffic(
+        expected_workers([len(ids) for ids in held], spec.num_experts, spec.top_k, config.experts.replicas_per_expert),
+        config.experts.workers,
+        spec.hidden_size,
+        spec.top_k,
+        decode_layers + drafting,
+        _dtype(config.dispatch.dispatch_dtype, model.dtype),
+        _dtype(config.dispatch.combine_dtype, model.dtype),
+    )
+    workers = tuple(WorkerExperts(f"experts-{i}", len(ids), ids) for i, ids in enumerate(held))
+    tokens = kv_bytes // model.kv_bytes_per_token if kv_bytes else None
+    return Plan(model, needs, workers, wire, tuple(nodes), tokens, shortfalls)
+
+
+def model_facts(config: Config, spec: ModelSpec) -> ModelFacts:
+    """Sizes from config.json and the tensors' names alone."""
+    dtype = _dtype(config.model.dtype, spec.dtype)
+    drafting = bool(config.attention.speculative_tokens and spec.num_mtp_layers)
+    on_disk = spec.expert_bytes("fp8" if spec.expert_quant else spec.dtype)
+    kv_layers = spec.num_hidden_layers + (spec.num_mtp_layers if drafting else 0)
+    return ModelFacts(
+        name=config.model.name or config.model.path.name,
+        architecture=spec.architecture,
+        dtype=dtype,
+        moe_layers=len(spec.moe_layers),
+        experts_per_layer=spec.num_experts,
+        top_k=spec.top_k,
+        checkpoint_bytes=_attention_bytes(spec, spec.dtype, drafting=bool(spec.num_mtp_layers))
+        + on_disk * spec.num_experts * len(spec.moe_layers),
+        expert_bytes_on_disk=on_disk,
+        expert_bytes_in_memory=spec.expert_bytes(_dtype(config.experts.dtype, dtype)),
+        attention_weight_bytes=_attention_bytes(spec, dtype, drafting),
+        kv_bytes_per_token=_kv_values_per_layer(spec) * kv_layers * DTYPE_BYTES[dtype],
+    )
+
+
+def _needs(config: Config, model: ModelFacts, kv_bytes: int, counts: Sequence[int]) -> tuple[Need, ...]:
+    attention = config.attention
+    by_slot = [pool.experts for pool in expert_pools(config.experts) for _ in pool.slots]
+    needs = [Need("gateway, directory and Ray", "services", 0, 0, _SERVICES_OVERHEAD)]
+    needs += [
+        Need(
+            f"attention-{i}",
+            "attention",
+            model.attention_weight_bytes,
+            kv_bytes,
+            _ATTENTION_OVERHEAD,
+            gpus=attention.tensor_parallel_size if attention.device == "cuda" else 0,
+            labels=attention.placement.labels,
+            resources=attention.placement.resources,
+        )
+        for i in range(attention.replicas)
+    ]
+    needs += [
+        Need(
+            f"experts-{i}",
+            "experts",
+            model.expert_bytes_in_memory * count * model.moe_layers,
+            0,
+            _EXPERT_OVERHEAD,
+            gpus=max(1, math.ceil(experts.placement.num_gpus or 1)) if experts.device == "cuda" else 0,
+            labels=experts.placement.labels,
+            resources=experts.placement.resources,
+        )
+        for i, (count, experts) in enumerate(zip(counts, by_slot, strict=True))
+    ]
+    return tuple(needs)
+
+
+def _dtype(asked: str, otherwise: str) -> str:
+    return otherwise if asked == "auto" else asked
+
+
+def _attention_bytes(spec: ModelSpec, dtype: str, drafting: bool) -> int:
+    """Everything but the routed experts. In an FP8 checkpoint the embeddings and heads are not quantised."""
+    params = spec.attention_params + (spec.mtp_attention_params if drafting else 0)
+    if spec.expert_quant is None:
+        return params * DTYPE_BYTES[dtype]
+    plain = 2 * spec.vocab_size * spec.hidden_size * (1 + (spec.num_mtp_layers if drafting else 0))
+    return (params - plain) + plain * DTYPE_BYTES[dtype]
+
+
+def _kv_values_per_layer(spec: ModelSpec) -> int:
+    """Values that one token leaves in one layer's KV cache: MLA's latent and rotary key, or keys and values."""
+    raw: Mapping[str, int] = json.loads((spec.path / "config.json").read_text())
+    text = raw.get("text_config") or raw
+    assert isinstance(text, Mapping)
+    if text.get("kv_lora_rank"):
+        return int(text["kv_lora_rank"]) + int(text["qk_rope_head_dim"])
+    heads = int(text["num_attention_heads"])
+    return 2 * int(text.get("num_key_value_heads") or heads) * int(text.get("head_dim") or spec.hidden_size // heads)
+
+
+def to_json(plan: Plan) -> str:
+    """The whole plan, sizes in bytes."""
+    data = dataclasses.asdict(dataclasses.replace(plan, nodes=()))
+    data["nodes"] = [node.model_dump() for node in plan.nodes]
+    for process, need in zip(data["processes"], plan.processes, strict=True):
+        process |= {"host_bytes": need.host_bytes, "bytes_per_gpu": need.gpu_bytes}
+    data["fits"] = None if not plan.nodes else not plan.shortfalls
+    return json.dumps(data, indent=2)

@@ -1,0 +1,1 @@
+"""The waiting room of one gateway, and the common admission of several."""

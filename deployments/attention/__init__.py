@@ -1,0 +1,1 @@
+"""Attention replicas: vLLM engines without the routed experts."""

@@ -1,0 +1,133 @@
+"""Loads everything but the routed experts, so an attention replica neither reads nor allocates them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Generator
+
+import torch
+from safetensors import SafetensorError, safe_open
+from vllm.config import ModelConfig, VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.platforms import current_platform
+
+from cluster.errors import CheckpointError, StartupError
+from cluster.model.spec import is_routed_expert, load_checkpoint_index, load_model_spec
+from deployments.attention.parent_watch import end_with_parent
+from deployments.attention.remote_experts import RemoteRoutedExperts
+from deployments.attention.settings import RemoteExpertsSettings, settings_of
+from deployments.hosting.scrape import ProcessScrape, write_scrape_file
+from monitoring.dispatch_meter import DispatchMeter
+from monitoring.expert_load import ExpertLoad
+from monitoring.exporter import ProcessRegistry
+from monitoring.metrics import DispatchMetrics
+from routing.tokens.channel import model_id
+from routing.tokens.client import ExpertClient, ExpertShape
+from routing.tokens.expert_load import ExpertLoadFile
+from routing.tokens.placement import UNCOVERED, PlacementFile
+
+logger = logging.getLogger(__name__)
+
+
+class AttentionOnlyLoader(DefaultModelLoader):
+    """vLLM model loader `load_format="deepsplit"`."""
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> torch.nn.Module:
+        """Build and load the model (main or MTP), then connect its MoE layers to the expert plane."""
+        settings = settings_of(vllm_config)
+        if settings is None:
+            raise StartupError("load_format=deepsplit needs additional_config['deepsplit']; start through `deepsplit`")
+        if current_platform.is_cpu() and not model_config.enforce_eager:
+            raise StartupError(
+                "on CPU vLLM would compile the dispatch into its graph, which cannot be: leave "
+                "attention.engine_args.enforce_eager at true"
+            )
+        model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
+        local = [layer.layer_name for layer in layers if not isinstance(layer, RemoteRoutedExperts)]
+        if local or not layers:
+            raise StartupError(
+                f"{type(model).__name__} keeps its routed experts to itself"
+                f"{' in ' + local[0] if local else ''}: vLLM's extension point RoutedExperts is not in use, so this "
+                f"model cannot be split"
+            )
+        end_with_parent()
+        _wait_for_experts(settings, sorted(layer.layer_index for layer in layers))
+        if get_tensor_model_parallel_rank() == 0:  # the only one that dispatches
+            client = _client(settings, model_config.dtype)
+            for layer in layers:
+                layer.client = client
+        return model
+
+    def get_all_weights(
+        self, model_config: ModelConfig, model: torch.nn.Module
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """Every tensor that is not a routed expert's, read one at a time; names are filtered before a byte is read."""
+        index = load_checkpoint_index(model_config.model)
+        shards: dict[str, list[str]] = {}
+        for name, shard in index.weight_map.items():
+            if not is_routed_expert(name):
+                shards.setdefault(shard, []).append(name)
+        bytes_read = 0
+        for shard in sorted(shards):
+            try:
+                with safe_open(index.path / shard, framework="pt") as tensors:
+                    for name in sorted(shards[shard]):
+                        tensor = tensors.get_tensor(name)
+                        bytes_read += tensor.nbytes
+                        yield name, tensor
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{index.path / shard} cannot be read ({error}): download this shard again"
+                ) from None
+        logger.info("Read %.1f MiB of weights, no routed expert among them", bytes_read / 2**20)
+
+
+def _wait_for_experts(settings: RemoteExpertsSettings, layers: list[int]) -> None:
+    """The first forward pass comes right after loading; experts of a real checkpoint load for longer than attention."""
+    placement, num_experts = PlacementFile(settings.placement_file), load_model_spec(settings.model_path).num_experts
+    deadline = time.monotonic() + settings.start_timeout_s
+    while any((placement.current().route(layer, num_experts) == UNCOVERED).any() for layer in layers):
+        if time.monotonic() > deadline:
+            raise StartupError(
+                f"expert workers did not cover all experts within ray.start_timeout_s ({settings.start_timeout_s:.0f} "
+                f"s): see `deepsplit status` and the workers' logs"
+            )
+        time.sleep(0.1)
+
+
+@functools.cache
+def _client(settings: RemoteExpertsSettings, model_dtype: torch.dtype) -> ExpertClient:
+    """One per process: the main model and its MTP layer share streams, metrics and their scrape target."""
+    spec = load_model_spec(settings.model_path)
+    shape = ExpertShape(
+        model_id((settings.model_path / "config.json").read_bytes(), spec.moe_layers),
+        spec.hidden_size,
+        spec.num_experts,
+    )
+    registry, monitoring = ProcessRegistry(), settings.monitoring
+    experts = ExpertLoad(spec.num_experts, monitoring.expert_load, time.monotonic)
+    registry.register(experts)
+    meter = DispatchMeter(DispatchMetrics(registry), experts)
+    registry.before_scrape(meter.fold)
+    client = ExpertClient(
+        settings.dispatch,
+        shape,
+        PlacementFile(settings.placement_file),
+        getattr(torch, settings.dispatch.dispatch_dtype, model_dtype),  # `auto`: the model's
+        getattr(torch, settings.dispatch.combine_dtype, model_dtype),
+        settings.internal_tls,
+        ExpertLoadFile(settings.expert_load_file),
+        meter,
+    )
+    assert monitoring.host is not None, "the replica fills it in"
+    certificates = {} if settings.internal_tls is None else {"internal_tls": settings.internal_tls.cert_file}
+    scrape = ProcessScrape(
+        registry, "engine", settings.replica_id, settings.node, monitoring.host, monitoring.port, certificates
+    )
+    write_scrape_file(settings.scrape_file, scrape.target)
+    return client

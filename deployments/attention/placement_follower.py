@@ -1,0 +1,54 @@
+"""Keeps an attention replica's placement file at the directory's latest table."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from deployments.directory.replica import LONG_POLL_S, AttentionMember
+from routing.tokens.placement import PlacementFile, PlacementTable
+
+RETRY_S = 1.0
+_ANSWER_TIMEOUT_S = LONG_POLL_S + 10.0
+
+logger = logging.getLogger(__name__)
+
+
+class PlacementFollower:
+    """Long-polls the directory, for the engine's processes, which are not in Ray.
+
+    A thread and not a task: vLLM blocks the replica's event loop until its engine is up, and the engine waits for the
+    first table. A directory that is away leaves the last table in force.
+    """
+
+    def __init__(self, directory: DeploymentHandle, file: PlacementFile, member: Callable[[], AttentionMember]) -> None:
+        """`member` is what the replica says of itself at this moment."""
+        self._directory = directory
+        self._file = file
+        self._member = member
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="placement-follower", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End within one long poll; does not wait for it."""
+        self._stop.set()
+
+    def _follow(self) -> None:
+        epoch = -1
+        while not self._stop.is_set():
+            try:
+                asked = self._directory.table.remote(epoch, self._member())
+                text: str | None = asked.result(timeout_s=_ANSWER_TIMEOUT_S)
+                if text is not None and not self._stop.is_set():
+                    table = PlacementTable.from_json(text)
+                    self._file.write(table)
+                    epoch = table.epoch
+            except (RayError, RayServeException, TimeoutError, OSError) as error:
+                logger.warning("placement epoch %d stays: %s: %s", epoch, type(error).__name__, error)
+                self._stop.wait(RETRY_S)

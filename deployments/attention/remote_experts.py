@@ -1,0 +1,111 @@
+"""Routed experts that are computed elsewhere: what vLLM builds in place of its own class.
+
+Legend: T rows (tokens), H hidden size, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts, SharedExpertsOrder
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.models.utils import extract_layer_index
+
+from cluster.errors import StartupError
+from deployments.attention.settings import current_settings
+from routing.tokens.client import ExpertClient
+
+
+class RemoteRoutedExperts(RoutedExperts):
+    """vLLM's container of routed experts, without the experts: `forward` sends rows to the expert workers.
+
+    Every MoE model of vLLM builds its routed experts through this class, MTP layers included (their index is
+    `num_hidden_layers` and up, as in DeepSeek's checkpoints).
+    """
+
+    client: ExpertClient | None = None  # set by the loader; None: not split
+
+    def _get_quant_method(
+        self, prefix: str, quant_config: QuantizationConfig | None, moe_config: FusedMoEConfig
+    ) -> FusedMoEMethodBase:
+        if current_settings() is None:
+            return super()._get_quant_method(prefix, quant_config, moe_config)
+        self._refuse_unsupported(moe_config)
+        self.layer_index = extract_layer_index(prefix)
+        return RemoteExpertsMethod(moe_config)
+
+    def _refuse_unsupported(self, moe_config: FusedMoEConfig) -> None:
+        parallel = moe_config.moe_parallel_config
+        problems = {
+            f"activation {self.activation.value}; expert workers compute SwiGLU (silu)": (
+                self.activation is not MoEActivation.SILU or self.swiglu_limit is not None
+            ),
+            "router weights applied to the experts' input": self.apply_router_weight_on_input,
+            "biases in the experts": moe_config.has_bias,
+            "data parallelism; use attention.replicas": parallel.dp_size > 1,
+            "enable_expert_parallel; experts are remote already": parallel.use_ep,
+        }
+        found = [problem for problem, present in problems.items() if present]
+        if found:
+            raise StartupError(f"{self.layer_name} cannot be split: {'; '.join(found)}")
+
+
+class RemoteExpertsMethod(FusedMoEMethodBase):
+    """How `RemoteRoutedExperts` computes: dispatch, the shared expert meanwhile, combine. Holds no weights."""
+
+    @property
+    def mk_can_overlap_shared_experts(self) -> bool:
+        """True: `apply` itself runs the shared expert, while the routed ones are away."""
+        return True
+
+    @property
+    def is_monolithic(self) -> bool:
+        """False: vLLM's router chooses, `apply` gets its choice."""
+        return False
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Allocate nothing."""
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
+        """No local kernel, so nothing to configure."""
+        return None
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: SharedExperts | None,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """x [T, H] -> weighted sum of the routed experts [T, H], same dtype and device."""
+        assert isinstance(layer, RemoteRoutedExperts)
+
+        def compute_shared_expert() -> None:
+            if shared_experts is not None:
+                shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
+
+        if self.moe.tp_rank > 0:
+            # All tensor-parallel ranks hold the same rows, and vLLM sums their outputs after this: rank 0 alone
+            # dispatches, so rows travel once per replica.
+            compute_shared_expert()
+            return torch.zeros_like(x)
+        assert layer.client is not None, "the loader connects every layer before the first forward"
+        output_TH = layer.client.forward(
+            layer.layer_index, x.cpu(), topk_ids.cpu(), topk_weights.cpu(), meanwhile=compute_shared_expert
+        )
+        return output_TH.to(device=x.device, dtype=x.dtype)

@@ -1,0 +1,82 @@
+"""Who is who behind the gateways: what replicas, gateways and the directory tell each other. Plain data, no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from monitoring.discovery import ScrapeTarget
+
+
+@dataclass(frozen=True)
+class AdmissionEndpoint:
+    """Where the common admission of several gateways listens, and the token that it wants."""
+
+    address: str  # host:port
+    token: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class GatewayMember:
+    """One gateway replica, as it introduces itself with every long poll."""
+
+    gateway_id: str
+    pid: int
+    node: str
+    open_requests: int
+    in_flight: Mapping[str, int]  # requests that attention replicas have of this gateway, by replica id
+    draining: bool
+    scrape: ScrapeTarget
+
+
+@dataclass(frozen=True)
+class ReplicaEndpoint:
+    """An attention replica that takes requests."""
+
+    replica_id: str
+    url: str  # http://host:port, or https
+    token: str = field(repr=False)  # bearer token that its private port wants
+    pid: int
+    node: str
+    leaving: bool = False  # its node is about to go: what it has may end, nothing new
+
+    def authorization(self) -> dict[str, str]:
+        """The header that its private port asks for."""
+        return {"authorization": f"Bearer {self.token}"}
+
+
+@dataclass(frozen=True)
+class FleetView:
+    """What gateways and the common admission need to know of all others."""
+
+    version: int  # grows with every change
+    endpoints: tuple[ReplicaEndpoint, ...]
+    admission: AdmissionEndpoint | None
+    draining: bool  # the whole application is about to stop
+    targets: tuple[ScrapeTarget, ...] = ()  # every process that has metrics
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """One engine's state and counters since its start. Token counters are 0 while MTP drafting is off."""
+
+    running: int  # sequences in the engine's batch
+    waiting: int  # sequences not yet in it
+    kv_cache_usage: float  # share of KV blocks in use, 0 to 1
+    spec_draft_tokens: int
+    spec_accepted_tokens: int
+    generation_tokens: int
+    prompt_tokens: int
+
+    @property
+    def spec_acceptance(self) -> float | None:
+        """Share of drafted tokens that the model accepted; None before the first draft."""
+        return self.spec_accepted_tokens / self.spec_draft_tokens if self.spec_draft_tokens else None
+
+
+@dataclass(frozen=True)
+class ResponseHead:
+    """First item of a replica's answer; chunks of the body (bytes) follow."""
+
+    status: int
+    content_type: str

@@ -1,0 +1,1 @@
+"""Expert workers: routed experts, stateless between calls."""

@@ -1,0 +1,205 @@
+"""An expert worker: a Serve replica that holds a share of the routed experts and answers dispatches.
+
+Stateless between calls, and light: it imports torch but never vLLM, because its restart is the failover time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from cluster.config import Config
+from cluster.plan.pools import Pool, expert_pools, spare_pools
+from deployments.directory.replica import Assignment, Standing
+from deployments.hosting.autoscaling import BUSY, spare_autoscaling
+from deployments.hosting.scrape import scrape_process
+from deployments.hosting.serve_logs import start_logging
+from monitoring.expert_meter import ExpertMeter
+from monitoring.exporter import ProcessRegistry
+from monitoring.metrics import ExpertMetrics
+from routing.tokens.membership import Member
+
+if TYPE_CHECKING:
+    from deployments.experts.host import ExpertHost
+
+NAME = "experts"
+JOIN_RETRY_S = 0.25
+CALL_TIMEOUT_S = 5.0
+DIRECTORY_AWAY = (RayError, RayServeException, TimeoutError)
+
+logger = logging.getLogger(__name__)
+
+
+class BusyShare:
+    """Of a worker's time, from a count of busy seconds."""
+
+    def __init__(self, now_s: float) -> None:
+        self._then_s = now_s
+        self._busy_s = 0.0
+
+    def since_last(self, busy_s: float, now_s: float) -> float:
+        """Share since the last call, 0 to 1."""
+        passed_s, worked_s = now_s - self._then_s, busy_s - self._busy_s
+        self._then_s, self._busy_s = now_s, busy_s
+        return min(1.0, worked_s / passed_s) if passed_s > 0 else 0.0
+
+
+class ExpertWorker:
+    """Serve replica. Serves gRPC on its own port; Serve only starts, watches and stops it."""
+
+    # Serve awaits an async constructor.
+    async def __init__(  # type: ignore[misc]
+        self, config_json: str, directory: DeploymentHandle, slots: range
+    ) -> None:
+        """`slots`: those of the worker's pool, one of which it takes."""
+        config = Config.model_validate_json(config_json)
+        # Waiting OpenMP threads sleep: spinning ones steal the cores of other workers on the host. Read by torch's
+        # OpenMP runtime when it is loaded, so before the import below.
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["OMP_NUM_THREADS"] = str(config.experts.threads)
+        started = time.monotonic()
+        self._directory = directory
+        self._heartbeat_interval_s = config.experts.heartbeat_interval_s
+        self._seen_epoch = 0
+        self._plane_busy = 0.0
+        self._failure: str | None = None
+        worker_id, node = f"experts-{uuid.uuid4().hex[:8]}", ray.util.get_node_ip_address()
+        start_logging(config.logging, "experts", worker_id)
+        assignment = await self._join(worker_id, os.getpid(), node, slots)
+        # Heartbeats and metrics from now on: a real checkpoint loads for minutes.
+        registry = ProcessRegistry()
+        meter = ExpertMeter(ExpertMetrics(registry))
+        self._scrape = scrape_process(registry, "experts", worker_id, node, config)
+        self._member = Member(
+            worker_id, assignment.slot, os.getpid(), node, "", "loading", 0.0, self._scrape.target
+        )  # fmt: skip
+        with contextlib.suppress(*DIRECTORY_AWAY):
+            await self._announce()
+        self._beating = asyncio.create_task(self._beat())
+
+        self._host = await asyncio.to_thread(_load, config, assignment.experts, meter)
+        registry.before_scrape(self._host.measure)
+        address = self._host.start(config.experts.host or config.own_host(node))
+        self._member = dataclasses.replace(self._member, address=address, state="ready")
+        with contextlib.suppress(*DIRECTORY_AWAY):  # the next heartbeat will announce it
+            await self._announce()
+        logger.info(
+            "expert worker ready at %s after %.1f s: slot %d, %.1f MiB read", address, time.monotonic() - started,
+            assignment.slot, self._host.bytes_read / 2**20,
+        )  # fmt: skip
+
+    async def _join(self, worker_id: str, pid: int, node: str, slots: range) -> Assignment:
+        while True:
+            with contextlib.suppress(*DIRECTORY_AWAY):
+                answer = self._directory.join.remote(worker_id, pid, node, slots)
+                assignment: Assignment | None = await asyncio.wait_for(answer, CALL_TIMEOUT_S)
+                if assignment is not None:
+                    return assignment
+            await asyncio.sleep(JOIN_RETRY_S)
+
+    async def _announce(self) -> None:
+        answer = self._directory.announce.remote(self._member, self._seen_epoch)
+        if not await asyncio.wait_for(answer, CALL_TIMEOUT_S):
+            self._failure = f"slot {self._member.slot} was given to another worker while this one was not heard of"
+
+    async def _beat(self) -> None:
+        busy = BusyShare(time.monotonic())
+        while self._failure is None:
+            await asyncio.sleep(self._heartbeat_interval_s)
+            host = getattr(self, "_host", None)  # not there while it loads
+            share = 0.0 if host is None else busy.since_last(host.busy_s(), time.monotonic())
+            try:
+                answer = self._directory.heartbeat.remote(self._member.worker_id, share)
+                standing: Standing = await asyncio.wait_for(answer, CALL_TIMEOUT_S)
+                self._seen_epoch = max(self._seen_epoch, standing.epoch)
+                self._plane_busy = standing.plane_busy
+                if not standing.known:
+                    await self._announce()
+            except DIRECTORY_AWAY as error:
+                logger.warning("the directory is away (%s); serving goes on", type(error).__name__)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve asks spare workers for when it sets their number."""
+        return {BUSY: self._plane_busy}
+
+    async def check_health(self) -> None:
+        """Serve replaces a worker whose check raises."""
+        if self._failure is None and self._beating.done():
+            self._failure = f"heartbeats ended: {self._beating.exception()!r}"
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
+
+    async def __del__(self) -> None:
+        beating = getattr(self, "_beating", None)
+        if beating is not None:
+            beating.cancel()
+        if hasattr(self, "_member"):
+            with contextlib.suppress(*DIRECTORY_AWAY):
+                await asyncio.wait_for(self._directory.leave.remote(self._member.worker_id), 1.0)
+        host = getattr(self, "_host", None)
+        if host is not None:
+            await asyncio.to_thread(host.stop, 1.0)
+        scrape = getattr(self, "_scrape", None)
+        if scrape is not None:
+            scrape.stop()
+
+
+def _load(config: Config, experts: Mapping[int, tuple[int, ...]], meter: ExpertMeter) -> ExpertHost:
+    """In a thread, import of torch included: the event loop must go on with heartbeats."""
+    from deployments.experts.host import ExpertHost
+
+    return ExpertHost(config, experts, meter)
+
+
+def expert_deployments(config: Config, directory: serve.Application) -> tuple[serve.Application, ...]:
+    """The expert workers, bound; one deployment per pool, and one for the spare workers of each that has some."""
+    fixed = [_deployment(config, pool, directory) for pool in expert_pools(config.experts)]
+    spare = [
+        _deployment(config, one.pool, directory, spare_autoscaling(one.scaling, len(one.helped)))
+        for one in spare_pools(config.experts)
+    ]
+    return (*fixed, *spare)
+
+
+def _deployment(
+    config: Config, pool: Pool, directory: serve.Application, autoscaling: AutoscalingConfig | None = None
+) -> serve.Application:
+    experts, placement = pool.experts, pool.experts.placement
+    options: dict[str, Any] = {
+        "num_cpus": experts.threads if placement.num_cpus is None else placement.num_cpus,
+        "resources": dict(placement.resources),
+    }
+    if experts.device == "cuda":
+        options["num_gpus"] = 1 if placement.num_gpus is None else placement.num_gpus
+    if placement.labels:
+        options["label_selector"] = dict(placement.labels)
+    deployment = serve.deployment(
+        ExpertWorker,
+        name=f"{NAME}-{pool.name}" if pool.name else NAME,
+        num_replicas=len(pool.slots) if autoscaling is None else None,
+        autoscaling_config=autoscaling,
+        max_replicas_per_node=experts.max_per_node,
+        ray_actor_options=options,
+        max_ongoing_requests=1,  # Serve sends it none
+        logging_config=config.logging.of_serve,
+        health_check_period_s=1.0,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_timeout_s=3.0,
+        graceful_shutdown_wait_loop_s=0.1,
+        max_constructor_retry_count=2 * len(pool.slots),  # Serve counts over all replicas
+    )
+    return deployment.bind(config.model_copy(update={"experts": experts}).model_dump_json(), directory, pool.slots)

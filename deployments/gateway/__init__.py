@@ -1,0 +1,1 @@
+"""The gateway: one pipeline for every request, whatever its protocol."""

@@ -1,0 +1,1 @@
+"""The gRPC protocols: our own service and the Open Inference Protocol."""

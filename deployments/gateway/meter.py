@@ -1,0 +1,189 @@
+"""One request's story at the gateway, told to the metrics and, at its end, to the log: without prompt, text or key."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from itertools import product
+
+from cluster.config import AdmissionConfig, ClassObjective
+from cluster.errors import DeepsplitError, Refusal
+from monitoring.metrics import MAX_TENANTS, OTHER_TENANTS, GatewayMetrics
+from routing.requests.request import Grant, Priority, Tenant
+
+OK, CANCELLED, CLIENT_ERROR, ENGINE_ERROR, BUG = "ok", "cancelled", "client_error", "engine_error", "internal_error"
+_UNKNOWN = "unknown"  # whose it was, or of which class, had not been found out
+
+logger = logging.getLogger(__name__)
+
+
+def outcome_of(error: BaseException | None, status: int) -> str:
+    """How a request ended, for metrics: `status` is the replica's, 0 if it answered nothing."""
+    if isinstance(error, DeepsplitError):
+        return error.outcome
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return CANCELLED
+    if error is not None:
+        return BUG
+    return OK if status < 400 else CLIENT_ERROR if status < 500 else ENGINE_ERROR
+
+
+class RequestMeters:
+    """Makes a meter for each request of one gateway."""
+
+    def __init__(self, metrics: GatewayMetrics, objectives: AdmissionConfig, clock: Callable[[], float]) -> None:
+        """`clock`: seconds, never going back."""
+        self.metrics = metrics
+        self.clock = clock
+        self.objectives: dict[str, ClassObjective] = {
+            Priority.SYSTEM.label: objectives.system,
+            Priority.INTERACTIVE.label: objectives.interactive,
+            Priority.BATCH.label: objectives.batch,
+        }
+        for label, promised in self.objectives.items():
+            metrics.objective.labels(label, "ttft").set(promised.ttft_s)
+            metrics.objective.labels(label, "tpot").set(promised.tpot_s)
+            for gauge in (metrics.waiting, metrics.running):
+                gauge.labels(label)
+            for objective, met in product(("ttft", "tpot"), ("true", "false")):  # from 0 on, or rates miss the first
+                metrics.objectives.labels(label, objective, met)
+        self._tenants: set[str] = set()
+
+    def request(self, request_id: str, model: str, path: str, generates: bool) -> RequestMeter:
+        """For a request that has just come."""
+        return RequestMeter(self, request_id, model, path, generates)
+
+    def tenant_label(self, name: str) -> str:
+        """The tenant's name; one for all beyond the bound."""
+        if name not in self._tenants and len(self._tenants) >= MAX_TENANTS:
+            return OTHER_TENANTS
+        self._tenants.add(name)
+        return name
+
+
+class RequestMeter:
+    """Exactly one `end`; the rest in the order below, each at most once but `sent`, `resent` and `progress`."""
+
+    def __init__(self, meters: RequestMeters, request_id: str, model: str, path: str, generates: bool) -> None:
+        self._meters = meters
+        self._metrics = meters.metrics
+        self._request_id = request_id
+        self._model = model
+        self._tenant_name: str | None = None
+        self._replicas: list[str] = []
+        self._resends = 0
+        self._path = path
+        self._generates = generates
+        self._tenant = self._class = _UNKNOWN
+        self._began_s = meters.clock()
+        self._waits = self._runs = False
+        self._predicted_ttft_s = 0.0
+        self._first_s: float | None = None
+        self._last_s = 0.0
+        self._first_tokens = 0
+        self._ended = False
+
+    def identified(self, tenant: Tenant) -> None:
+        """Whose it is."""
+        self._tenant_name = tenant.name
+        self._tenant = self._meters.tenant_label(tenant.name)
+
+    def waits(self, priority: Priority) -> None:
+        """It asks for admission."""
+        self._class = priority.label
+        self._waits = True
+        self._metrics.waiting.labels(self._class).inc()
+
+    def admitted(self, grant: Grant) -> None:
+        """It has leave to run."""
+        self._stop_waiting()
+        self._runs = True
+        self._metrics.running.labels(self._class).inc()
+        self._metrics.queue.labels(self._class).observe(self._meters.clock() - self._began_s)
+        self._predicted_ttft_s = grant.predicted_ttft_s
+        if grant.would_refuse is not None:
+            self._metrics.would_refuse.labels(grant.would_refuse, self._class).inc()
+
+    def sent(self, replica_id: str) -> None:
+        """An attention replica gets it."""
+        self._replicas.append(replica_id)
+
+    def resent(self, continued: bool) -> None:
+        """It goes on at another attention replica."""
+        self._resends += 1
+        self._metrics.resends.labels("continued" if continued else "again").inc()
+
+    def progress(self, generated_tokens: int) -> None:
+        """A chunk of its stream came; so many tokens so far, at least one."""
+        now_s = self._meters.clock()
+        if self._first_s is None:
+            self._first_s, self._first_tokens = now_s, generated_tokens
+            ttft_s = now_s - self._began_s
+            self._metrics.ttft.labels(self._class).observe(ttft_s)
+            self._judge("ttft", ttft_s)
+            if self._predicted_ttft_s > 0:
+                self._metrics.prediction_error.labels(self._class).observe(self._predicted_ttft_s - ttft_s)
+        else:
+            self._metrics.inter_token.labels(self._class).observe(now_s - self._last_s)
+        self._last_s = now_s
+
+    def end(self, error: BaseException | None, status: int, prompt_tokens: int = 0, generated_tokens: int = 0) -> None:
+        """It is over: by an error or well, with the replica's status (0: it never answered)."""
+        if self._ended:
+            return
+        self._ended = True
+        outcome, metrics = outcome_of(error, status), self._metrics
+        self._log(outcome, error, status, prompt_tokens, generated_tokens)
+        if not self._generates:
+            metrics.other_requests.labels(self._path, outcome).inc()
+            return
+        self._stop_waiting()
+        metrics.requests.labels(outcome, self._class, self._tenant).inc()
+        if isinstance(error, Refusal):
+            metrics.refusals.labels(error.reason, error.plane, self._class).inc()
+        if not self._runs:
+            return
+        metrics.running.labels(self._class).dec()
+        metrics.duration.labels(self._class).observe(self._meters.clock() - self._began_s)
+        metrics.prompt_tokens.labels(self._class, self._tenant).inc(prompt_tokens)
+        metrics.generated_tokens.labels(self._class, self._tenant).inc(generated_tokens)
+        further = generated_tokens - self._first_tokens
+        if self._first_s is not None and further > 0:
+            tpot_s = (self._last_s - self._first_s) / further
+            metrics.tpot.labels(self._class).observe(tpot_s)
+            self._judge("tpot", tpot_s)
+
+    def _log(
+        self, outcome: str, error: BaseException | None, status: int, prompt_tokens: int, generated_tokens: int
+    ) -> None:
+        if status == 0 and isinstance(error, DeepsplitError):
+            status = error.http_status
+        fields = {
+            "request_id": self._request_id,
+            "tenant": self._tenant_name,
+            "class": None if self._class == _UNKNOWN else self._class,
+            "path": self._path,
+            "model": self._model,
+            "outcome": outcome,
+            "status": status or None,
+            "reason": error.reason if isinstance(error, Refusal) else None,
+            "plane": error.plane if isinstance(error, Refusal) else None,
+            "prompt_tokens": prompt_tokens or None,  # not known to an answer that ended early
+            "generated_tokens": generated_tokens,
+            "ttft_s": None if self._first_s is None else self._first_s - self._began_s,
+            "duration_s": self._meters.clock() - self._began_s,
+            "replicas": tuple(self._replicas),
+            "resends": self._resends,
+        }
+        logger.info("request ended", extra={"fields": fields})
+
+    def _stop_waiting(self) -> None:
+        if self._waits:
+            self._waits = False
+            self._metrics.waiting.labels(self._class).dec()
+
+    def _judge(self, objective: str, seconds: float) -> None:
+        promised = self._meters.objectives[self._class]
+        met = seconds <= (promised.ttft_s if objective == "ttft" else promised.tpot_s)
+        self._metrics.objectives.labels(self._class, objective, str(met).lower()).inc()

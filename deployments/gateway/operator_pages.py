@@ -1,0 +1,63 @@
+"""What the gateway shows operators only: metrics, service discovery, status."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Protocol
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from cluster.errors import PermissionDenied
+from routing.requests.request import Tenant
+
+
+class Keys(Protocol):
+    """Whose key it is; see `deployments.gateway.rest.api.RestDoor`."""
+
+    def identify(self, key: str | None) -> Tenant: ...
+
+
+class OperatorPages:
+    """For tenants with `operator: true` in the keys file; for everybody where there are no keys."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        discovery: Callable[[], bytes],
+        status: Callable[[], Awaitable[Mapping[str, object]]],
+    ) -> None:
+        """`discovery` makes the JSON for Prometheus; `status` raises DeepsplitError when no replica answers."""
+        self._registry = registry
+        self._discovery = discovery
+        self._status = status
+
+    def routes(self, keys: Keys, key_of: Callable[[Request], str | None]) -> list[Route]:
+        """Their routes. Raise Unauthenticated or PermissionDenied for others."""
+
+        def admit(request: Request) -> None:
+            tenant = keys.identify(key_of(request))
+            if not tenant.operator:
+                raise PermissionDenied(
+                    f"tenant {tenant.name} may not see this: set `operator: true` for it in the keys file"
+                )
+
+        async def metrics(request: Request) -> Response:
+            admit(request)
+            return Response(generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+        async def discovery(request: Request) -> Response:
+            admit(request)
+            return Response(self._discovery(), media_type="application/json")
+
+        async def status(request: Request) -> Response:
+            admit(request)
+            return JSONResponse(dict(await self._status()))
+
+        return [
+            Route("/metrics", metrics),
+            Route("/sd/prometheus", discovery),
+            Route("/v1/deepsplit/status", status),
+        ]

@@ -1,0 +1,1 @@
+"""The REST protocol: HTTP to the pipeline and back."""

@@ -1,0 +1,73 @@
+"""How many attention replicas and spare expert workers Serve is to run, by what they say of themselves.
+
+Serve's own measure, the requests that it routes, is always 0 here: gateways talk to the replicas directly, and those to
+the expert workers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
+
+from cluster.config import AttentionAutoscaling, ExpertSpares
+
+OCCUPANCY = "occupancy"  # of a replica: sequences in its engine, relative to attention.max_num_seqs
+BUSY = "busy"  # share of their time that expert workers compute, the mean over all of them
+
+
+def wanted(said: Mapping[str, float], running: int, target: float) -> int:
+    """Replicas that would have `target` on average. `said`: by those that have said; the others of the `running` ones
+    are taken to be as busy as their average, and nothing changes while none has said.
+    """
+    if not said:
+        return running
+    mean = sum(said.values()) / len(said)
+    return math.ceil(round(mean * running / target, 6))
+
+
+class LoadPolicy:
+    """Serve's autoscaling policy; Serve itself adds bounds and delays."""
+
+    def __init__(self, measure: str, target: float, fixed: int = 0) -> None:
+        """`fixed`: replicas that do the same work and are always there, in another deployment."""
+        self._measure = measure
+        self._target = target
+        self._fixed = fixed
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """Serve's interface: the number of replicas, and state that the next call gets (none)."""
+        said = (context.aggregated_metrics or {}).get(self._measure, {})
+        by_replica = {str(replica): value for replica, value in said.items()}
+        replicas = wanted(by_replica, self._fixed + context.current_num_replicas, self._target)
+        return max(0, replicas - self._fixed), {}
+
+
+def serve_autoscaling(scaling: AttentionAutoscaling, initial: int) -> AutoscalingConfig:
+    """Serve's form of it."""
+    return AutoscalingConfig(
+        min_replicas=scaling.min_replicas,
+        max_replicas=scaling.max_replicas,
+        initial_replicas=min(max(initial, scaling.min_replicas), scaling.max_replicas),
+        upscale_delay_s=scaling.upscale_delay_s,
+        downscale_delay_s=scaling.downscale_delay_s,
+        policy=_policy({"measure": OCCUPANCY, "target": scaling.target_occupancy}),
+    )
+
+
+def spare_autoscaling(spares: ExpertSpares, helped: int) -> AutoscalingConfig:
+    """Serve's form of it. One spare is always there: it is how Serve hears of the load of the `helped` ones."""
+    return AutoscalingConfig(
+        min_replicas=1,
+        max_replicas=spares.max_workers,
+        initial_replicas=1,
+        upscale_delay_s=spares.upscale_delay_s,
+        downscale_delay_s=spares.downscale_delay_s,
+        policy=_policy({"measure": BUSY, "target": spares.target_busy, "fixed": helped}),
+    )
+
+
+def _policy(arguments: dict[str, Any]) -> AutoscalingPolicy:
+    return AutoscalingPolicy(policy_function="deployments.hosting.autoscaling:LoadPolicy", policy_kwargs=arguments)

@@ -1,0 +1,1 @@
+"""Requests: tenants and quotas, admission, fair queuing, replica choice."""

@@ -1,0 +1,1 @@
+"""What requests will cost: lengths, pace, releases, margins."""

@@ -1,0 +1,105 @@
+"""Which attention replica gets a request: filter, score, pick.
+
+The score is a cost in prefill tokens, so its terms add up: what the prompt still needs there after the prefix cache,
+what is queued before it, and what a fuller replica costs in slower steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+from routing.requests.prefix_index import MAX_BLOCKS, PrefixIndex
+from routing.requests.request import Ask, ReplicaLoad
+
+# What a replica costs whose decode slots are all taken, and one whose KV cache is full, in prefill tokens. Chosen by
+# `benchmarks.replica_choice --weights`: flat from 1,000 to 8,000 for slots, and everywhere for KV.
+SLOTS_TOKENS = 4096.0
+KV_TOKENS = 512.0
+# A block of the index is taken for this many tokens of KV cache: 256 bytes at 4 bytes of English per token.
+_TOKENS_PER_BLOCK = 64
+_MOST_BLOCKS = 65536  # of one replica in the index: about 8 MB
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One live replica and what has been sent to it."""
+
+    load: ReplicaLoad
+    sequences: int  # ours in flight there
+    queued_tokens: int  # prompt tokens sent there without a first token yet, less `cached_tokens` when they were sent
+    kv_tokens: int  # that our requests there hold or reserve
+
+
+class ReplicaChoice:
+    """Remembers which prefixes went where; all else it is told at each pick."""
+
+    def __init__(self, slots_tokens: float = SLOTS_TOKENS, kv_tokens: float = KV_TOKENS) -> None:
+        self._slots_tokens = slots_tokens
+        self._kv_tokens = kv_tokens
+        self._index = PrefixIndex()
+        self._capacity: dict[str, int] = {}  # blocks, by replica
+
+    def pick(self, ask: Ask, candidates: Sequence[Candidate], kv_tokens: int | None = None) -> str | None:
+        """The replica to send `ask` to, or None if none has a decode slot and room in its KV cache for it now.
+
+        `kv_tokens`: what it will hold there; None: as much as it may.
+        """
+        room = ask.prompt_tokens + ask.max_new_tokens if kv_tokens is None else kv_tokens
+        return self.best(ask, [candidate for candidate in candidates if _fits(ask, candidate, room)])
+
+    def best(self, ask: Ask, candidates: Sequence[Candidate]) -> str | None:
+        """The cheapest one, whether it has room or not; None of none."""
+        if not candidates:
+            return None
+        # Equal costs fall out differently for each request and in no order of the replicas': nobody herds.
+        best = min(candidates, key=lambda candidate: (self.cost(ask, candidate), _lot(ask, candidate.load)))
+        load = best.load
+        self._capacity[load.replica_id] = min(_MOST_BLOCKS, load.kv_cache_tokens // _TOKENS_PER_BLOCK)
+        return load.replica_id
+
+    def cost(self, ask: Ask, candidate: Candidate) -> float:
+        """Prefill tokens that `ask` would wait for at this replica, and what its load is worth in such tokens."""
+        load = candidate.load
+        uncached = ask.prompt_tokens - self.cached_tokens(ask, load.replica_id)
+        sequences = max(candidate.sequences, load.running + load.waiting)
+        kv_usage = max(candidate.kv_tokens / max(1, load.kv_cache_tokens), load.kv_cache_usage)
+        return (
+            uncached
+            + candidate.queued_tokens
+            + self._slots_tokens * sequences / load.max_num_seqs
+            + self._kv_tokens * kv_usage
+        )
+
+    def cached_tokens(self, ask: Ask, replica_id: str) -> int:
+        """Prompt tokens that the replica's prefix cache probably holds."""
+        blocks = len(ask.prefix_hashes)
+        if not blocks:
+            return 0
+        # The last, partial block has no hash; a prompt with more blocks than are hashed says nothing about their size.
+        per_block = _TOKENS_PER_BLOCK if blocks == MAX_BLOCKS else ask.prompt_tokens / (blocks + 0.5)
+        return min(ask.prompt_tokens, int(per_block * self._index.longest(replica_id, ask.prefix_hashes)))
+
+    def placed(self, ask: Ask, replica_id: str) -> None:
+        """`ask` was sent to the replica."""
+        if ask.prefix_hashes:
+            self._index.add(replica_id, ask.prefix_hashes, self._capacity.get(replica_id, _MOST_BLOCKS))
+
+    def forget(self, replica_id: str) -> None:
+        """The replica is gone."""
+        self._index.forget(replica_id)
+        self._capacity.pop(replica_id, None)
+
+
+def _fits(ask: Ask, candidate: Candidate, kv_tokens: int) -> bool:
+    """An idle replica takes what no replica could otherwise: its engine bounds it, or refuses it with the reason."""
+    if candidate.sequences == 0:
+        return True
+    load = candidate.load
+    has_slot = candidate.sequences + ask.sequences <= load.max_num_seqs
+    return has_slot and candidate.kv_tokens + kv_tokens <= load.kv_cache_tokens
+
+
+def _lot(ask: Ask, load: ReplicaLoad) -> int:
+    return crc32(f"{ask.ticket} {load.replica_id}".encode())

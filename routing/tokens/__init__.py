@@ -1,0 +1,1 @@
+"""Hidden states: wire format, dispatch and combine, placement of experts, membership of workers."""

@@ -1,0 +1,203 @@
+"""The wire format between attention and expert workers (docs/wire-format.md is the same in words).
+
+Legend: T rows (tokens), H hidden size, K expert slots per row. Little endian, no padding beyond what is named.
+
+One frame is one gRPC message: a 40-byte header, then the sections of its kind. Tensors travel as raw bytes; nothing
+is ever unpickled. Every length follows from the header, so a frame of any other length is refused.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+from cluster.errors import DeepsplitError, DispatchTimeout, FrameError, StalePlacement, WorkerLost
+from routing.tokens.request_ids import MAX_BYTES as MAX_TRACE_BYTES
+
+MAGIC = b"DSX1"
+# magic, kind, dtype, reply dtype, error or trace bytes, request id, epoch, layer, rows, hidden, slots or queue, extra
+_HEADER = struct.Struct("<4sBBBBQIIIIII")
+HEADER_BYTES = _HEADER.size
+_MAX_U32 = 2**32 - 1
+NO_EXPERT = -1  # an unused slot of a row: contributes nothing
+
+
+class Kind(IntEnum):
+    """What a frame is."""
+
+    REQUEST = 1
+    REPLY = 2
+    ERROR = 3
+
+
+_DTYPES = {0: torch.float32, 1: torch.bfloat16, 2: torch.float16}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_ERRORS: dict[int, type[DeepsplitError]] = {1: FrameError, 2: StalePlacement, 3: DispatchTimeout, 4: WorkerLost}
+_ERROR_CODES = {error: code for code, error in _ERRORS.items()}
+
+
+@dataclass(frozen=True)
+class Request:
+    """Rows of one layer for one worker: `expert_ids_TK` int16, global, NO_EXPERT if unused; `weights_TK` float32."""
+
+    request_id: int
+    epoch: int
+    layer: int
+    deadline_ms: int  # how long the caller will wait from now on; clocks are not compared
+    hidden_TH: torch.Tensor
+    expert_ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
+    reply_dtype: torch.dtype
+    trace: str = ""  # ids of the clients' requests whose rows these are (routing.tokens.request_ids.joined)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """`output_TH` = per row, the weighted sum over the experts that this worker was asked for."""
+
+    request_id: int
+    epoch: int
+    layer: int
+    queue_us: int  # from the request's arrival to the start of its computation
+    compute_us: int
+    output_TH: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ErrorReply:
+    """A worker's refusal of one request."""
+
+    request_id: int
+    error: DeepsplitError
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.detach().contiguous().view(torch.uint8).reshape(-1).numpy())  # type: ignore[arg-type]
+
+
+def request_bytes(rows: int, hidden: int, slots: int, dtype: torch.dtype, trace_bytes: int = 0) -> int:
+    """Size in bytes of a request frame: header + T*H activations + T*K (float32 weight + int16 id) + trace."""
+    return HEADER_BYTES + rows * (hidden * dtype.itemsize + slots * 6) + trace_bytes
+
+
+def encode_request(request: Request) -> bytes:
+    """Header, weights_TK (float32), hidden_TH (its dtype), expert_ids_TK (int16), trace (UTF-8)."""
+    rows, hidden = request.hidden_TH.shape
+    trace = request.trace.encode()
+    assert len(trace) <= MAX_TRACE_BYTES, "routing.tokens.request_ids.joined bounds it"
+    header = _HEADER.pack(
+        MAGIC, Kind.REQUEST, _CODES[request.hidden_TH.dtype], _CODES[request.reply_dtype], len(trace),
+        request.request_id, request.epoch, request.layer, rows, hidden, request.expert_ids_TK.shape[1],
+        request.deadline_ms,
+    )  # fmt: skip
+    return b"".join((header, _raw(request.weights_TK), _raw(request.hidden_TH), _raw(request.expert_ids_TK), trace))
+
+
+def encode_reply(reply: Reply) -> bytes:
+    """Header, output_TH (its dtype)."""
+    rows, hidden = reply.output_TH.shape
+    code = _CODES[reply.output_TH.dtype]
+    header = _HEADER.pack(
+        MAGIC, Kind.REPLY, code, code, 0, reply.request_id, reply.epoch, reply.layer, rows, hidden,
+        min(reply.queue_us, _MAX_U32), min(reply.compute_us, _MAX_U32),
+    )  # fmt: skip
+    return b"".join((header, _raw(reply.output_TH)))
+
+
+def encode_error(request_id: int, error: DeepsplitError) -> bytes:
+    """Header, the message in UTF-8 (at most 64 KiB)."""
+    code = next((_ERROR_CODES[cls] for cls in type(error).__mro__ if cls in _ERROR_CODES), 1)
+    message = str(error).encode()[:65536]
+    return _HEADER.pack(MAGIC, Kind.ERROR, 0, 0, code, request_id, 0, 0, len(message), 0, 0, 0) + message
+
+
+def _tensor(frame: bytes, offset: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    count = int(np.prod(shape))
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(frame, dtype=dtype, count=count, offset=offset).view(*shape)
+
+
+def _unpack(frame: bytes) -> tuple[int, ...]:
+    if len(frame) < HEADER_BYTES:
+        raise FrameError(f"frame of {len(frame)} bytes is shorter than the {HEADER_BYTES}-byte header")
+    magic, *fields = _HEADER.unpack_from(frame)
+    if magic != MAGIC:
+        raise FrameError(f"frame starts with {magic!r}, not {MAGIC!r}: the peer is no deepsplit of this wire version")
+    return tuple(fields)
+
+
+def _dtype(code: int) -> torch.dtype:
+    if code not in _DTYPES:
+        raise FrameError(f"unknown dtype code {code}; known are {sorted(_DTYPES)}")
+    return _DTYPES[code]
+
+
+def _check_length(frame: bytes, expected: int, what: str) -> None:
+    if len(frame) != expected:
+        raise FrameError(f"{what} of {len(frame)} bytes should have {expected} by its header: truncated or corrupt")
+
+
+def peek_request_id(frame: bytes) -> int:
+    """The id of a frame whose body may be broken; 0 where even that cannot be read."""
+    return _HEADER.unpack_from(frame)[5] if len(frame) >= HEADER_BYTES else 0
+
+
+def peek_trace(frame: bytes) -> str:
+    """The request ids of a frame whose body may be broken; empty where they cannot be read."""
+    length = _HEADER.unpack_from(frame)[4] if len(frame) >= HEADER_BYTES else 0
+    try:
+        return _trace(frame, max(HEADER_BYTES, len(frame) - length))
+    except FrameError:
+        return ""
+
+
+def _trace(frame: bytes, at: int) -> str:
+    # It goes into log lines, so nothing in it may end one or hide what follows.
+    try:
+        trace = frame[at:].decode()
+    except UnicodeDecodeError:
+        raise FrameError("the trace of a request is not UTF-8") from None
+    if not trace.isprintable():
+        raise FrameError("the trace of a request has characters that cannot be printed")
+    return trace
+
+
+def decode_request(frame: bytes, hidden_size: int) -> Request:
+    """Raises FrameError for anything but a well-formed request of `hidden_size`. Tensors are views of `frame`."""
+    kind, dtype_code, reply_code, traced, request_id, epoch, layer, rows, hidden, slots, deadline_ms = _unpack(frame)
+    if kind != Kind.REQUEST:
+        raise FrameError(f"expected a request (kind {Kind.REQUEST.value}), got kind {kind}")
+    dtype, reply_dtype = _dtype(dtype_code), _dtype(reply_code)
+    if hidden != hidden_size:
+        raise FrameError(f"hidden size {hidden} does not fit this model's {hidden_size}: different checkpoints?")
+    _check_length(frame, request_bytes(rows, hidden, slots, dtype, traced), "request")
+    hidden_at = HEADER_BYTES + rows * slots * 4
+    ids_at = hidden_at + rows * hidden * dtype.itemsize
+    return Request(
+        request_id, epoch, layer, deadline_ms,
+        hidden_TH=_tensor(frame, hidden_at, dtype, rows, hidden),
+        expert_ids_TK=_tensor(frame, ids_at, torch.int16, rows, slots),
+        weights_TK=_tensor(frame, HEADER_BYTES, torch.float32, rows, slots),
+        reply_dtype=reply_dtype,
+        trace=_trace(frame, len(frame) - traced),
+    )  # fmt: skip
+
+
+def decode_reply(frame: bytes) -> Reply | ErrorReply:
+    """Raises FrameError for anything but a well-formed reply or error. Tensors are views of `frame`."""
+    kind, dtype_code, _, error_code, request_id, epoch, layer, rows, hidden, queue_us, compute_us = _unpack(frame)
+    if kind == Kind.ERROR:
+        _check_length(frame, HEADER_BYTES + rows, "error reply")
+        message = frame[HEADER_BYTES:].decode(errors="replace")
+        return ErrorReply(request_id, _ERRORS.get(error_code, FrameError)(message))
+    if kind != Kind.REPLY:
+        raise FrameError(f"expected a reply, got kind {kind}")
+    dtype = _dtype(dtype_code)
+    _check_length(frame, HEADER_BYTES + rows * hidden * dtype.itemsize, "reply")
+    output_TH = _tensor(frame, HEADER_BYTES, dtype, rows, hidden)
+    return Reply(request_id, epoch, layer, queue_us, compute_us, output_TH)

@@ -1,0 +1,148 @@
+from pathlib import Path
+
+import pytest
+
+from cluster.config import Config
+from cluster.config.file import load_config
+from cluster.errors import ConfigError
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "deepsplit.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(folder: Path, text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(folder, text))
+    return str(caught.value).splitlines()[1:]
+
+
+def test_reads_a_file(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "model: {path: /m/v3}\nexperts: {workers: 3, shares: [3, 2.5, 1]}\n"))
+    assert config.model.path == Path("/m/v3")
+    assert config.experts.worker_shares() == (3, 2.5, 1)
+    assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+def test_relative_model_path_is_from_the_files_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    write(tmp_path / "a", "model: {path: ../models/demo}")
+    monkeypatch.chdir(tmp_path)
+    config = load_config(Path("a/deepsplit.yaml"))
+    assert config.model.path == tmp_path / "a" / "../models/demo"
+    assert config.model.path.is_absolute()
+
+
+def test_all_problems_at_once_with_their_lines(tmp_path: Path) -> None:
+    text = """\
+model:
+  path: m
+attention:
+  replica: 1
+  replicas: two
+experts:
+  workers: 3
+  workers: 2
+  device: tpu
+gateway: 8000
+dispatch: {placement: {}}
+workers: 3
+"""
+    assert problems(tmp_path, text) == [
+        "  line 4: attention.replica: unknown key; did you mean attention.replicas?",
+        "  line 5: attention.replicas: must be a whole number, but is 'two'",
+        "  line 8: experts.workers: set twice; the first is on line 7, keep one",
+        "  line 9: experts.device: must be one of cpu or cuda, but is 'tpu'",
+        "  line 10: gateway: must be a section of `key: value` lines, but is 8000",
+        "  line 11: dispatch.placement: unknown key; did you mean attention.placement or experts.placement "
+        "or experts.pools.placement or gateway.placement?",
+        "  line 12: workers: unknown key; did you mean experts.workers or experts.pools.workers?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ("experts: {workers: 2, shares: [1, 2, 3]}", "experts.shares: has 3 entries, but experts.workers is 2"),
+        ("experts: {shares: [1, 0]}", "experts.shares: every share must be above 0, but they are [1.0, 0.0]"),
+        ("experts: {shares: [1, .inf]}", "experts.shares[1]: must be a finite number, but is inf"),
+        ("experts: {shares: 3}", "experts.shares: must be a list, such as [3, 1], but is 3"),
+        ("experts: {replicas_per_expert: 3}", "experts.replicas_per_expert: 3 copies of each expert need as many"),
+        ("experts: {heartbeat_timeout_s: 0.1}", "experts.heartbeat_timeout_s: must be above experts.heartbeat_int"),
+        ("attention: {engine_args: {load_format: dummy}}", "attention.engine_args: load_format cannot be set here"),
+        ("attention: {max_num_seqs: 0}", "attention.max_num_seqs: must be at least 1, but is 0"),
+        ("gateway: {port: 70000}", "gateway.port: must be at most 65535, but is 70000"),
+        ("gateway: {host: [a]}", "gateway.host: must be text, but is a list"),
+        ("experts: {placement: {num_cpus: many}}", "experts.placement.num_cpus: must be a number, but is 'many'"),
+        ("experts: {max_per_node: many}", "experts.max_per_node: must be a whole number"),
+        ("experts: {threads:}", "experts.threads: must be a whole number, but is empty"),
+        ("zzz: 1", "zzz: unknown key; valid here: admission, attention, dispatch, experts, gateway, internal_tls, "),
+        ("gateway: {host: 0.0.0.0}", "gateway.host: 0.0.0.0 can be reached from other machines, but there are no API"),
+        ("gateway: {grpc_port: 8000}", "gateway.grpc_port: is gateway.port (8000) too"),
+        ("gateway: {tls: {cert_file: a}}", "gateway.tls.key_file: missing; it must be set"),
+    ],
+)
+def test_wording(tmp_path: Path, section: str, expected: str) -> None:
+    (problem,) = problems(tmp_path, f"model: {{path: m}}\n{section}\n")
+    assert problem.startswith(f"  line 2: {expected}")
+
+
+def test_model_path_missing(tmp_path: Path) -> None:
+    assert problems(tmp_path, "model: {name: x}") == ["  line 1: model.path: missing; it must be set"]
+    assert problems(tmp_path, "ray: {}") == ["  model: missing; it must be set"]
+
+
+def test_section_with_every_key_commented_out(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "model: {path: /m}\nexperts:\n  # workers: 3\n"))
+    assert config.experts.workers == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "is empty: it needs at least"),
+        ("# only a comment\n", "is empty"),
+        ("- a\n", ":1: expected sections such as `model:`, found a list"),
+        ("model:\n  path: [\n", ":3:1: not valid YAML"),
+        ("model:\n\tpath: m\n", ":2:1: not valid YAML"),
+        ("model: !!python/object:os.system {}\n", ":1:8: not valid YAML"),
+    ],
+)
+def test_not_a_mapping(tmp_path: Path, text: str, expected: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(str(path))
+    assert expected in str(caught.value)
+
+
+def test_file_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the configuration file .*nope.yaml: No such file"):
+        load_config(tmp_path / "nope.yaml")
+
+
+def test_file_not_text(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(tmp_path / "x.yaml")
+
+
+def test_relative_paths_are_taken_from_the_files_folder(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "model: {path: m}\n"
+        "gateway: {host: 0.0.0.0, keys_file: keys.yaml, tls: {cert_file: tls/c.pem, key_file: /abs/k.pem}}\n"
+    )
+    config = load_config(tmp_path / "c.yaml")
+    assert config.gateway.keys_file == tmp_path / "keys.yaml"
+    assert config.gateway.tls is not None
+    assert (config.gateway.tls.cert_file, config.gateway.tls.key_file) == (tmp_path / "tls/c.pem", Path("/abs/k.pem"))
+
+
+def test_prompts_in_the_log_need_the_level_that_writes_them(tmp_path: Path) -> None:
+    text = "model: {path: m}\nlogging:\n  format: json\n  prompts: true\n"
+    (problem,) = problems(tmp_path, text)
+    assert problem.startswith("  line 4: logging.prompts: request bodies are debug lines")
+    config = load_config(write(tmp_path, text + "  level: debug\n"))
+    assert config.logging.of_serve == {"encoding": "JSON", "log_level": "INFO", "enable_access_log": False}

@@ -1,0 +1,233 @@
+"""Several gateways, one admission: real gRPC, the real admission, and a server that goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc import aio
+
+from cluster.config import AdmissionConfig, InternalTlsConfig
+from cluster.errors import QuotaExceeded
+from cluster.tls.contexts import ExpertChannels
+from deployments.admission.client import FleetAdmission
+from deployments.admission.messages import METHOD, SERVICE, TOKEN_KEY
+from deployments.admission.server import AdmissionServer
+from deployments.admission.waiting_room import Gate, LocalAdmission
+from routing.requests.request import Ask, Priority, ReplicaLoad, Tenant, Usage
+from tests.certificates import Authority
+
+TOKEN = "t" * 64
+CONFIG = AdmissionConfig()
+SLOTS = 4
+LOADS = [ReplicaLoad("r0", max_num_seqs=SLOTS, kv_cache_tokens=100_000)]
+FREE = Tenant("free")
+
+
+def ask(ticket: str, tenant: Tenant = FREE) -> Ask:
+    return Ask(ticket, tenant, Priority.BATCH, 10, 10, 1, (), None)
+
+
+class GatewayEnd:
+    """One gateway's gate and its stream."""
+
+    def __init__(self, share: float = 0.5, tls: InternalTlsConfig | None = None) -> None:
+        self.gate = Gate(time.monotonic)
+        self.gate._loads = LOADS
+        self.fleet = FleetAdmission(self.gate, lambda: self._alone(share), tls, reconnect_s=0.05)
+
+    def _alone(self, share: float) -> LocalAdmission:
+        return LocalAdmission(CONFIG, time.monotonic, self.gate.decided, share)
+
+    async def connected(self, wanted: bool = True) -> None:
+        async with asyncio.timeout(20):
+            while self.fleet.connected != wanted:
+                await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def server(tls: InternalTlsConfig | None = None) -> AsyncIterator[tuple[AdmissionServer, str]]:
+    made = AdmissionServer(CONFIG, time.monotonic, TOKEN, tls)
+    address = await made.start("127.0.0.1")
+    made.fleet(LOADS)
+    try:
+        yield made, address
+    finally:
+        await made.stop()
+
+
+@asynccontextmanager
+async def gateways(
+    address: str, count: int = 2, tls: InternalTlsConfig | None = None
+) -> AsyncIterator[list[GatewayEnd]]:
+    ends = [GatewayEnd(tls=tls) for _ in range(count)]
+    try:
+        for end in ends:
+            end.fleet.set_server(address, TOKEN)
+        for end in ends:
+            await end.connected()
+        yield ends
+    finally:
+        for end in ends:
+            await end.fleet.close()
+
+
+async def waits(task: asyncio.Task[object]) -> bool:
+    done, _ = await asyncio.wait([task], timeout=0.3)
+    return not done
+
+
+def test_slots_are_shared_by_all_gateways_and_handed_on() -> None:
+    async def run() -> None:
+        async with server() as (_, address), gateways(address) as (one, two):
+            for number in range(SLOTS):
+                await asyncio.wait_for((one, two)[number % 2].gate.admit(ask(f"a{number}")), 10)
+            late = asyncio.create_task(two.gate.admit(ask("late")))
+            assert await waits(late)
+            one.gate.finish("a0", Usage(10, 10))
+            assert (await asyncio.wait_for(late, 10)).replica_id == "r0"
+
+    asyncio.run(run())
+
+
+def test_a_quota_holds_over_all_gateways() -> None:
+    async def run() -> None:
+        tenant = Tenant("small", requests_per_minute=2)
+        async with server() as (_, address), gateways(address) as (one, two):
+            await one.gate.admit(ask("a", tenant))
+            await two.gate.admit(ask("b", tenant))
+            with pytest.raises(QuotaExceeded) as caught:
+                await one.gate.admit(ask("c", tenant))
+            assert caught.value.limits is not None
+            assert caught.value.limits.limit_requests == 2
+            assert caught.value.retry_after_s > 0
+
+    asyncio.run(run())
+
+
+def test_a_lost_gateway_leaves_nothing_behind() -> None:
+    async def run() -> None:
+        async with server() as (_, address), gateways(address) as (one, two):
+            for number in range(SLOTS):
+                await one.gate.admit(ask(f"a{number}"))
+            waiting = asyncio.create_task(one.gate.admit(ask("waits")))
+            late = asyncio.create_task(two.gate.admit(ask("late")))
+            assert await waits(late)
+            await one.fleet.close()
+            await asyncio.wait_for(late, 10)
+            waiting.cancel()
+
+    asyncio.run(run())
+
+
+def test_without_the_server_each_takes_its_part_and_comes_back() -> None:
+    async def run() -> None:
+        async with server() as (first, address), gateways(address) as (one, two):
+            await one.gate.admit(ask("before"))
+            waiting = asyncio.create_task(one.gate.admit(ask("during")))
+            await first.stop()
+            for end in (one, two):
+                await end.connected(False)
+            await asyncio.wait_for(waiting, 10)
+            third = asyncio.create_task(one.gate.admit(ask("third")))  # 2 of 4 slots are this gateway's part
+            assert await waits(third)
+            async with server() as (_, again):
+                for end in (one, two):
+                    end.fleet.set_server(again, TOKEN)
+                    await end.connected()
+                await asyncio.wait_for(third, 10)
+                await asyncio.wait_for(two.gate.admit(ask("fourth")), 10)
+                fifth = asyncio.create_task(two.gate.admit(ask("fifth")))  # what ran before was adopted
+                assert await waits(fifth)
+                fifth.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_stranger_is_refused() -> None:
+    async def run() -> None:
+        async with server() as (_, address), aio.insecure_channel(address) as channel:
+            call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(metadata=((TOKEN_KEY, "wrong"),))
+            with pytest.raises(aio.AioRpcError) as caught:
+                await call.read()
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+    asyncio.run(run())
+
+
+def test_a_broken_message_cuts_off_only_its_sender() -> None:
+    async def run() -> None:
+        async with server() as (_, address), gateways(address, 1) as (good,):
+            async with aio.insecure_channel(address) as channel:
+                call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(metadata=((TOKEN_KEY, TOKEN),))
+                await call.write(b"\xc1 not msgpack")
+                assert await call.read() is aio.EOF
+            await asyncio.wait_for(good.gate.admit(ask("a")), 10)
+
+    asyncio.run(run())
+
+
+def test_a_message_from_another_version_is_a_loss_and_not_the_end() -> None:
+    asked: list[None] = []
+
+    async def babble(messages: AsyncIterator[bytes], context: aio.ServicerContext) -> AsyncIterator[bytes]:
+        asked.append(None)
+        yield b"\xc1 not msgpack"
+
+    async def run() -> None:
+        babbler = aio.server()
+        handler = grpc.stream_stream_rpc_method_handler(babble)
+        babbler.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+        port = babbler.add_insecure_port("127.0.0.1:0")
+        await babbler.start()
+        one = GatewayEnd()
+        one.fleet.set_server(f"127.0.0.1:{port}", TOKEN)
+        async with asyncio.timeout(20):
+            while len(asked) < 2:
+                await asyncio.sleep(0.01)
+        async with server() as (_, address):
+            one.fleet.set_server(address, TOKEN)
+            await one.connected()
+            await asyncio.wait_for(one.gate.admit(ask("a")), 10)
+            await one.fleet.close()
+        await babbler.stop(0)
+
+    asyncio.run(run())
+
+
+def test_half_written_certificates_do_not_keep_a_gateway_away(tmp_path: Path) -> None:
+    async def run() -> None:
+        tls = Authority("ours").issue(tmp_path)
+        async with server(tls) as (first, address), gateways(address, 1, tls) as (one,):
+            tls.key_file.write_text("half")
+            await first.stop()
+            await one.connected(False)
+            await asyncio.sleep(0.2)  # tries again with what is there
+            tls = Authority("ours").issue(tmp_path)
+            async with server(tls) as (_, again):
+                one.fleet.set_server(again, TOKEN)
+                await one.connected()
+                await asyncio.wait_for(one.gate.admit(ask("a")), 10)
+
+    asyncio.run(run())
+
+
+def test_a_certificate_of_ours_for_another_name_is_refused(tmp_path: Path) -> None:
+    async def run() -> None:
+        ours = Authority("ours")
+        tls, other = ours.issue(tmp_path / "a"), ours.issue(tmp_path / "b", "someone-else")
+        other = other.model_copy(update={"server_name": "someone-else"})
+        async with server(tls) as (_, address):
+            options = [("grpc.ssl_target_name_override", tls.server_name)]
+            async with aio.secure_channel(address, ExpertChannels(other).credentials(), options=options) as channel:
+                call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(metadata=((TOKEN_KEY, TOKEN),))
+                with pytest.raises(aio.AioRpcError, match="not for deepsplit") as caught:
+                    await call.read()
+                assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+    asyncio.run(run())

@@ -1,0 +1,51 @@
+"""The ids of a step are there while the model runs and while MTP drafts after it."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from deployments.attention.engine_args import WORKER
+from deployments.attention.engine_worker import TracedWorker
+from routing.tokens.request_ids import STEP
+
+
+def step(**tokens: int) -> Any:
+    return SimpleNamespace(num_scheduled_tokens=tokens)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What vLLM's own worker would have dispatched with."""
+    traces: list[str] = []
+    monkeypatch.setattr(CPUWorker, "execute_model", lambda self, output: traces.append(STEP.get()))
+    monkeypatch.setattr(CPUWorker, "sample_tokens", lambda self, grammar: traces.append(STEP.get()))
+    return traces
+
+
+def test_each_step_has_its_own_ids_drafting_included(seen: list[str]) -> None:
+    worker = object.__new__(TracedWorker)
+    worker.execute_model(step(a=5, b=1))
+    worker.sample_tokens(None)
+    worker.execute_model(step(b=1))
+    worker.sample_tokens(None)
+    worker.execute_model(step())
+    assert seen == ["a,b", "a,b", "b", "b", ""]
+
+
+def test_at_debug_level_each_step_is_a_line(seen: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    worker = object.__new__(TracedWorker)
+    worker.execute_model(step(a=5, b=1))
+    assert caplog.records == []
+    with caplog.at_level(logging.DEBUG, logger="deployments.attention.engine_worker"):
+        worker.execute_model(step(a=5, b=1))
+    (line,) = caplog.records
+    assert line.fields == {"request_id": "a,b", "requests": 2, "tokens": 6}  # type: ignore[attr-defined]
+
+
+def test_it_is_what_the_engine_is_told_to_use() -> None:
+    assert f"{TracedWorker.__module__}.{TracedWorker.__name__}" == WORKER

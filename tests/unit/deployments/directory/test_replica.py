@@ -1,0 +1,117 @@
+"""The directory while nodes leave, and what it tells workers of the load; without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from cluster.config import Config
+from deployments.directory.members import FleetView, GatewayMember
+from deployments.directory.replica import AttentionMember, Directory
+from monitoring.discovery import ScrapeTarget
+from routing.tokens.membership import Member
+
+
+@pytest.fixture
+def outside_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.directory.replica.start_logging", lambda *_: None)  # it takes over handlers
+
+
+@pytest.fixture
+def directory(demo_model: Path, outside_serve: None) -> Directory:
+    config = {"model": {"path": demo_model}, "monitoring": {"port": 0}}
+    return Directory(Config.model_validate(config).model_dump_json())
+
+
+def gateway(node: str, open_requests: int, draining: bool = False, **in_flight: int) -> GatewayMember:
+    scrape = ScrapeTarget("gateway", f"{node}:9400", node)
+    return GatewayMember(f"gateway-{node}", 1, node, open_requests, in_flight, draining, scrape)
+
+
+async def seen_by(directory: Directory, member: GatewayMember) -> FleetView:
+    view = await directory.gateway(member, -1)
+    assert view is not None
+    return view
+
+
+def test_only_the_gateways_of_a_leaving_node_drain(directory: Directory) -> None:
+    async def scenario() -> None:
+        assert not (await seen_by(directory, gateway("a", 2))).draining
+        assert not (await seen_by(directory, gateway("b", 4))).draining
+        assert await directory.leave_node("a", True) == 2
+        assert (await seen_by(directory, gateway("a", 2))).draining
+        assert not (await seen_by(directory, gateway("b", 4))).draining
+        # Draining ones answer at once, so that their progress is seen; the others wait for news.
+        version = (await seen_by(directory, gateway("a", 1, draining=True))).version
+        assert (await asyncio.wait_for(directory.gateway(gateway("a", 0, draining=True), version), 0.5)) is not None
+        assert await directory.leave_node("a", True) == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_gateway_that_does_not_know_yet_counts(directory: Directory) -> None:
+    async def scenario() -> None:
+        await seen_by(directory, gateway("a", 0))
+        assert await directory.leave_node("a", True) == 1
+        await seen_by(directory, gateway("a", 0, draining=True))
+        assert await directory.leave_node("a", True) == 0
+
+    asyncio.run(scenario())
+
+
+def test_attention_replicas_of_a_leaving_node_end_what_they_have(directory: Directory) -> None:
+    async def scenario() -> None:
+        for name, node in (("x", "a"), ("y", "b")):
+            await directory.introduce(AttentionMember(name, 1, node, "ready", f"http://{name}", "t"))
+        await seen_by(directory, gateway("c", 5, x=3, y=2))
+        assert await directory.leave_node("a", True) == 3
+        view = await seen_by(directory, gateway("c", 3, x=1, y=2))
+        assert {endpoint.replica_id: endpoint.leaving for endpoint in view.endpoints} == {"x": True, "y": False}
+        assert not view.draining
+        assert await directory.leave_node("a", True) == 1
+
+    asyncio.run(scenario())
+
+
+def test_other_nodes_stay_only_for_gateways_that_are_leaving(directory: Directory) -> None:
+    async def scenario() -> None:
+        await seen_by(directory, gateway("a", 7))
+        assert await directory.leave_node("experts", True) == 0
+        assert await directory.leave_node("a", False) == 7
+        assert not (await seen_by(directory, gateway("a", 7))).draining  # it may settle first
+        assert await directory.leave_node("experts", True) == 7
+        assert await directory.leave_node("a", True) == 7
+        await seen_by(directory, gateway("a", 6, draining=True))
+        assert await directory.leave_node("experts", True) == 6
+
+    asyncio.run(scenario())
+
+
+def test_a_replicas_token_is_not_in_what_could_be_logged() -> None:
+    assert "secret" not in repr(AttentionMember("r0", 1, "node", "ready", token="secret"))
+
+
+def test_workers_hear_how_busy_all_of_them_are(demo_model: Path, outside_serve: None) -> None:
+    config = {"model": {"path": demo_model}, "monitoring": {"port": 0}, "ray": {"address": "auto"},
+              "experts": {"workers": 2, "spares": {"max_workers": 2}}}  # fmt: skip
+    directory = Directory(Config.model_validate(config).model_dump_json())
+
+    async def scenario() -> None:
+        held = {}
+        for name, slots in (("a", range(2)), ("b", range(2)), ("spare", range(2, 4)), ("loading", range(2, 4))):
+            assignment = await directory.join(name, 1, "n", slots)
+            assert assignment is not None
+            held[name] = assignment.experts
+            if name != "loading":
+                await directory.announce(Member(name, assignment.slot, 1, "n", f"n:{assignment.slot}", "ready", 0.0), 0)
+        assert held["spare"] == held["a"] != held["b"]  # a copy of the first worker's
+        assert await directory.join("too many", 1, "n", range(2, 4)) is None
+        await directory.heartbeat("a", 0.9)
+        await directory.heartbeat("loading", 0.0)  # has no experts yet
+        assert (await directory.heartbeat("spare", 0.3)).plane_busy == pytest.approx(0.6)
+        await directory.leave("a")
+        assert (await directory.heartbeat("spare", 0.3)).plane_busy == pytest.approx(0.3)
+
+    asyncio.run(scenario())

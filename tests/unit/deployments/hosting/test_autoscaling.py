@@ -1,0 +1,62 @@
+"""How many attention replicas are wanted."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from cluster.config import AttentionAutoscaling, Config, ExpertSpares
+from deployments.hosting.autoscaling import BUSY, LoadPolicy, serve_autoscaling, spare_autoscaling, wanted
+
+
+@pytest.mark.parametrize(
+    ("occupancy", "running", "replicas"),
+    [
+        ({"a": 0.7}, 1, 1),
+        ({"a": 0.71}, 1, 2),
+        ({"a": 1.0, "b": 1.0}, 2, 3),
+        ({"a": 1.0, "b": 0.0}, 2, 2),
+        ({"a": 1.4}, 1, 2),
+        ({"a": 0.1, "b": 0.1, "c": 0.1}, 3, 1),
+        ({"a": 0.0}, 4, 0),  # Serve keeps it at the bound
+        ({"a": 1.0}, 2, 3),  # the other one is new and says nothing yet
+        ({}, 3, 3),
+    ],
+)
+def test_wanted(occupancy: dict[str, float], running: int, replicas: int) -> None:
+    assert wanted(occupancy, running, target=0.7) == replicas
+
+
+def test_bounds_must_fit() -> None:
+    with pytest.raises(ValidationError, match="below min_replicas"):
+        AttentionAutoscaling(min_replicas=3, max_replicas=2)
+    values = {"model": {"path": "/m"}, "attention": {"replicas": 9, "autoscaling": {"max_replicas": 4}}}
+    with pytest.raises(ValidationError, match=r"set ray\.address"):
+        Config.model_validate(values)
+    config = Config.model_validate(values | {"ray": {"address": "auto"}})
+    scaling = config.attention.autoscaling
+    assert scaling is not None
+    assert serve_autoscaling(scaling, config.attention.replicas).initial_replicas == 4
+
+
+@pytest.mark.parametrize(
+    ("busy", "spares", "replicas"),
+    [(0.6, 1, 1), (0.8, 1, 3), (1.0, 1, 4), (1.0, 3, 7), (0.3, 4, 1), (0.1, 4, 0)],  # Serve keeps at least one
+)
+def test_spares_take_the_load_that_is_too_much_for_the_workers(busy: float, spares: int, replicas: int) -> None:
+    policy = LoadPolicy(BUSY, target=0.6, fixed=3)
+    context: Any = SimpleNamespace(aggregated_metrics={BUSY: {"a": busy}}, current_num_replicas=spares)
+    assert policy(context) == (replicas, {})
+
+
+def test_nothing_changes_while_no_spare_has_said_anything() -> None:
+    context: Any = SimpleNamespace(aggregated_metrics={}, current_num_replicas=2)
+    assert LoadPolicy(BUSY, target=0.6, fixed=3)(context) == (2, {})
+
+
+def test_one_spare_is_always_there() -> None:
+    scaling = spare_autoscaling(ExpertSpares(max_workers=4, downscale_delay_s=7), helped=3)
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.downscale_delay_s) == (1, 4, 7)

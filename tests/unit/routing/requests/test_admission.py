@@ -1,0 +1,760 @@
+"""Admission: who runs at once, who waits, who is refused and why, and that nothing is ever lost or counted twice."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.config import AdmissionConfig, ClassObjective
+from cluster.errors import NoCapacity, Overloaded, QuotaExceeded, Refusal
+from routing.requests.admission import Admission, Admitted, Decision, Refused
+from routing.requests.replica_choice import ReplicaChoice
+from routing.requests.request import Ask, Grant, Priority, ReplicaLoad, Tenant, Usage
+
+SYSTEM, INTERACTIVE, BATCH = Priority
+TENANT, OTHER = Tenant("t"), Tenant("other")
+PATIENT = {
+    name: ClassObjective(ttft_s=10_000.0, tpot_s=10.0) for name in ("system", "interactive", "batch")
+}  # nobody is refused by prediction
+
+
+def admission(*loads: ReplicaLoad, **settings: object) -> Admission:
+    config = AdmissionConfig.model_validate(settings)
+    found = Admission(config, ReplicaChoice(), random.Random(0))
+    if loads:
+        found.fleet(loads, 0.0)
+    return found
+
+
+def patient(*loads: ReplicaLoad, **settings: object) -> Admission:
+    return admission(*loads, **PATIENT, **settings)
+
+
+def load(name: str = "r", slots: int = 2, kv: int = 100_000, queue_s: float = 0.0) -> ReplicaLoad:
+    return ReplicaLoad(name, slots, kv, experts_queue_s=queue_s)
+
+
+def ask(
+    ticket: str, priority: Priority = INTERACTIVE, *, tenant: Tenant = TENANT, prompt: int = 10, new: int = 20,
+    sequences: int = 1, deadline_s: float | None = None, hashes: tuple[int, ...] = (),
+) -> Ask:  # fmt: skip
+    return Ask(ticket, tenant, priority, prompt, new, sequences, hashes, deadline_s)
+
+
+def grants(decisions: Sequence[Decision]) -> list[Grant]:
+    return [one.grant for one in decisions if isinstance(one, Admitted)]
+
+
+def placed(decisions: Sequence[Decision]) -> list[str]:
+    return [grant.ticket for grant in grants(decisions)]
+
+
+def refusals(decisions: Sequence[Decision]) -> dict[str, Refusal]:
+    return {one.ticket: one.refusal for one in decisions if isinstance(one, Refused)}
+
+
+def refused(decisions: Sequence[Decision]) -> Refusal:
+    (one,) = decisions
+    assert isinstance(one, Refused)
+    return one.refusal
+
+
+def saturate(adm: Admission, step_s: float, running: int, now_s: float) -> float:
+    """Let it see that steps take so long beside so many sequences; returns the time then."""
+    tickets = [f"seen {number}" for number in range(running)]
+    for ticket in tickets:
+        adm.offer(ask(ticket, new=10_000), now_s)
+        adm.first_token(ticket, now_s)
+    for step in range(1, 61):
+        for ticket in tickets:
+            adm.progress(ticket, step, now_s + step * step_s)
+    return now_s + 60 * step_s
+
+
+# --- placing ---
+
+
+def test_a_request_is_placed_at_once_where_there_is_room() -> None:
+    adm = admission(load())
+    (grant,) = grants(adm.offer(ask("a"), 0.0))
+    assert (grant.ticket, grant.replica_id, grant.would_refuse, grant.limits) == ("a", "r", None, None)
+    assert 0 < grant.predicted_ttft_s < 1
+    assert (adm.waiting(), adm.running()) == (0, 1)
+
+
+def test_a_request_waits_when_slots_are_taken_and_the_next_release_places_it() -> None:
+    adm = patient(load(slots=2))
+    assert placed(adm.offer(ask("a"), 0.0) + adm.offer(ask("b"), 0.0)) == ["a", "b"]
+    assert adm.offer(ask("c"), 0.0) == []
+    assert (adm.waiting(), adm.running()) == (1, 2)
+    assert placed(adm.finish("a", Usage(10, 20), 1.0)) == ["c"]
+    assert (adm.waiting(), adm.running()) == (0, 2)
+
+
+def test_a_request_waits_when_kv_is_taken() -> None:
+    adm = patient(load(slots=8, kv=100))
+    assert placed(adm.offer(ask("a", prompt=70), 0.0)) == ["a"]
+    assert adm.offer(ask("b", prompt=70), 0.0) == []
+    assert placed(adm.finish("a", Usage(70, 1), 1.0)) == ["b"]
+
+
+def test_slots_are_counted_by_sequences_and_more_than_a_replica_has_are_clamped() -> None:
+    adm = patient(load(slots=4))
+    assert placed(adm.offer(ask("a", sequences=3), 0.0)) == ["a"]
+    assert adm.offer(ask("b", sequences=2), 0.0) == []
+    assert adm.offer(ask("huge", sequences=100), 0.0) == []
+    assert placed(adm.withdraw("a", 1.0)) == ["b"]
+    assert placed(adm.withdraw("b", 1.0)) == ["huge"]
+    assert adm.offer(ask("c"), 2.0) == []
+
+
+def test_what_is_too_large_for_the_kv_cache_goes_to_an_idle_replica() -> None:
+    adm = patient(load(kv=100))
+    assert placed(adm.offer(ask("a", prompt=500), 0.0)) == ["a"]
+
+
+def test_nobody_passes_a_large_request_that_waits_before_it() -> None:
+    adm = patient(load(slots=4))
+    adm.offer(ask("a", sequences=2), 0.0)
+    assert adm.offer(ask("large", sequences=4), 0.0) == []
+    assert adm.offer(ask("small"), 0.0) == []
+    assert placed(adm.finish("a", Usage(10, 20), 1.0)) == ["large"]
+    assert placed(adm.finish("large", Usage(10, 20), 2.0)) == ["small"]
+
+
+def test_classes_go_strictly_in_order_and_tenants_share_within_one() -> None:
+    adm = patient(load(slots=1))
+    adm.offer(ask("first"), 0.0)
+    for number in range(2):
+        adm.offer(ask(f"b{number}", BATCH), 0.0)
+    for number in range(3):
+        adm.offer(ask(f"i{number}"), 0.0)
+    adm.offer(ask("o0", tenant=OTHER), 0.0)
+    adm.offer(ask("s0", SYSTEM), 0.0)
+    order, now_s = ["first"], 0.0
+    while adm.running():
+        now_s += 1.0
+        order += placed(adm.finish(order[-1], Usage(10, 20), now_s))
+    assert order[1] == "s0"
+    assert set(order[2:6]) == {"i0", "i1", "i2", "o0"}
+    assert order.index("o0") < order.index("i1")
+    assert order[6:] == ["b0", "b1"]
+
+
+def test_a_new_replica_takes_those_that_wait() -> None:
+    adm = patient(load("r", 1))
+    adm.offer(ask("a"), 0.0)
+    adm.offer(ask("b"), 0.0)
+    (grant,) = grants(adm.fleet([load("r", 1), load("s", 1)], 1.0))
+    assert (grant.ticket, grant.replica_id) == ("b", "s")
+
+
+def test_off_sends_at_once_whatever_is_taken() -> None:
+    adm = admission(load("r", 1), load("s", 1), mode="off", max_waiting=0)
+    sent = grants([one for number in range(10) for one in adm.offer(ask(str(number), deadline_s=1e-6), 0.0)])
+    assert len(sent) == 10
+    assert {grant.replica_id for grant in sent} == {"r", "s"}
+    assert (adm.waiting(), adm.running()) == (0, 10)
+    for number in range(10):
+        adm.finish(str(number), Usage(10, 20), 1.0)
+    assert adm.running() == 0
+
+
+# --- refusing ---
+
+
+def test_without_replicas_for_longer_than_the_objective_all_is_refused_for_want_of_capacity() -> None:
+    adm = admission()
+    assert adm.offer(ask("first"), 10.0) == []  # a new admission may not have heard from the replicas yet
+    assert placed(adm.withdraw("first", 11.0)) == []
+    refusal = refused(adm.offer(ask("a"), 15.1))
+    assert isinstance(refusal, NoCapacity)
+    assert (refusal.reason, refusal.plane) == ("no_replica", "attention")
+    assert refusal.retry_after_s > 0
+    assert (adm.waiting(), adm.running()) == (0, 0)
+
+
+@pytest.mark.parametrize("mode", ["enforce", "shadow", "off"])
+def test_while_every_replica_blinks_requests_wait(mode: str) -> None:
+    adm = admission(load(slots=4), mode=mode)
+    adm.fleet([], 10.0)
+    assert adm.offer(ask("a"), 11.0) == adm.offer(ask("b", sequences=9), 11.0) == adm.tick(12.0) == []
+    assert adm.waiting() == 2
+    assert placed(adm.fleet([load(slots=4)], 13.0))[0] == "a"
+    assert placed(adm.finish("a", Usage(10, 20), 13.1)) == (["b"] if mode != "off" else [])
+    assert adm.running() == 1
+
+
+def test_waiting_for_replicas_is_bounded_by_the_objective_and_by_the_queue() -> None:
+    adm = admission(load(), max_waiting=2)
+    adm.fleet([], 10.0)
+    assert adm.offer(ask("a"), 11.0) == adm.offer(ask("b", BATCH), 11.0) == []
+    assert refused(adm.offer(ask("c", BATCH), 11.0)).reason == "queue_full"
+    assert refusals(adm.offer(ask("d"), 11.0))["b"].reason == "displaced"
+    assert isinstance(refused(adm.offer(ask("e", deadline_s=0.5), 11.0)), NoCapacity)  # away for longer already
+    assert adm.tick(15.9) == []
+    assert {type(one) for one in refusals(adm.tick(16.1)).values()} == {NoCapacity}
+    assert isinstance(refused(adm.offer(ask("f"), 16.1)), NoCapacity)
+    assert adm.offer(ask("g", BATCH), 16.1) == []  # has more time
+    assert adm.waiting() == 1
+
+
+def test_what_came_while_replicas_were_away_teaches_no_margin() -> None:
+    adm = admission(load())
+    before = {priority: margin.value for priority, margin in adm._margins.items()}
+    adm.fleet([], 10.0)
+    for ticket in "abc":
+        adm.offer(ask(ticket), 10.0)
+    adm.withdraw("c", 10.1)
+    adm.fleet([load()], 14.0)
+    adm.first_token("a", 14.9)
+    assert {priority: margin.value for priority, margin in adm._margins.items()} == before
+
+
+@pytest.mark.parametrize("mode", ["enforce", "shadow", "off"])
+def test_quotas_bind_in_every_mode(mode: str) -> None:
+    adm = admission(load(), mode=mode)
+    tenant = Tenant("small", requests_per_minute=1)
+    (grant,) = grants(adm.offer(ask("a", tenant=tenant), 0.0))
+    assert grant.limits is not None
+    assert grant.limits.remaining_requests == 0
+    refusal = refused(adm.offer(ask("b", tenant=tenant), 0.0))
+    assert isinstance(refusal, QuotaExceeded)
+    assert (refusal.reason, refusal.plane) == ("requests_per_minute", "quota")
+    assert adm.running() == 1
+    assert placed(adm.offer(ask("c"), 0.0)) == ["c"]
+
+
+def test_what_can_never_be_served_has_no_time_to_come_back() -> None:
+    refusal = refused(admission(load()).offer(ask("a", tenant=Tenant("tiny", tokens_per_minute=10)), 0.0))
+    assert refusal.retry_after_s == math.inf
+
+
+def test_a_refused_requests_quota_is_given_back() -> None:
+    adm = patient(load(slots=1), max_waiting=0)
+    tenant = Tenant("small", requests_per_minute=1, tokens_per_minute=30, max_streams=1)
+    adm.offer(ask("a"), 0.0)
+    assert isinstance(refused(adm.offer(ask("b", tenant=tenant), 0.0)), Overloaded)
+    adm.finish("a", Usage(10, 20), 1.0)
+    assert placed(adm.offer(ask("c", tenant=tenant), 1.0)) == ["c"]
+
+
+def test_nothing_waits_where_nothing_may() -> None:
+    adm = patient(load(slots=1), max_waiting=0)
+    assert placed(adm.offer(ask("a"), 0.0)) == ["a"]
+    for priority in Priority:
+        refusal = refused(adm.offer(ask("b", priority), 0.0))
+        assert (refusal.reason, refusal.plane) == ("queue_full", "attention")
+    assert (adm.waiting(), adm.running()) == (0, 1)
+
+
+def test_a_full_queue_makes_room_for_a_higher_class() -> None:
+    adm = patient(load(slots=1), max_waiting=3)
+    for one in (ask("a"), ask("i", INTERACTIVE), ask("b0", BATCH), ask("b1", BATCH)):
+        adm.offer(one, 0.0)
+    found = refusals(adm.offer(ask("s", SYSTEM), 0.0))
+    assert list(found) == ["b1"]
+    assert found["b1"].reason == "displaced"
+    assert list(refusals(adm.offer(ask("i2", INTERACTIVE), 0.0))) == ["b0"]
+    assert refused(adm.offer(ask("b2", BATCH), 0.0)).reason == "queue_full"
+    assert refused(adm.offer(ask("i3", INTERACTIVE), 0.0)).reason == "queue_full"
+    assert list(refusals(adm.offer(ask("s2", SYSTEM), 0.0))) == ["i2"]
+    assert adm.waiting() == 3
+
+
+def test_a_full_queue_makes_room_for_a_tenant_below_its_share() -> None:
+    adm = patient(load(slots=1), max_waiting=3)
+    for number in range(4):
+        adm.offer(ask(str(number)), 0.0)
+    assert list(refusals(adm.offer(ask("o", tenant=OTHER), 0.0))) == ["3"]
+    assert refused(adm.offer(ask("4"), 0.0)).reason == "queue_full"
+
+
+def test_a_deadline_shorter_than_the_objective_is_the_one_that_counts() -> None:
+    adm = patient(load(slots=1))
+    adm.offer(ask("a", new=10_000), 0.0)
+    refusal = refused(adm.offer(ask("b", deadline_s=0.2), 0.0))
+    assert isinstance(refusal, Overloaded)
+    assert refusal.reason == "deadline"
+    assert "0.2 s" in str(refusal)
+    assert adm.offer(ask("c"), 0.0) == []
+    adm.finish("a", Usage(10, 20), 1.0)
+    assert adm.offer(ask("d", deadline_s=100_000.0), 1.0) == []  # the objective is shorter
+
+
+def test_what_would_miss_its_objective_is_refused_at_once_and_says_why() -> None:
+    adm = admission(load(slots=1), batch=ClassObjective(ttft_s=0.5, tpot_s=10.0))
+    adm.offer(ask("a", new=10_000), 0.0)
+    refusal = refused(adm.offer(ask("b", BATCH), 0.0))
+    assert (refusal.reason, refusal.plane) == ("ttft", "attention")
+    assert "admission.batch.ttft_s" in str(refusal)
+    assert placed(adm.offer(ask("c", INTERACTIVE), 0.0)) == []
+    assert adm.waiting() == 1
+
+
+def test_a_long_prompt_that_cannot_be_prefilled_in_time_is_refused() -> None:
+    adm = admission(load(kv=10**7))
+    refusal = refused(adm.offer(ask("a", prompt=10**6), 0.0))
+    assert (refusal.reason, refusal.plane) == ("ttft", "attention")
+
+
+def test_too_slow_steps_refuse_the_classes_that_are_promised_faster_ones() -> None:
+    adm = admission(load(slots=8))
+    now_s = saturate(adm, 0.95, 2, 0.0)
+    refusal = refused(adm.offer(ask("i", INTERACTIVE), now_s))
+    assert (refusal.reason, refusal.plane) == ("tpot", "attention")
+    assert "admission.interactive.tpot_s" in str(refusal)
+    for ticket in ("seen 0", "seen 1"):
+        adm.withdraw(ticket, now_s)
+    assert placed(adm.offer(ask("b", BATCH), now_s)) == ["b"]
+
+
+def test_after_a_while_without_a_step_one_request_is_let_through() -> None:
+    adm = admission(load(slots=8))
+    now_s = saturate(adm, 0.8, 1, 0.0)
+    adm.withdraw("seen 0", now_s)
+    assert refused(adm.offer(ask("i"), now_s)).reason == "tpot"
+    assert placed(adm.offer(ask("j"), now_s + 11.0)) == ["j"]
+
+
+def test_steps_slow_down_by_experts_queue_and_the_refusal_names_that_plane() -> None:
+    adm = admission(load(slots=8))
+    now_s = saturate(adm, 0.03, 2, 0.0)
+    adm.fleet([load(slots=8, queue_s=3.0)], now_s)
+    refusal = refused(adm.offer(ask("a"), now_s))
+    assert (refusal.reason, refusal.plane) == ("tpot", "experts")
+    assert "(experts)" in str(refusal)
+    adm.fleet([load(slots=8)], now_s)
+    assert placed(adm.offer(ask("b"), now_s)) == ["b"]
+
+
+def test_waiting_for_slots_that_the_experts_hold_up_names_that_plane() -> None:
+    adm = admission(load(slots=2, queue_s=0.3))
+    for number in range(2):
+        adm.offer(ask(str(number), new=10_000), 0.0)
+    refusal = refused(adm.offer(ask("c"), 0.0))
+    assert (refusal.reason, refusal.plane) == ("ttft", "experts")
+
+
+def test_waiting_for_kv_names_the_cache() -> None:
+    adm = admission(load(slots=64, kv=1000), interactive=ClassObjective(ttft_s=0.5, tpot_s=1.0))
+    adm.offer(ask("a", prompt=900, new=1000), 0.0)
+    assert refused(adm.offer(ask("b", prompt=900), 0.0)).plane == "kv_cache"
+
+
+def test_retry_after_is_bounded_and_jittered() -> None:
+    adm = patient(load(slots=1), max_waiting=0)
+    adm.offer(ask("a", new=10**9), 0.0)
+    seconds = [refused(adm.offer(ask("b"), 0.0)).retry_after_s for _ in range(200)]
+    assert all(0.5 <= one <= 90 for one in seconds)
+    assert max(seconds) > 1.3 * min(seconds)
+    quick = patient(load(slots=1), max_waiting=0)
+    quick.offer(ask("a", new=1), 0.0)
+    seconds = [refused(quick.offer(ask("b", new=1), 0.0)).retry_after_s for _ in range(200)]
+    assert all(0.5 <= one <= 0.75 + 0.5 for one in seconds)
+
+
+def test_retry_after_is_finite_though_higher_classes_take_it_all() -> None:
+    adm = admission(load(slots=1), batch=ClassObjective(ttft_s=60.0, tpot_s=10.0))
+    adm.offer(ask("a", SYSTEM, new=1000), 0.0)
+    refusal = None
+    for number in range(400):
+        adm.offer(ask(f"s{number}", SYSTEM, new=1000), 0.05 * number)
+        decisions = adm.offer(ask(f"b{number}", BATCH), 0.05 * number)
+        refusal = refusals(decisions).get(f"b{number}", refusal)
+    assert refusal is not None
+    assert 0.5 <= refusal.retry_after_s <= 90
+
+
+# --- shadow ---
+
+
+def test_shadow_refuses_nobody_by_prediction_and_says_whom_it_would_have() -> None:
+    adm = admission(load(slots=1), mode="shadow")
+    (first,) = grants(adm.offer(ask("a", new=10_000), 0.0))
+    assert first.would_refuse is None
+    assert adm.offer(ask("b", deadline_s=0.1), 0.0) == []
+    assert adm.tick(10_000.0) == []
+    (grant,) = grants(adm.finish("a", Usage(10, 20), 10_001.0))
+    assert (grant.ticket, grant.would_refuse) == ("b", "deadline")
+
+
+def test_shadow_marks_those_that_would_be_refused_while_they_wait() -> None:
+    adm = admission(load(slots=1), mode="shadow")
+    adm.offer(ask("a"), 0.0)
+    assert adm.offer(ask("b"), 0.0) == []
+    assert adm.tick(100.0) == []
+    (grant,) = grants(adm.finish("a", Usage(10, 20), 101.0))
+    assert grant.would_refuse == "waited"
+
+
+# --- while it waits or runs ---
+
+
+def test_tick_refuses_what_would_miss_and_gives_its_quota_back() -> None:
+    adm = admission(load(slots=1))
+    tenant = Tenant("small", max_streams=1)
+    adm.offer(ask("a"), 0.0)
+    assert adm.offer(ask("b", tenant=tenant), 0.0) == []
+    assert adm.tick(1.0) == []
+    refusal = refused(adm.tick(5.0))
+    assert isinstance(refusal, Overloaded)
+    assert refusal.reason == "waited"
+    assert (adm.waiting(), adm.running()) == (0, 1)
+    adm.finish("a", Usage(10, 20), 6.0)
+    assert placed(adm.offer(ask("c", tenant=tenant), 6.0)) == ["c"]
+
+
+def test_those_that_wait_when_the_last_replica_goes_are_refused_after_their_budget() -> None:
+    adm = admission(load(slots=1))
+    adm.offer(ask("a"), 0.0)
+    adm.offer(ask("b"), 0.0)
+    adm.fleet([], 1.0)
+    assert adm.tick(2.0) == []
+    assert isinstance(refused(adm.tick(6.0)), NoCapacity)
+
+
+def test_withdraw_of_a_waiting_or_running_request_places_the_next() -> None:
+    adm = patient(load(slots=1))
+    for ticket in ("a", "b", "c", "d"):
+        adm.offer(ask(ticket), 0.0)
+    assert adm.withdraw("b", 1.0) == []
+    assert placed(adm.withdraw("a", 1.0)) == ["c"]
+    assert placed(adm.finish("c", None, 2.0)) == ["d"]
+    assert adm.finish("d", Usage(10, 20), 3.0) == []
+    assert (adm.waiting(), adm.running()) == (0, 0)
+
+
+def test_withdrawing_what_holds_up_others_places_them() -> None:
+    adm = patient(load(slots=4))
+    adm.offer(ask("a", sequences=2), 0.0)
+    adm.offer(ask("large", sequences=4), 0.0)
+    assert adm.offer(ask("small"), 0.0) == []
+    assert placed(adm.withdraw("large", 1.0)) == ["small"]
+
+
+def test_unknown_tickets_change_nothing() -> None:
+    adm = admission(load())
+    adm.offer(ask("a"), 0.0)
+    for _ in range(2):
+        assert adm.withdraw("x", 1.0) == adm.finish("x", Usage(1, 1), 1.0) == adm.move("x", 1.0) == []
+        adm.first_token("x", 1.0)
+        adm.progress("x", 5, 1.0)
+    assert (adm.waiting(), adm.running()) == (0, 1)
+    assert adm.finish("a", Usage(10, 20), 2.0) == adm.finish("a", Usage(10, 20), 2.0) == []
+
+
+def test_what_happens_to_a_waiting_ticket_before_it_runs_is_ignored() -> None:
+    adm = patient(load(slots=1))
+    adm.offer(ask("a"), 0.0)
+    adm.offer(ask("b"), 0.0)
+    adm.first_token("b", 1.0)
+    adm.progress("b", 5, 1.0)
+    assert adm.move("b", 1.0) == []
+    assert (adm.waiting(), adm.running()) == (1, 1)
+    assert adm.finish("b", Usage(10, 20), 1.0) == []
+    assert (adm.waiting(), adm.running()) == (0, 1)
+
+
+def test_a_moved_request_goes_elsewhere_before_all_of_its_class() -> None:
+    adm = patient(load("r", 1), load("s", 1))
+    (first,), (second,) = (grants(adm.offer(ask(ticket), 0.0)) for ticket in ("a", "b"))
+    adm.offer(ask("c"), 0.0)
+    adm.offer(ask("high", SYSTEM), 0.0)
+    adm.fleet([load(second.replica_id, 1)], 1.0)
+    assert adm.move("a", 1.0) == []
+    assert placed(adm.finish("b", Usage(10, 20), 2.0)) == ["high"]
+    (grant,) = grants(adm.finish("high", Usage(10, 20), 3.0))
+    assert (grant.ticket, grant.replica_id) == ("a", second.replica_id)
+    assert placed(adm.finish("a", Usage(10, 20), 4.0)) == ["c"]
+    assert first.replica_id != second.replica_id
+
+
+def test_a_moved_request_avoids_the_replica_that_lost_it_and_holds_up_nobody() -> None:
+    adm = patient(load("r", 1))
+    adm.offer(ask("a"), 0.0)
+    adm.offer(ask("b"), 0.0)
+    assert placed(adm.move("a", 1.0)) == ["b"]
+    assert adm.finish("b", Usage(10, 20), 1.5) == []
+    assert placed(adm.offer(ask("c"), 1.6)) == ["c"]
+    (grant,) = grants(adm.fleet([load("r", 1), load("s", 1)], 1.7))
+    assert (grant.ticket, grant.replica_id) == ("a", "s")
+
+
+def test_a_moved_request_goes_back_to_a_replica_that_only_blinked_if_there_is_no_other() -> None:
+    adm = patient(load("r", 1))
+    adm.offer(ask("a"), 0.0)
+    adm.fleet([], 1.0)
+    assert adm.move("a", 1.0) == []
+    assert adm.fleet([load("r", 1)], 1.5) == []
+    assert adm.tick(1.9) == []
+    assert placed(adm.tick(2.1)) == ["a"]
+
+
+def test_a_moved_request_waits_for_another_replica_rather_than_go_back() -> None:
+    adm = patient(load("r", 1), load("s", 1))
+    (first,) = grants(adm.offer(ask("a"), 0.0))
+    adm.offer(ask("b"), 0.0)
+    assert adm.move("a", 1.0) == []
+    assert adm.tick(20.0) == []  # the other one is taken
+    (grant,) = grants(adm.finish("b", Usage(10, 20), 21.0))
+    assert (grant.ticket, grant.replica_id != first.replica_id) == ("a", True)
+
+
+def test_a_moved_request_with_nowhere_to_go_is_refused_after_its_objective_begun_anew() -> None:
+    adm = admission(load("r", 1))
+    adm.offer(ask("a"), 0.0)
+    adm.fleet([], 99.0)
+    adm.move("a", 100.0)
+    assert adm.tick(104.9) == []
+    assert isinstance(refused(adm.tick(105.1)), NoCapacity)
+    assert (adm.waiting(), adm.running()) == (0, 0)
+
+
+def test_what_was_generated_before_a_move_is_part_of_the_prompt() -> None:
+    adm = patient(load("r", 2, kv=100), load("s", 2, kv=100))
+    (grant,) = grants(adm.offer(ask("a", prompt=10, new=60), 0.0))
+    adm.progress("a", 50, 1.0)
+    other = "s" if grant.replica_id == "r" else "r"
+    assert placed(adm.move("a", 1.0)) == ["a"]
+    state = adm._replicas[other]
+    assert state.queued_tokens == 60
+    assert 60 <= state.kv_tokens <= 70
+
+
+def test_an_adopted_request_holds_its_slot_and_its_stream() -> None:
+    adm = patient(load("r", 1))
+    tenant = Tenant("t", max_streams=1)
+    adm.adopt(ask("a", tenant=tenant), "r", 0.0)
+    assert adm.running() == 1
+    assert refused(adm.offer(ask("b", tenant=tenant), 0.0)).reason == "max_streams"
+    assert adm.offer(ask("c"), 0.0) == []
+    adm.progress("a", 5, 0.5)
+    assert placed(adm.finish("a", Usage(10, 20), 1.0)) == ["c"]
+    assert placed(adm.finish("c", Usage(10, 20), 2.0) + adm.offer(ask("d", tenant=tenant), 2.0)) == ["d"]
+
+
+def test_a_request_can_be_adopted_at_a_replica_not_heard_of_yet() -> None:
+    adm = patient()
+    adm.adopt(ask("a"), "r", 0.0)
+    assert adm.offer(ask("b"), 0.0) == adm.withdraw("b", 0.5) == []
+    adm.fleet([load("r", 1)], 1.0)
+    assert adm.offer(ask("c"), 1.0) == []
+    assert placed(adm.move("a", 2.0)) == ["c"]
+
+
+def test_tickets_at_a_replica_that_is_gone_stay_until_they_end() -> None:
+    adm = patient(load("r", 1), load("s", 1))
+    (grant,) = grants(adm.offer(ask("a"), 0.0))
+    adm.fleet([load("s" if grant.replica_id == "r" else "r", 1)], 1.0)
+    assert adm.running() == 1
+    adm.finish("a", Usage(10, 20), 2.0)
+    assert adm.running() == 0
+    assert len(adm._replicas) == 1
+
+
+def test_no_more_run_than_keep_the_promised_step_time() -> None:
+    adm = admission(load(slots=64), **{**PATIENT, "interactive": ClassObjective(ttft_s=1e4, tpot_s=0.1)})
+    now_s = 0.0
+    # Steps of 20 ms and 10 ms more per sequence: eight keep 0.1 s.
+    for running in range(1, 7):
+        adm.offer(ask(f"r{running}", new=100_000), now_s)
+        adm.first_token(f"r{running}", now_s)
+        start_s, step_s = now_s, 0.02 + 0.01 * running
+        for step in range(1, 41):
+            for number in range(1, running + 1):
+                adm.progress(f"r{number}", 40 * (running - number) + step, start_s + step * step_s)
+        now_s = start_s + 40 * step_s
+    for number in range(20):
+        adm.offer(ask(f"more {number}", new=100_000), now_s)
+    assert adm.running() in (7, 8, 9)
+    before = adm.running()
+    adm.offer(ask("urgent", SYSTEM, new=100_000), now_s)
+    assert adm.running() == before  # interactive ones run there: their promise binds this one too
+
+
+# --- invariants ---
+
+
+class World:
+    """Does anything at any time, and keeps its own books."""
+
+    def __init__(self, rng: random.Random, mode: str, max_waiting: int) -> None:
+        self.rng = rng
+        self.now_s = 0.0
+        objectives = {name: ClassObjective(ttft_s=rng.choice([0.3, 3.0]), tpot_s=rng.choice([0.05, 1.0]))
+                      for name in ("system", "interactive", "batch")}  # fmt: skip
+        self.adm = admission(mode=mode, max_waiting=max_waiting, **objectives)
+        self.mode, self.max_waiting = mode, max_waiting
+        self.tenants = [Tenant("a"), Tenant("b", weight=3.0), Tenant("c", requests_per_minute=40, max_streams=4),
+                        Tenant("d", tokens_per_minute=2_000)]  # fmt: skip
+        self.asks: dict[str, Ask] = {}
+        self.state: dict[str, str] = {}  # waiting, admitted, refused, withdrawn or finished
+        self.where: dict[str, str] = {}
+        self.lost: dict[str, set[str]] = {}
+        self.moved_s: dict[str, float] = {}
+        self.loads: dict[str, ReplicaLoad] = {}
+        self.generated: dict[str, int] = {}
+
+    def take(self, decisions: Sequence[Decision]) -> None:
+        for one in decisions:
+            if isinstance(one, Admitted):
+                ticket = one.grant.ticket
+                assert self.state[ticket] == "waiting"
+                assert one.grant.replica_id in self.loads
+                lost = self.lost.get(ticket, set())
+                if one.grant.replica_id in lost:  # only if there is no other for a while
+                    assert set(self.loads) <= lost
+                    assert self.now_s - self.moved_s[ticket] >= 1.0
+                self.state[ticket], self.where[ticket] = "admitted", one.grant.replica_id
+            else:
+                assert self.state[one.ticket] == "waiting"
+                assert one.refusal.retry_after_s >= 0.5
+                self.state[one.ticket] = "refused"
+
+    def of(self, state: str) -> list[str]:
+        return [ticket for ticket, known in self.state.items() if known == state]
+
+    def some(self, *states: str) -> str | None:
+        found = [ticket for state in states for ticket in self.of(state)]
+        return self.rng.choice(found) if found else None
+
+    def new_ask(self) -> Ask:
+        rng, ticket = self.rng, f"t{len(self.asks)}"
+        one = ask(
+            ticket, rng.choice(list(Priority)), tenant=rng.choice(self.tenants), prompt=rng.randint(1, 400),
+            new=rng.randint(1, 200), sequences=rng.choice([1, 1, 1, 2, 5]), deadline_s=rng.choice([None, None, 0.5]),
+            hashes=tuple(range(rng.randint(0, 4))),
+        )  # fmt: skip
+        self.asks[ticket] = one
+        return one
+
+    def step(self) -> None:
+        rng, adm = self.rng, self.adm
+        self.now_s += rng.choice([0.0, 0.001, 0.05, 1.0])
+        rare = ["first", "finish", "finish", "cut", "withdraw", "move", "tick", "fleet", "adopt"]
+        what = rng.choice(["offer"] * 6 + ["progress"] * 4 + rare)
+        ticket = self.some("admitted")
+        if what == "offer":
+            one = self.new_ask()
+            self.state[one.ticket] = "waiting"
+            self.take(adm.offer(one, self.now_s))
+        elif what == "fleet":
+            names = rng.sample("pqr", rng.randint(0 if rng.random() < 0.2 else 1, 3))
+            queue_s = rng.choice([0.0, 0.0, 0.2])
+            self.loads = {name: load(name, rng.choice([1, 4]), rng.choice([300, 3000]), queue_s) for name in names}
+            self.take(adm.fleet(list(self.loads.values()), self.now_s))
+        elif what == "tick":
+            self.take(adm.tick(self.now_s))
+        elif what == "adopt":
+            one, replica_id = self.new_ask(), rng.choice("pqrx")
+            self.state[one.ticket], self.where[one.ticket] = "admitted", replica_id
+            adm.adopt(one, replica_id, self.now_s)
+        elif what == "withdraw":
+            other = self.some("admitted", "waiting", "refused", "finished")
+            if other is not None:
+                if self.state[other] in ("admitted", "waiting"):
+                    self.state[other] = "withdrawn"
+                self.take(adm.withdraw(other, self.now_s))
+        elif ticket is None:
+            adm.progress(f"unknown {what}", 1, self.now_s)
+        elif what == "progress":
+            self.generated[ticket] = self.generated.get(ticket, 0) + rng.randint(0, 20)
+            adm.progress(ticket, self.generated[ticket], self.now_s)
+        elif what == "first":
+            adm.first_token(ticket, self.now_s)
+        elif what == "move":
+            self.lost.setdefault(ticket, set()).add(self.where[ticket])
+            self.moved_s[ticket] = self.now_s
+            self.state[ticket] = "waiting"
+            self.take(adm.move(ticket, self.now_s))
+        else:
+            usage = Usage(self.asks[ticket].prompt_tokens, rng.randint(0, 300))
+            self.end(ticket, None if what == "cut" else usage)
+
+    def end(self, ticket: str, usage: Usage | None) -> None:
+        self.state[ticket] = "finished"
+        self.take(self.adm.finish(ticket, usage, self.now_s))
+
+    def check(self) -> None:
+        adm = self.adm
+        assert adm.waiting() == len(self.of("waiting"))
+        assert adm.running() == len(self.of("admitted"))
+        assert set(adm._tickets) == {*self.of("waiting"), *self.of("admitted")}
+        for tenant in self.tenants:
+            alive = [one for one, state in self.state.items() if state in ("waiting", "admitted")]
+            assert adm._quotas.streams(tenant) == sum(self.asks[one].tenant is tenant for one in alive)
+        for replica_id, state in adm._replicas.items():
+            tickets = list(state.tickets.values())
+            assert {one.ask.ticket for one in tickets} == {
+                one for one in self.of("admitted") if self.where[one] == replica_id
+            }
+            assert state.sequences == sum(one.slots for one in tickets)
+            assert state.kv_tokens == sum(one.kv_tokens for one in tickets)
+            assert state.queued_tokens == sum(one.uncached_tokens for one in tickets if one.first_token_s is None)
+            assert sum(state.by_class) == len(tickets)
+        for queue in adm._queues.values():
+            assert queue.slots == sum(one.slots for one in queue)
+            assert queue.kv_tokens == sum(one.kv_tokens for one in queue)
+
+
+@pytest.mark.parametrize("mode", ["enforce", "shadow", "off"])
+@settings(max_examples=60, deadline=None)
+@given(rng=st.randoms(use_true_random=True), length=st.integers(1, 150), max_waiting=st.sampled_from([0, 3, 512]))
+def test_whatever_happens_every_ticket_ends_once_and_nothing_stays_counted(
+    mode: str, rng: random.Random, length: int, max_waiting: int
+) -> None:
+    world = World(rng, mode, max_waiting)
+    for _ in range(length):
+        world.step()
+        world.check()
+    adm = world.adm
+    while tickets := [*world.of("admitted"), *world.of("waiting")]:
+        for ticket in tickets:
+            if world.state[ticket] == "waiting":
+                world.state[ticket] = "withdrawn"
+                world.take(adm.withdraw(ticket, world.now_s))
+            elif world.state[ticket] == "admitted":
+                world.end(ticket, None)
+        world.check()
+    assert adm.waiting() == adm.running() == 0
+    for state in adm._replicas.values():
+        assert (state.sequences, state.queued_tokens, state.kv_tokens, sum(state.by_class)) == (0, 0, 0, 0)
+        assert state.load is not None
+    for queue in adm._queues.values():
+        assert (len(queue), queue.slots, queue.kv_tokens) == (0, 0, 0)
+    assert set(world.state.values()) <= {"refused", "withdrawn", "finished"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(rng=st.randoms(use_true_random=True), mode=st.sampled_from(["enforce", "shadow"]))
+def test_a_replica_never_gets_more_than_it_has_but_for_one_request_when_idle(rng: random.Random, mode: str) -> None:
+    world = World(rng, mode, 512)
+    slots = {name: rng.randint(1, 5) for name in "pqr"}
+    kv = {name: rng.choice([200, 2000]) for name in "pqr"}
+    world.loads = {name: load(name, slots[name], kv[name]) for name in "pqr"}
+    world.take(world.adm.fleet(list(world.loads.values()), 0.0))
+    while len(world.asks) < 60:
+        world.now_s += rng.choice([0.0, 0.05])
+        what = rng.random()
+        ticket = world.some("admitted")
+        if what < 0.6 or ticket is None:
+            one = replace(world.new_ask(), deadline_s=None)
+            world.state[one.ticket] = "waiting"
+            world.take(world.adm.offer(one, world.now_s))
+        elif what < 0.9:
+            world.end(ticket, Usage(world.asks[ticket].prompt_tokens, rng.randint(0, 100)))
+        else:
+            world.lost.setdefault(ticket, set()).add(world.where[ticket])
+            world.moved_s[ticket] = world.now_s
+            world.state[ticket] = "waiting"
+            world.take(world.adm.move(ticket, world.now_s))
+        for replica_id, state in world.adm._replicas.items():
+            assert len(state.tickets) <= 1 or state.sequences <= slots[replica_id]
+            assert len(state.tickets) <= 1 or state.kv_tokens <= kv[replica_id]

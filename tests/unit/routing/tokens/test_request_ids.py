@@ -1,0 +1,36 @@
+"""The ids of a step, as a frame and a log line carry them: bounded, whole ids, nothing that could break a line."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from routing.tokens.request_ids import MAX_BYTES, joined
+
+
+def test_ids_are_joined_in_their_order() -> None:
+    assert joined(["cmpl-b-0", "chatcmpl-a"]) == "cmpl-b-0,chatcmpl-a"
+    assert joined([]) == ""
+
+
+def test_what_does_not_fit_becomes_an_ellipsis_and_no_id_is_cut() -> None:
+    ids = [f"cmpl-{number:032x}-0" for number in range(64)]
+    *kept, last = joined(ids).split(",")
+    assert last == "…"
+    assert kept == ids[: len(kept)]
+    assert len(kept) == 6
+
+
+def test_one_id_that_is_too_long_is_cut() -> None:
+    assert joined(["é" * 200]) == "é" * 126 + "…"  # 252 + 3 bytes
+
+
+def test_an_id_that_a_client_made_up_cannot_end_a_line() -> None:
+    assert joined(["a\nb\x1b[2K\u2028\ud800"]) == "a?b?[2K??"
+
+
+@given(st.lists(st.text(max_size=80), max_size=12))
+def test_always_short_and_printable(ids: list[str]) -> None:
+    trace = joined(ids)
+    assert len(trace.encode()) <= MAX_BYTES
+    assert trace.isprintable()

@@ -1,0 +1,63 @@
+"""Split and combine against the plain sum over experts."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from routing.tokens.placement import PlacementTable, WorkerEndpoint
+from routing.tokens.split_combine import combine, split
+from routing.tokens.wire import NO_EXPERT
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 7), st.integers(0, 10_000))
+def test_every_pair_goes_to_its_owner_exactly_once(tokens: int, workers: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ids_TK = np.stack([rng.permutation(16)[:4] for _ in range(tokens)]).astype(np.int16)
+    ids_TK[rng.random(ids_TK.shape) < 0.2] = NO_EXPERT
+    route_E = rng.integers(0, workers, 16).astype(np.int16)
+    planned = split(ids_TK, route_E)
+    assert planned.uncovered == ()
+    seen = np.full(ids_TK.shape, NO_EXPERT, dtype=np.int16)
+    for part in planned.parts:
+        for row, ids_K in zip(part.rows_R, part.expert_ids_RK, strict=True):
+            assert (ids_K >= 0).any()  # no row travels for nothing
+            for slot in np.flatnonzero(ids_K >= 0):
+                assert seen[row, slot] == NO_EXPERT
+                assert route_E[ids_K[slot]] == part.worker
+                seen[row, slot] = ids_K[slot]
+    assert np.array_equal(seen, ids_TK)
+
+
+def test_uncovered_experts_are_listed_and_sent_to_nobody() -> None:
+    planned = split(np.array([[0, 1], [2, NO_EXPERT]], dtype=np.int16), np.array([0, -1, -1], dtype=np.int16))
+    assert planned.uncovered == (1, 2)
+    assert [(part.worker, part.rows_R.tolist()) for part in planned.parts] == [(0, [0])]
+
+
+def test_combine_adds_rows_in_place() -> None:
+    planned = split(np.array([[0], [1], [0]], dtype=np.int16), np.array([0, 1], dtype=np.int16))
+    output = torch.zeros(3, 2)
+    for part in planned.parts:
+        combine(output, part, torch.full((len(part.rows_R), 2), part.worker + 1.0))
+    assert output[:, 0].tolist() == [1.0, 2.0, 1.0]
+
+
+def table(*held: tuple[int, ...]) -> PlacementTable:
+    return PlacementTable(1, tuple(WorkerEndpoint(f"w{i}", f"h:{i}", {1: h}) for i, h in enumerate(held)))
+
+
+def test_route_balances_over_holders_and_skips_the_excluded() -> None:
+    everything = tuple(range(8))
+    both = table(everything, everything)
+    assert np.bincount(both.route(1, 8)).tolist() == [4, 4]
+    assert both.route(1, 8, frozenset({"w0"})).tolist() == [1] * 8
+    assert table((0, 1), (1, 2)).route(1, 4).tolist() == [0, 0, 1, -1]
+
+
+def test_table_survives_json() -> None:
+    made = table((0, 5), (3,))
+    assert PlacementTable.from_json(made.to_json()) == made

@@ -1,0 +1,110 @@
+"""Frames survive the round trip; anything else is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import DeepsplitError, FrameError, StalePlacement
+from routing.tokens.request_ids import joined
+from routing.tokens.wire import (
+    HEADER_BYTES,
+    ErrorReply,
+    Reply,
+    Request,
+    decode_reply,
+    decode_request,
+    encode_error,
+    encode_reply,
+    encode_request,
+    peek_trace,
+    request_bytes,
+)  # fmt: skip
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+TRACES = st.lists(st.text(max_size=60), max_size=9).map(joined)
+
+
+def make_request(rows: int, hidden: int, slots: int, dtype: torch.dtype, trace: str = "") -> Request:
+    return Request(
+        7, 3, 60, 1500, torch.randn(rows, hidden).to(dtype),
+        torch.randint(-1, 256, (rows, slots), dtype=torch.int16), torch.rand(rows, slots), torch.bfloat16, trace,
+    )  # fmt: skip
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 9), st.integers(1, 40), st.integers(1, 9), DTYPES, TRACES)
+def test_request_round_trip(rows: int, hidden: int, slots: int, dtype: torch.dtype, trace: str) -> None:
+    sent = make_request(rows, hidden, slots, dtype, trace)
+    frame = encode_request(sent)
+    assert len(frame) == request_bytes(rows, hidden, slots, dtype, len(trace.encode()))
+    got = decode_request(frame, hidden)
+    assert (got.request_id, got.epoch, got.layer, got.deadline_ms) == (7, 3, 60, 1500)
+    assert got.trace == peek_trace(frame) == trace
+    assert got.reply_dtype == torch.bfloat16
+    for name in ("hidden_TH", "expert_ids_TK", "weights_TK"):
+        assert torch.equal(getattr(got, name), getattr(sent, name))
+
+
+@given(st.integers(0, 9), st.integers(1, 40), DTYPES)
+@settings(max_examples=30, deadline=None)
+def test_reply_round_trip(rows: int, hidden: int, dtype: torch.dtype) -> None:
+    got = decode_reply(encode_reply(Reply(9, 2, 5, 4567, 123, torch.randn(rows, hidden).to(dtype))))
+    assert isinstance(got, Reply)
+    assert (got.request_id, got.epoch, got.layer, got.queue_us, got.compute_us) == (9, 2, 5, 4567, 123)
+    assert got.output_TH.shape == (rows, hidden)
+    assert got.output_TH.dtype == dtype
+
+
+def test_error_round_trip_keeps_class_and_text() -> None:
+    got = decode_reply(encode_error(5, StalePlacement("layer 3: expert 9 moved")))
+    assert isinstance(got, ErrorReply)
+    assert got.request_id == 5
+    assert type(got.error) is StalePlacement
+    assert str(got.error) == "layer 3: expert 9 moved"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused_not_crashed_on(frame: bytes) -> None:
+    for decode in (lambda: decode_request(frame, 8), lambda: decode_reply(frame)):
+        with pytest.raises(DeepsplitError):
+            decode()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_flipped_header_byte_never_reads_out_of_bounds(data: st.DataObject) -> None:
+    frame = bytearray(encode_request(make_request(2, 8, 3, torch.bfloat16, "cmpl-1,cmpl-2")))
+    at = data.draw(st.integers(0, HEADER_BYTES - 1))
+    frame[at] = data.draw(st.integers(0, 255))
+    assert peek_trace(bytes(frame)).isprintable()
+    try:
+        got = decode_request(bytes(frame), 8)
+    except FrameError:
+        return
+    assert got.hidden_TH.shape == (2, 8)
+    assert got.trace == "cmpl-1,cmpl-2"
+
+
+@pytest.mark.parametrize("trace", [b"cmpl-1\n{}", b"\x1b[2K", b"\xff\xfe", "\u202egnp".encode()])
+def test_a_trace_that_could_forge_a_log_line_is_refused(trace: bytes) -> None:
+    frame = bytearray(encode_request(make_request(2, 8, 3, torch.float32)) + trace)
+    frame[7] = len(trace)
+    with pytest.raises(FrameError, match="the trace of a request"):
+        decode_request(bytes(frame), 8)
+    assert peek_trace(bytes(frame)) == ""
+
+
+@pytest.mark.parametrize("cut", [0, 10, HEADER_BYTES, HEADER_BYTES + 5])
+def test_truncation_is_named(cut: int) -> None:
+    frame = encode_request(make_request(2, 8, 3, torch.float32))
+    with pytest.raises(FrameError, match=r"shorter than|truncated"):
+        decode_request(frame[:cut], 8)
+
+
+def test_wrong_hidden_size_is_named() -> None:
+    with pytest.raises(FrameError, match="hidden size 8 does not fit this model's 16"):
+        decode_request(encode_request(make_request(2, 8, 3, torch.float32)), 16)
