@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from cluster.config import Config
-from deployments.attention.deployment import EngineStats, placement_bundles
+from deployments.attention.deployment import placement_bundles
+from deployments.directory.members import EngineStats
 
 
 def config(**attention: Any) -> Config:
