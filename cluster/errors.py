@@ -6,9 +6,37 @@ Exceptions are for other people's mistakes (input, peers, machines); our own mis
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from enum import StrEnum
+from typing import ClassVar
 
-Plane = Literal["quota", "gateway", "attention", "kv_cache", "experts"]
+
+class Plane(StrEnum):
+    """What limits when a request is refused."""
+
+    QUOTA = "quota"
+    GATEWAY = "gateway"
+    ATTENTION = "attention"
+    KV_CACHE = "kv_cache"
+    EXPERTS = "experts"
+
+
+class Reason(StrEnum):
+    """Why a request is refused: labels of `deepsplit_refusals_total`, explained in docs/gateway.md."""
+
+    REQUESTS_PER_MINUTE = "requests_per_minute"
+    TOKENS_PER_MINUTE = "tokens_per_minute"
+    MAX_STREAMS = "max_streams"
+    REQUEST_OVER_BUDGET = "request_over_budget"
+    TTFT = "ttft"
+    TPOT = "tpot"
+    DEADLINE = "deadline"
+    WAITED = "waited"
+    QUEUE_FULL = "queue_full"
+    DISPLACED = "displaced"
+    NO_REPLICA = "no_replica"
+    DRAINING = "draining"
+    SIDE_CALLS = "side_calls"
+    BODIES = "bodies"
 
 
 class DeepsplitError(Exception):
@@ -19,28 +47,43 @@ class DeepsplitError(Exception):
     outcome: ClassVar[str] = "internal_error"
 
 
+# What may be done about an error: each leaf below has one of these bases, or none where nothing helps.
+
+
+class OperatorError(DeepsplitError):
+    """What the operator gave us cannot work: nothing starts until it is mended."""
+
+
+class ElsewhereError(DeepsplitError):
+    """One process could not do it: the same work may be sent to another one at once."""
+
+
+class ClientError(DeepsplitError):
+    """The request itself is at fault: sent again, it fails again."""
+
+
 # --- Before anything runs: what the operator gave us -------------------------------------------------------
 
 
-class ConfigError(DeepsplitError):
+class ConfigError(OperatorError):
     """The configuration file is not valid."""
 
     outcome = "config_error"
 
 
-class CheckpointError(DeepsplitError):
+class CheckpointError(OperatorError):
     """The model directory is missing, incomplete, truncated or not one that can be split."""
 
     outcome = "checkpoint_error"
 
 
-class PlanError(DeepsplitError):
+class PlanError(OperatorError):
     """What was asked for does not fit on the nodes, or cannot be divided as asked."""
 
     outcome = "plan_error"
 
 
-class StartupError(DeepsplitError):
+class StartupError(OperatorError):
     """A process could not start: port in use, wrong version, plugin not in place, already running."""
 
     outcome = "startup_error"
@@ -57,7 +100,7 @@ class FrameError(DeepsplitError):
     outcome = "bad_frame"
 
 
-class StalePlacement(DeepsplitError):
+class StalePlacement(ElsewhereError):
     """The placement epoch of a call is older than the worker serves: split again with a fresh table."""
 
     http_status = 503
@@ -65,7 +108,7 @@ class StalePlacement(DeepsplitError):
     outcome = "stale_placement"
 
 
-class WorkerLost(DeepsplitError):
+class WorkerLost(ElsewhereError):
     """An expert worker died, hung or was cut off while it held rows: send them to another holder."""
 
     http_status = 503
@@ -89,10 +132,10 @@ class DispatchTimeout(DeepsplitError):
     outcome = "dispatch_timeout"
 
 
-# --- At the door -------------------------------------------------------------------------------------------
+# --- At the gateway -------------------------------------------------------------------------------------------
 
 
-class RequestError(DeepsplitError):
+class RequestError(ClientError):
     """The client's request is not valid."""
 
     http_status = 400
@@ -100,7 +143,7 @@ class RequestError(DeepsplitError):
     outcome = "bad_request"
 
 
-class RequestTooLarge(DeepsplitError):
+class RequestTooLarge(ClientError):
     """The client's request body is over the configured bound."""
 
     http_status = 413
@@ -108,7 +151,15 @@ class RequestTooLarge(DeepsplitError):
     outcome = "too_large"
 
 
-class Unauthenticated(DeepsplitError):
+class UnsupportedEncoding(ClientError):
+    """The client's body is in an encoding that this server does not read."""
+
+    http_status = 415
+    grpc_status = "INVALID_ARGUMENT"
+    outcome = "unsupported_encoding"
+
+
+class Unauthenticated(ClientError):
     """No API key, or one that nobody was given."""
 
     http_status = 401
@@ -116,7 +167,7 @@ class Unauthenticated(DeepsplitError):
     outcome = "unauthenticated"
 
 
-class PermissionDenied(DeepsplitError):
+class PermissionDenied(ClientError):
     """The key's tenant may not use this model or this priority class."""
 
     http_status = 403
@@ -132,7 +183,7 @@ class RequestTimeout(DeepsplitError):
     outcome = "request_timeout"
 
 
-class ModelNotFound(DeepsplitError):
+class ModelNotFound(ClientError):
     """The request names a model that is not served here."""
 
     http_status = 404
@@ -140,12 +191,20 @@ class ModelNotFound(DeepsplitError):
     outcome = "model_not_found"
 
 
-class ReplicaUnavailable(DeepsplitError):
+class ReplicaUnavailable(ElsewhereError):
     """No attention replica can take the request, or the one that had it died."""
 
     http_status = 503
     grpc_status = "UNAVAILABLE"
     outcome = "replica_unavailable"
+
+
+class EngineKilled(ClientError):
+    """Two engines died while they computed this request: a third one is not risked."""
+
+    http_status = 500
+    grpc_status = "INTERNAL"
+    outcome = "engine_killed"
 
 
 class StreamLost(DeepsplitError):
@@ -171,8 +230,7 @@ class RateLimits:
 class Refusal(DeepsplitError):
     """A valid request that is not served now; trying again after `retry_after_s` is worth it.
 
-    `plane` names what limits: quota, gateway, attention, kv_cache or experts. `reason` is a short, bounded word for
-    metrics.
+    `plane` names what limits, `reason` why.
     """
 
     http_status = 429
@@ -180,7 +238,7 @@ class Refusal(DeepsplitError):
     outcome = "refused"
 
     def __init__(
-        self, message: str, *, retry_after_s: float, plane: Plane, reason: str, limits: RateLimits | None = None
+        self, message: str, *, retry_after_s: float, plane: Plane, reason: Reason, limits: RateLimits | None = None
     ) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from cluster.errors import NoCapacity, Overloaded, Plane, QuotaExceeded, RateLimits, Refusal
+from cluster.errors import NoCapacity, Overloaded, Plane, QuotaExceeded, RateLimits, Reason, Refusal
 from routing.requests.admission import Admitted, Decision, Refused
 from routing.requests.request import Ask, Grant, Usage
 
@@ -85,7 +85,7 @@ class Denied(msgspec.Struct, frozen=True, tag=True):
     message: str
     retry_after_s: float
     plane: Plane
-    reason: str
+    reason: Reason
     limits: RateLimits | None
 
 

@@ -18,6 +18,8 @@ from cluster.errors import (
     NoCapacity,
     Overloaded,
     PermissionDenied,
+    Plane,
+    Reason,
     ReplicaUnavailable,
     RequestError,
     RequestTimeout,
@@ -144,12 +146,12 @@ class GatewayDoor:
         if self._draining:
             raise Draining(
                 "this gateway is stopping: send the request again", retry_after_s=_jittered(_RETRY_DRAINING_S),
-                plane="gateway", reason="draining",
+                plane=Plane.GATEWAY, reason=Reason.DRAINING,
             )  # fmt: skip
         if held >= self._config.max_streams:
             raise Overloaded(
                 f"this gateway holds {self._config.max_streams} requests, its limit (gateway.max_streams)",
-                retry_after_s=_jittered(_RETRY_FULL_S), plane="gateway", reason="max_streams",
+                retry_after_s=_jittered(_RETRY_FULL_S), plane=Plane.GATEWAY, reason=Reason.MAX_STREAMS,
             )  # fmt: skip
 
     async def drain(self, grace_s: float) -> None:
@@ -163,7 +165,7 @@ class GatewayDoor:
             deadline.cut(
                 Draining(
                     f"the gateway stopped and this request was not done within {grace_s:g} s: send it again",
-                    retry_after_s=_jittered(_RETRY_DRAINING_S), plane="gateway", reason="draining",
+                    retry_after_s=_jittered(_RETRY_DRAINING_S), plane=Plane.GATEWAY, reason=Reason.DRAINING,
                 )
             )  # fmt: skip
         until = loop.time() + 1.0
@@ -239,7 +241,7 @@ class GatewayDoor:
             if not left or len(tried) > self._config.max_resends:
                 raise NoCapacity(
                     "no attention replica is ready", retry_after_s=_jittered(_RETRY_NO_REPLICA_S),
-                    plane="attention", reason="no_replica",
+                    plane=Plane.ATTENTION, reason=Reason.NO_REPLICA,
                 )  # fmt: skip
             replica_id = random.choice(left)
             meter.sent(replica_id)

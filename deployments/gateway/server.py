@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.metadata import version
 
 from cluster.config import Config
-from cluster.errors import NoCapacity, ReplicaUnavailable
+from cluster.errors import NoCapacity, Plane, Reason, ReplicaUnavailable
 from cluster.tls.contexts import server_ssl_context
 from deployments.admission.client import FleetAdmission
 from deployments.admission.replica_loads import ReplicaLoads
@@ -165,4 +165,6 @@ class GatewayServer:
                 items = [item async for item in self._pool.send(load.replica_id, "GET", path, b"", "openapi")]
                 if isinstance(items[0], ResponseHead) and items[0].status == 200:
                     return b"".join(item for item in items if isinstance(item, bytes))
-        raise NoCapacity("no attention replica is ready", retry_after_s=5.0, plane="attention", reason="no_replica")
+        raise NoCapacity(
+            "no attention replica is ready", retry_after_s=5.0, plane=Plane.ATTENTION, reason=Reason.NO_REPLICA
+        )

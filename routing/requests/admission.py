@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from cluster.config import AdmissionConfig, ClassObjective
-from cluster.errors import NoCapacity, Overloaded, Plane, Refusal
+from cluster.errors import NoCapacity, Overloaded, Plane, Reason, Refusal
 from routing.requests.fair_queue import FairQueue
 from routing.requests.prediction.decayed import Mean
 from routing.requests.prediction.margin import Margin
@@ -345,7 +345,7 @@ class Admission:
         """
         if not self._live():
             full = self.waiting() >= self._config.max_waiting
-            return self._displace(ticket, _Wait(_RETRY_NO_REPLICA_S, "attention"), now_s) if full else (None, [])
+            return self._displace(ticket, _Wait(_RETRY_NO_REPLICA_S, Plane.ATTENTION), now_s) if full else (None, [])
         ask, margin = ticket.ask, self._margins[ticket.ask.priority]
         objective = self._objectives[ask.priority]
         step_s, plane = self._best_step(1)
@@ -354,7 +354,7 @@ class Admission:
                 f"a token takes {step_s:.2g} s now, and {ask.priority.label} requests are promised "
                 f"{objective.tpot_s:g} s (admission.{ask.priority.label}.tpot_s)"
             )
-            return self._overloaded(ask, message, self._mean_stay_s(), plane, "tpot", now_s), []
+            return self._overloaded(ask, message, self._mean_stay_s(), plane, Reason.TPOT, now_s), []
         wait = self._wait(ticket, now_s)
         ticket.predicted_ttft_s = wait.seconds + self._prefill_s(ticket, wait.seconds > 0)
         safe_s = margin.applied(ticket.predicted_ttft_s)
@@ -378,7 +378,7 @@ class Admission:
                 if not self._open_to(moved, now_s):  # it holds up nobody
                     slots, kv_tokens = slots - moved.slots, kv_tokens - moved.kv_tokens
         if not slots and self._pick(ticket, now_s) is not None:
-            return _Wait(0.0, "attention")
+            return _Wait(0.0, Plane.ATTENTION)
         room = self._room(ask.priority, now_s)
         first = self._until_free(room, slots + ticket.slots, kv_tokens + ticket.kv_tokens)
         if not math.isfinite(first.seconds):
@@ -393,7 +393,7 @@ class Admission:
 
     def _until_free(self, room: Room, slots: float, kv_tokens: float) -> _Wait:
         seconds, for_kv = room.until(slots, kv_tokens)
-        return _Wait(seconds, "kv_cache" if for_kv else self._best_step(1)[1])
+        return _Wait(seconds, Plane.KV_CACHE if for_kv else self._best_step(1)[1])
 
     def _room(self, priority: Priority, now_s: float) -> Room:
         free_slots = free_kv_tokens = 0.0
@@ -452,7 +452,7 @@ class Admission:
         """A token's time at the replica that is fastest with so many sequences, and which plane takes most of it."""
         queue_s = min(_queue_s(state) for state, _ in self._live())
         step_s = self._pace.step_s(sequences, queue_s)
-        return step_s, "experts" if queue_s > 0.5 * step_s else "attention"
+        return step_s, Plane.EXPERTS if queue_s > 0.5 * step_s else Plane.ATTENTION
 
     def _displace(self, ticket: Ticket, wait: _Wait, now_s: float) -> tuple[Refusal | None, list[Decision]]:
         """The queue is full: the latest request of the most over-served tenant of the lowest class goes."""
@@ -465,11 +465,11 @@ class Admission:
             if self._config.mode == "shadow":
                 return None, []
             message = "a request of a higher class or of a tenant below its share took this one's place in the queue"
-            refusal = self._overloaded(victim.ask, message, wait.seconds, wait.plane, "displaced", now_s)
+            refusal = self._overloaded(victim.ask, message, wait.seconds, wait.plane, Reason.DISPLACED, now_s)
             self._end_waiting(victim, now_s)
             return None, [Refused(victim.ask.ticket, refusal)]
         message = f"{self.waiting()} requests wait, the limit (admission.max_waiting)"
-        return self._overloaded(ask, message, wait.seconds, wait.plane, "queue_full", now_s), []
+        return self._overloaded(ask, message, wait.seconds, wait.plane, Reason.QUEUE_FULL, now_s), []
 
     def _hopeless(self, now_s: float) -> list[tuple[Ticket, Refusal]]:
         """Waiting tickets that would miss, as things are."""
@@ -490,7 +490,8 @@ class Admission:
                 wait = self._until_free(room, slots + ticket.slots, kv_tokens + ticket.kv_tokens)
                 predicted_s = waited_s + wait.seconds + prefill_s
                 if waited_s + prefill_s > ticket.budget_s or predicted_s > _WAITING_SLACK * ticket.budget_s:
-                    found.append((ticket, self._late(ticket, predicted_s, wait.seconds, wait.plane, now_s, "waited")))
+                    late = self._late(ticket, predicted_s, wait.seconds, wait.plane, now_s, Reason.WAITED)
+                    found.append((ticket, late))
                     continue
                 slots, kv_tokens = slots + ticket.slots, kv_tokens + ticket.kv_tokens
         return found
@@ -501,7 +502,13 @@ class Admission:
     # --- refusing ---
 
     def _late(
-        self, ticket: Ticket, predicted_s: float, excess_s: float, plane: Plane, now_s: float, reason: str = ""
+        self,
+        ticket: Ticket,
+        predicted_s: float,
+        excess_s: float,
+        plane: Plane,
+        now_s: float,
+        reason: Reason | None = None,
     ) -> Overloaded:
         ask = ticket.ask
         label, objective_s = ask.priority.label, self._objectives[ask.priority].ttft_s
@@ -511,11 +518,11 @@ class Admission:
             if ticket.budget_s == objective_s
             else f"the client waits for {ticket.budget_s:g} s only"
         )
-        reason = reason or ("ttft" if ticket.budget_s == objective_s else "deadline")
+        reason = reason or (Reason.TTFT if ticket.budget_s == objective_s else Reason.DEADLINE)
         return self._overloaded(ask, f"the first token would come {when}; {promise}", excess_s, plane, reason, now_s)
 
     def _overloaded(
-        self, ask: Ask, message: str, drained_in_s: float, plane: Plane, reason: str, now_s: float
+        self, ask: Ask, message: str, drained_in_s: float, plane: Plane, reason: Reason, now_s: float
     ) -> Overloaded:
         if not math.isfinite(drained_in_s):
             # Higher classes take it all now: until as much has run as waits.
@@ -532,8 +539,8 @@ class Admission:
             NoCapacity(
                 "no attention replica is ready",
                 retry_after_s=_RETRY_NO_REPLICA_S,
-                plane="attention",
-                reason="no_replica",
+                plane=Plane.ATTENTION,
+                reason=Reason.NO_REPLICA,
             )
         )
 

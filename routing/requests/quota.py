@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from cluster.errors import QuotaExceeded, RateLimits
+from cluster.errors import Plane, QuotaExceeded, RateLimits, Reason
 from routing.requests.request import Ask, Tenant
 
 _WINDOW_S = 60.0  # budgets are per minute, and a full bucket is one minute's
@@ -134,12 +134,12 @@ class Quotas:
         tenant = ask.tenant
         if tenant.max_streams is not None and account.streams >= tenant.max_streams:
             what = f"has {account.streams} requests in flight, its limit (max_streams)"
-            return self._exceeded(tenant, what, "max_streams", stream_ends_in_s, now_s)
+            return self._exceeded(tenant, what, Reason.MAX_STREAMS, stream_ends_in_s, now_s)
         if (limit := tenant.requests_per_minute) is not None:
             wait_s = account.requests.seconds_until(1, limit, now_s)
             if wait_s > 0:
                 what = f"has used its {limit} requests per minute"
-                return self._exceeded(tenant, what, "requests_per_minute", wait_s, now_s)
+                return self._exceeded(tenant, what, Reason.REQUESTS_PER_MINUTE, wait_s, now_s)
         if (limit := tenant.tokens_per_minute) is not None:
             amount = reservation(ask)
             wait_s = account.tokens.seconds_until(amount, limit, now_s)
@@ -150,15 +150,15 @@ class Quotas:
                     f"may use {limit} tokens per minute, and this request could take {amount} (about "
                     f"{ask.prompt_tokens} in its prompt, up to {ask.max_new_tokens} new ones): {fix}"
                 )
-                return self._exceeded(tenant, what, "request_over_budget", wait_s, now_s)
+                return self._exceeded(tenant, what, Reason.REQUEST_OVER_BUDGET, wait_s, now_s)
             if wait_s > 0:
                 what = f"has used its {limit} tokens per minute; this request could take {amount}"
-                return self._exceeded(tenant, what, "tokens_per_minute", wait_s, now_s)
+                return self._exceeded(tenant, what, Reason.TOKENS_PER_MINUTE, wait_s, now_s)
         return None
 
-    def _exceeded(self, tenant: Tenant, what: str, reason: str, retry_after_s: float, now_s: float) -> QuotaExceeded:
+    def _exceeded(self, tenant: Tenant, what: str, reason: Reason, retry_after_s: float, now_s: float) -> QuotaExceeded:
         return QuotaExceeded(
-            f"tenant {tenant.name} {what}", retry_after_s=retry_after_s, plane="quota", reason=reason,
+            f"tenant {tenant.name} {what}", retry_after_s=retry_after_s, plane=Plane.QUOTA, reason=reason,
             limits=self.limits(tenant, now_s),
         )  # fmt: skip
 

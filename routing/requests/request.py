@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from cluster.errors import RateLimits
+from cluster.errors import RateLimits, Reason
 
 
 class Priority(IntEnum):
@@ -45,7 +45,7 @@ class Ask:
     priority: Priority
     prompt_tokens: int  # estimated from the text, exact for token ids
     max_new_tokens: int  # upper bound over all of the request's sequences
-    sequences: int  # decode slots that it takes (n, or several prompts)
+    sequences: int  # decode slots that it takes (n, or several prompts); 0: it generates nothing (tokenize)
     prefix_hashes: tuple[int, ...]  # one per full block of the prompt, each covering all before it, root first
     deadline_s: float | None  # how long the client waits for the first token; None: the class's objective only
 
@@ -57,16 +57,17 @@ class Grant:
     ticket: str
     replica_id: str
     predicted_ttft_s: float  # when the request came, from then
-    would_refuse: str | None = None  # shadow mode: the reason it would have been refused for
+    would_refuse: Reason | None = None  # shadow mode: the reason it would have been refused for
     limits: RateLimits | None = None
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a request really cost when it ended."""
+    """What a request really cost when it ended, however it ended."""
 
     prompt_tokens: int
     generated_tokens: int
+    complete: bool = True  # it came to its own end; False: it was cut off, and says little about lengths
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class ReplicaLoad:
     replica_id: str
     max_num_seqs: int  # decode slots
     kv_cache_tokens: int  # capacity of its KV cache
+    max_model_len: int = 0  # longest prompt plus completion, in tokens; 0: not known
     running: int = 0  # sequences in the engine's batch
     waiting: int = 0  # sequences not yet in it
     kv_cache_usage: float = 0.0  # share of KV blocks in use, 0 to 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.errors import Reason
 from routing.requests.request import Ask
 
 
@@ -18,7 +19,7 @@ class Ticket:
     end_probability: float  # per generated token
     cost: float  # what its tenant is charged in fair queuing: prompt and expected new tokens
     predicted_ttft_s: float = 0.0  # as of its offer
-    would_refuse: str | None = None
+    would_refuse: Reason | None = None
     tag: float = 0.0  # its place in its class: virtual start time
     moved: bool = False
     avoid: frozenset[str] = frozenset()  # replicas that lost it

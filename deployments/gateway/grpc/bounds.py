@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import grpc
 
-from cluster.errors import Overloaded
+from cluster.errors import Overloaded, Plane, Reason
 from deployments.gateway.door import Door
 from deployments.gateway.grpc.call import REQUEST_ID, key_of, request_id_of
 
@@ -35,7 +35,7 @@ class Entrance:
         if self._side_calls >= self._most_side_calls:
             raise Overloaded(
                 f"{self._side_calls} health, reflection and metadata calls are open, this server's limit",
-                retry_after_s=_RETRY_S, plane="gateway", reason="side_calls",
+                retry_after_s=_RETRY_S, plane=Plane.GATEWAY, reason=Reason.SIDE_CALLS,
             )  # fmt: skip
         self._side_calls += 1
         try:
