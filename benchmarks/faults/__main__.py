@@ -1,6 +1,6 @@
-"""Processes killed under load: which requests fail, and why. No engine: real gateways over stand-in replicas.
+"""Processes killed under load: which requests fail, and why. No engine: real gateways over fake replicas.
 
-Every client checks its tokens against the stand-in's own, so a stream that goes on elsewhere with one token too few or
+Every client checks its tokens against the fake's own, so a stream that goes on elsewhere with one token too few or
 too many counts as failed. `python -m benchmarks.faults --help`
 """
 
@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from benchmarks.fakes.service_model import ServiceModel
 from benchmarks.faults.cluster import FaultCluster
 from benchmarks.faults.load import Load, Shape, Tally
-from benchmarks.standins.service_model import ServiceModel
 
 _ROOM = {"slots": 64, "kv_cache_tokens": 2**18}
 # A tenth of a second of prefill for each prompt, and one token: every request is hit before its first token.
@@ -53,7 +53,7 @@ class Outcome:
 async def strike(fault: Fault, times: int, clients: int, pause_s: float = 0.7) -> Outcome:
     """Do it `times` times, each after a while of calm with everything replaced, under `clients` streams."""
     early = fault is Fault.ATTENTION_KILLED_EARLY
-    shape = Shape("standin", prompt_bytes=256, tokens=1) if early else Shape("standin", prompt_bytes=64, tokens=100)
+    shape = Shape("fake", prompt_bytes=256, tokens=1) if early else Shape("fake", prompt_bytes=64, tokens=100)
     struck = begun = in_flight = 0
     ended: list[tuple[int, float]] = []
     cluster = await asyncio.to_thread(FaultCluster, PREFILLING if early else STREAMING)

@@ -1,4 +1,4 @@
-"""Gateways, their common admission and stand-in replicas as processes that can be killed and replaced."""
+"""Gateways, their common admission and fake replicas as processes that can be killed and replaced."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.standins.fleet import Standin, StandinFleet
-from benchmarks.standins.gateway_process import GatewayProcess
-from benchmarks.standins.model import write_model
-from benchmarks.standins.service_model import ServiceModel
+from benchmarks.fakes.fleet import FakeReplica, FakeReplicas
+from benchmarks.fakes.gateway_process import GatewayProcess
+from benchmarks.fakes.model import write_model
+from benchmarks.fakes.service_model import ServiceModel
 from cluster.config import Config
 from deployments.directory.members import AdmissionEndpoint, ReplicaEndpoint
 from routing.requests.request import ReplicaLoad
 
-MODEL = "standin"
+MODEL = "fake"
 
 
 class FaultCluster:
@@ -33,7 +33,7 @@ class FaultCluster:
         self._service = service
         self._names = itertools.count()
         self._token = secrets.token_hex(16)
-        self._replicas: dict[str, StandinFleet] = {}
+        self._replicas: dict[str, FakeReplicas] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="deepsplit-")
         model = write_model(Path(self._folder.name))
         self._held: list[socket.socket] = []
@@ -118,7 +118,7 @@ class FaultCluster:
 
     def _add_replica(self) -> None:
         name = f"r{next(self._names)}"
-        self._replicas[name] = StandinFleet([Standin(name, self._service, MODEL, None)])
+        self._replicas[name] = FakeReplicas([FakeReplica(name, self._service, MODEL, None)])
 
     def _endpoints(self) -> list[ReplicaEndpoint]:
         return [endpoint for fleet in self._replicas.values() for endpoint in fleet.endpoints]

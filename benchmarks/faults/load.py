@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from benchmarks.fakes.api import Asked
+from benchmarks.fakes.tokens import Continuation, word
 from benchmarks.measuring.sse_client import Connection, ConnectionLost, Reply, connect
-from benchmarks.standins.api import Asked
-from benchmarks.standins.tokens import Continuation, word
 
 _GIVE_UP_S = 60.0
 

@@ -1,6 +1,6 @@
 """What the gateway costs: added time, CPU and memory, against the replica's own HTTP port in the same run.
 
-A real gateway process in front of a stand-in replica, which emits a token to each stream at a stated pace. Both servers
+A real gateway process in front of a fake replica, which emits a token to each stream at a stated pace. Both servers
 are asked in turn, in random order; differences are taken pair by pair, so that noise hits both alike.
 
     python -m benchmarks.gateway_cost
@@ -16,16 +16,16 @@ from contextlib import AsyncExitStack, ExitStack
 
 import psutil
 
+from benchmarks.fakes.fleet import FakeReplica, FakeReplicas
+from benchmarks.fakes.gateway_process import GatewayProcess
+from benchmarks.fakes.service_model import ServiceModel
 from benchmarks.measuring.free_port import free_port
 from benchmarks.measuring.paired import Added, Asked, Server, compare, short_requests, spread
 from benchmarks.measuring.sse_client import Connection, connect
-from benchmarks.standins.fleet import Standin, StandinFleet
-from benchmarks.standins.gateway_process import GatewayProcess
-from benchmarks.standins.service_model import ServiceModel
 from cluster.config import Config
 from deployments.directory.members import ReplicaEndpoint
 
-MODEL = "standin"
+MODEL = "fake"
 TARGETS = "targets: TTFT +3 ms, time per token +0.3 ms, 1000 idle streams in 200 MB"
 # Steps of 5 ms whatever runs, nearly free prefill: what is measured is not the engine. A request that comes during a
 # step waits for its end, so a difference of 5 ms more or less is chance; medians of many pairs even it out.
@@ -34,8 +34,8 @@ FAST = ServiceModel(slots=2048, kv_cache_tokens=2**24, base_s=0.0005, sequence_s
 IDLE = ServiceModel(slots=2048, kv_cache_tokens=2**24, base_s=5.0, sequence_s=0.0, prefill_tokens_per_s=1e7)
 
 
-def standin_config(port: int) -> Config:
-    """A gateway in front of stand-ins, whose replies no policy shapes."""
+def fake_config(port: int) -> Config:
+    """A gateway in front of fakes, whose replies no policy shapes."""
     return Config.model_validate(
         {
             "model": {"path": "/nonexistent", "name": MODEL},
@@ -83,7 +83,7 @@ async def cpu(direct: Server, gateway: Server, asked: Asked, seconds: float) -> 
         costs.append(cost_s)
     cost_s = statistics.median(costs)
     print(f"short requests: {1 / cost_s:.0f}/s per core of the gateway ({1e6 * cost_s:.0f} us CPU each; "
-          f"{statistics.median(rates):.0f}/s seen beside client and stand-in)")  # fmt: skip
+          f"{statistics.median(rates):.0f}/s seen beside client and fake)")  # fmt: skip
     tokens, count = 400, 8
     before_s = gateway.cpu_s()
     await compare(direct, gateway, asked, count, tokens, 4)
@@ -110,14 +110,14 @@ async def idle(gateway: Server, asked: Asked, count: int) -> None:
               f"{after / 1e6:.0f} MB in all")  # fmt: skip
 
 
-def over_standin(streams: Sequence[int], pairs: int, seconds: float) -> None:
+def over_fake(streams: Sequence[int], pairs: int, seconds: float) -> None:
     """All measurements."""
     asked = Asked("/v1/completions", {"model": MODEL})
     chat = Asked("/v1/chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": "def split("}]})
     for service in (PACED, FAST, IDLE):
-        config = standin_config(free_port())
+        config = fake_config(free_port())
         with ExitStack() as stack:
-            fleet = stack.enter_context(StandinFleet([Standin("r0", service, MODEL, None)]))
+            fleet = stack.enter_context(FakeReplicas([FakeReplica("r0", service, MODEL, None)]))
             gateway = stack.enter_context(GatewayProcess(config, fleet.endpoints))
             process = psutil.Process(gateway.process.pid)
             direct, behind = servers(fleet.endpoints[0], f"http://{gateway.address}", [process])
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one closed-loop measurement")
     args = parser.parse_args()
     print(TARGETS)
-    over_standin(args.streams, args.pairs, args.seconds)
+    over_fake(args.streams, args.pairs, args.seconds)
 
 
 if __name__ == "__main__":

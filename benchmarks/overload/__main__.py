@@ -1,9 +1,9 @@
-"""Overload: a real gateway process over stand-in replicas, at multiples of their measured capacity.
+"""Overload: a real gateway process over fake replicas, at multiples of their measured capacity.
 
-    python -m benchmarks.overload [--replicas standin] [--seconds 20] [--loads 1 2 5 10]
+    python -m benchmarks.overload [--replicas fake] [--seconds 20] [--loads 1 2 5 10]
 
 Capacity is measured first (closed loop, every decode slot taken, nothing shed). Then each load, open loop with Poisson
-arrivals, with `admission.mode: enforce` and with `off`. The replicas are stand-ins with a stated service model
+arrivals, with `admission.mode: enforce` and with `off`. The replicas are fakes with a stated service model
 (`benchmarks.overload.mix`), so the load can exceed what this machine could compute. With `--replicas demo` it
 is the whole application with the demo model instead, and generator and model share the machine. A load lasts
 `--seconds` after 5 s that are not counted.
@@ -22,13 +22,13 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.fakes.fleet import FakeReplica, FakeReplicas
+from benchmarks.fakes.gateway_process import GatewayProcess
 from benchmarks.measuring.free_port import free_port
 from benchmarks.overload import demo as overload_demo
 from benchmarks.overload.load import Client, closed_loop, open_loop
 from benchmarks.overload.mix import EOS_EVERY, MODEL, OBJECTIVES, REPLICAS, SERVICE, Mix
 from benchmarks.overload.report import Run, Window, figures, print_load, print_verdict
-from benchmarks.standins.fleet import Standin, StandinFleet
-from benchmarks.standins.gateway_process import GatewayProcess
 from cluster.config import AdmissionConfig, Config
 
 WARM_UP_S = 5.0
@@ -57,15 +57,15 @@ class Setup:
 
 
 @contextmanager
-def _standins(admission: AdmissionConfig, keys_file: Path) -> Iterator[Target]:
+def _fakes(admission: AdmissionConfig, keys_file: Path) -> Iterator[Target]:
     # No hard bound may hide what admission does.
     gateway = {"port": free_port(), "grpc_port": None, "keys_file": str(keys_file), "max_streams": 100_000}
     config = Config.model_validate(
-        {"model": {"path": "standin", "name": MODEL}, "gateway": gateway, "admission": admission.model_dump()}
+        {"model": {"path": "fake", "name": MODEL}, "gateway": gateway, "admission": admission.model_dump()}
     )
-    replicas = [Standin(f"replica-{number}", SERVICE, MODEL, EOS_EVERY) for number in range(REPLICAS)]
-    with StandinFleet(replicas) as fleet, GatewayProcess(config, fleet.endpoints) as gateway_process:
-        pids = {"gateway": gateway_process.process.pid, "stand-ins": fleet.process.pid}
+    replicas = [FakeReplica(f"replica-{number}", SERVICE, MODEL, EOS_EVERY) for number in range(REPLICAS)]
+    with FakeReplicas(replicas) as fleet, GatewayProcess(config, fleet.endpoints) as gateway_process:
+        pids = {"gateway": gateway_process.process.pid, "fakes": fleet.process.pid}
         yield Target(gateway_process.address, pids)
 
 
@@ -76,9 +76,9 @@ def _demo(admission: AdmissionConfig, keys_file: Path) -> Iterator[Target]:
 
 
 SETUPS = {
-    "standin": Setup(
-        f"{REPLICAS} stand-ins, {SERVICE}, one token in {EOS_EVERY} ends a sequence",
-        MODEL, (80, 240), OBJECTIVES, REPLICAS * SERVICE.slots, _standins,
+    "fake": Setup(
+        f"{REPLICAS} fakes, {SERVICE}, one token in {EOS_EVERY} ends a sequence",
+        MODEL, (80, 240), OBJECTIVES, REPLICAS * SERVICE.slots, _fakes,
     ),
     "demo": Setup(
         f"the demo model, {overload_demo.SLOTS} slots",
@@ -160,7 +160,7 @@ async def run(setup: Setup, loads: Sequence[float], seconds: float, folder: Path
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--replicas", choices=SETUPS, default="standin", help="what is overloaded")
+    parser.add_argument("--replicas", choices=SETUPS, default="fake", help="what is overloaded")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of each load")
     parser.add_argument("--loads", type=float, nargs="+", default=[1, 2, 5, 10], help="multiples of the capacity")
     args = parser.parse_args()

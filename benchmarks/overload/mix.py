@@ -1,4 +1,4 @@
-"""Who asks for what in `benchmarks.overload`: four tenants, three classes; and what the stand-ins can do."""
+"""Who asks for what in `benchmarks.overload`: four tenants, three classes; and what the fakes can do."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from benchmarks.fakes.service_model import ServiceModel
 from benchmarks.overload.load import Arrival
-from benchmarks.standins.service_model import ServiceModel
 from cluster.config import AdmissionConfig, ClassObjective
 from cluster.keys.api_keys import key_hash, new_key
 
 # Four replicas of eight slots that step in 25 ms + 1.25 ms per sequence and prefill 4,000 tokens/s: some 700 tokens/s
-# and 18 requests/s together. Ten times that is about 180 requests/s, most of them refused: gateway, stand-ins and
+# and 18 requests/s together. Ten times that is about 180 requests/s, most of them refused: gateway, fakes and
 # generator together stay below one core.
 SERVICE = ServiceModel(slots=8, kv_cache_tokens=16_384, base_s=0.025, sequence_s=0.00125, prefill_tokens_per_s=4_000)
 REPLICAS = 4
 EOS_EVERY = 200  # one token in so many ends its sequence: some completions are shorter than their bound
-MODEL = "standin"
+MODEL = "fake"
 
 CLASSES = ("system", "interactive", "batch")
 OBJECTIVES = AdmissionConfig(

@@ -17,6 +17,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from benchmarks.fakes.service_model import ServiceModel
+from benchmarks.fakes.tokens import BYTES_PER_TOKEN
 from benchmarks.replica_choice.simulation import (
     Ours,
     Outcome,
@@ -27,8 +29,6 @@ from benchmarks.replica_choice.simulation import (
     Simulation,
     make_request,
 )
-from benchmarks.standins.service_model import ServiceModel
-from benchmarks.standins.tokens import BYTES_PER_TOKEN
 from routing.requests.replica_choice import KV_TOKENS, SLOTS_TOKENS, ReplicaChoice
 
 # A mid-size model on one GPU: 15 ms steps, 8,000 tokens/s of prefill. A fifth of the 256 prefixes fits into one cache.

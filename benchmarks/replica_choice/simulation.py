@@ -1,4 +1,4 @@
-"""Simulates replicas of `benchmarks.standins.service_model` behind a policy that says which one gets a request.
+"""Simulates replicas of `benchmarks.fakes.service_model` behind a policy that says which one gets a request.
 
 Discrete events in virtual time: nothing here depends on this machine's speed, and every policy sees the same arrivals.
 """
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
 
-from benchmarks.standins.service_model import Engine, Job, ServiceModel
-from benchmarks.standins.tokens import block_hashes, tokenize
+from benchmarks.fakes.service_model import Engine, Job, ServiceModel
+from benchmarks.fakes.tokens import block_hashes, tokenize
 from routing.requests.prefix_index import prefix_hashes
 from routing.requests.replica_choice import Candidate, ReplicaChoice
 from routing.requests.request import Ask, Priority, ReplicaLoad, Tenant

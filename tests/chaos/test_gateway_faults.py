@@ -1,4 +1,4 @@
-"""Gateways and attention replicas killed under load: real gateways over stand-in replicas, no engine."""
+"""Gateways and attention replicas killed under load: real gateways over fake replicas, no engine."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.config import Config, section_type
 from tests.helm.chart import CHART, NAMESPACE, RELEASE, HelmError, helm, render
-from tests.helm.stand_in_api import StandInApi
+from tests.helm.fake_api import FakeApi
 
 Values = dict[str, Any]
 MODEL = {"path": "/models/x"}
@@ -159,7 +159,7 @@ EXAMPLES = {
 @pytest.mark.parametrize("mistake", ["unknown configuration key", "no claim"])
 def test_helm_install_refuses_as_template_does(mistake: str, tmp_path: Path) -> None:
     values, said = MISTAKES[mistake]
-    with StandInApi([], tmp_path) as api:
+    with FakeApi([], tmp_path) as api:
         options = ["--namespace", NAMESPACE, "--kubeconfig", api.kubeconfig, "--values", "-"]
         done = helm("install", RELEASE, CHART, *options, stdin=json.dumps(values))
     assert done.returncode != 0

@@ -24,9 +24,9 @@ from tests.helm.chart import (
     render,
     the,
 )
+from tests.helm.fake_api import FakeApi
 from tests.helm.identity import identity
 from tests.helm.matrix import MATRIX
-from tests.helm.stand_in_api import StandInApi
 
 INSTALLED = Path(__file__).parent / "installed"
 DAY_S = 86400.0
@@ -42,7 +42,7 @@ def upgraded(before: list[Manifest], folder: Path, values: dict[str, Any] | None
     shutil.copytree(CHART, chart, dirs_exist_ok=True)
     meta = yaml.safe_load((chart / "Chart.yaml").read_text()) | {"version": "9.9.9", "appVersion": "9.9.9"}
     (chart / "Chart.yaml").write_text(yaml.safe_dump(meta))
-    with StandInApi(before, folder) as api:
+    with FakeApi(before, folder) as api:
         done = helm(
             "template", RELEASE, chart, "--namespace", NAMESPACE, *api.options, "--values", "-",
             stdin=json.dumps(values or {}),

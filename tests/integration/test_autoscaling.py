@@ -1,4 +1,4 @@
-"""Serve follows what attention replicas and expert workers say of themselves; stand-ins say it here."""
+"""Serve follows what attention replicas and expert workers say of themselves; fakes say it here."""
 
 from __future__ import annotations
 

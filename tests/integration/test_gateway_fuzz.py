@@ -12,9 +12,9 @@ import httpx
 import psutil
 import pytest
 
-from benchmarks.standins.fleet import Standin, StandinFleet
-from benchmarks.standins.gateway_process import GatewayProcess
-from benchmarks.standins.service_model import ServiceModel
+from benchmarks.fakes.fleet import FakeReplica, FakeReplicas
+from benchmarks.fakes.gateway_process import GatewayProcess
+from benchmarks.fakes.service_model import ServiceModel
 from cluster.config import Config
 from tests.cli import free_port
 from tests.integration import grpc_attacks, http_attacks
@@ -22,7 +22,7 @@ from tests.integration.http_attacks import Attack, Target
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 
-MODEL = "standin"
+MODEL = "fake"
 AT_ONCE = 20
 # From one of several equal rounds to the next: caches fill up, a leak goes on. A leak of one connection's buffers per
 # attack would be several times as much: 20 times 1.4 MB for the endless header list alone.
@@ -77,7 +77,7 @@ def gateway(no_leftovers: None) -> Iterator[Gateway]:
         }
     )
     with ExitStack() as stack:
-        fleet = stack.enter_context(StandinFleet([Standin("r0", SERVICE, MODEL, None)]))
+        fleet = stack.enter_context(FakeReplicas([FakeReplica("r0", SERVICE, MODEL, None)]))
         yield Gateway(stack.enter_context(GatewayProcess(config, fleet.endpoints)), grpc_port)
 
 

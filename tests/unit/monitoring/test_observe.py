@@ -1,4 +1,4 @@
-"""`make observe` without a cluster: a real Prometheus on a stand-in of service discovery, and every error."""
+"""`make observe` without a cluster: a real Prometheus on a fake of service discovery, and every error."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from itertools import count
 
 import pytest
 
+from benchmarks.fakes.service_model import Engine, Job, ServiceModel
 from benchmarks.overload.report import jain, quantile
-from benchmarks.standins.service_model import Engine, Job, ServiceModel
 from cluster.config import AdmissionConfig, ClassObjective
 from routing.requests.admission import Admission, Decision, Refused
 from routing.requests.replica_choice import ReplicaChoice

@@ -1,4 +1,4 @@
-"""The gateway's connections to stand-in replicas in processes of their own, killed and stopped, and to odd servers."""
+"""The gateway's connections to fake replicas in processes of their own, killed and stopped, and to odd servers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import psutil
 import pytest
 import uvloop
 
-from benchmarks.standins.fleet import Standin, StandinFleet
-from benchmarks.standins.service_model import ServiceModel
+from benchmarks.fakes.fleet import FakeReplica, FakeReplicas
+from benchmarks.fakes.service_model import ServiceModel
 from cluster.errors import ReplicaUnavailable
 from deployments.admission import replica_loads
 from deployments.admission.replica_loads import ReplicaLoads
@@ -34,8 +34,8 @@ PATH = "/v1/completions"
 
 
 @pytest.fixture
-def fleet() -> Iterator[StandinFleet]:
-    with StandinFleet([Standin("a", SERVICE, "tiny", None)]) as one:
+def fleet() -> Iterator[FakeReplicas]:
+    with FakeReplicas([FakeReplica("a", SERVICE, "tiny", None)]) as one:
         yield one
         if one.process.poll() is None:
             one.process.send_signal(signal.SIGCONT)
@@ -117,7 +117,7 @@ def run(
         runner.run(bounded())
 
 
-def test_loads_and_a_stream(fleet: StandinFleet) -> None:
+def test_loads_and_a_stream(fleet: FakeReplicas) -> None:
     async def scenario(world: World) -> None:
         world.replicas.set_endpoints(fleet.endpoints)
         assert world.live() == []  # nothing is known before it says so itself
@@ -129,7 +129,7 @@ def test_loads_and_a_stream(fleet: StandinFleet) -> None:
     run(scenario)
 
 
-def test_an_answer_in_one_piece_and_a_refusal(fleet: StandinFleet) -> None:
+def test_an_answer_in_one_piece_and_a_refusal(fleet: FakeReplicas) -> None:
     async def scenario(world: World) -> None:
         world.replicas.set_endpoints(fleet.endpoints)
         async with aclosing(world.pool.send("a", "GET", "/v1/models", b"", "r1")) as answer:
@@ -143,7 +143,7 @@ def test_an_answer_in_one_piece_and_a_refusal(fleet: StandinFleet) -> None:
     run(scenario)
 
 
-def test_closing_an_answer_aborts_the_generation(fleet: StandinFleet) -> None:
+def test_closing_an_answer_aborts_the_generation(fleet: FakeReplicas) -> None:
     async def scenario(world: World) -> None:
         world.replicas.set_endpoints(fleet.endpoints)
         answer = world.pool.send("a", "POST", PATH, BODY, "r1")
@@ -168,7 +168,7 @@ def test_an_unknown_replica() -> None:
     run(scenario)
 
 
-def test_killed_while_idle(fleet: StandinFleet) -> None:
+def test_killed_while_idle(fleet: FakeReplicas) -> None:
     async def scenario(world: World) -> None:
         world.replicas.set_endpoints(fleet.endpoints)
         await world.until("a")
@@ -183,7 +183,7 @@ def test_killed_while_idle(fleet: StandinFleet) -> None:
     run(scenario)
 
 
-def test_killed_in_mid_stream(fleet: StandinFleet) -> None:
+def test_killed_in_mid_stream(fleet: FakeReplicas) -> None:
     async def scenario(world: World) -> None:
         world.replicas.set_endpoints(fleet.endpoints)
         stream = await world.running()
@@ -195,7 +195,7 @@ def test_killed_in_mid_stream(fleet: StandinFleet) -> None:
     run(scenario)
 
 
-def test_stopped_and_continued(fleet: StandinFleet) -> None:
+def test_stopped_and_continued(fleet: FakeReplicas) -> None:
     async def scenario(world: World) -> None:
         world.replicas.set_endpoints(fleet.endpoints)
         loop = asyncio.get_running_loop()
@@ -217,7 +217,7 @@ def test_stopped_and_continued(fleet: StandinFleet) -> None:
 
 @pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_a_gateway_that_was_busy_itself_loses_no_replica(
-    fleet: StandinFleet, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+    fleet: FakeReplicas, loop_factory: Callable[[], asyncio.AbstractEventLoop]
 ) -> None:
     async def scenario(world: World) -> None:
         world.replicas.set_endpoints(fleet.endpoints)
@@ -232,7 +232,7 @@ def test_a_gateway_that_was_busy_itself_loses_no_replica(
     run(scenario, loop_factory)
 
 
-def test_a_wrong_token_is_refused_everywhere(fleet: StandinFleet) -> None:
+def test_a_wrong_token_is_refused_everywhere(fleet: FakeReplicas) -> None:
     async def scenario(world: World) -> None:
         world.replicas.set_endpoints([replace(fleet.endpoints[0], token="guessed")])
         async with aclosing(world.pool.send("a", "POST", PATH, SHORT, "r1")) as answer:
@@ -247,13 +247,13 @@ def test_a_wrong_token_is_refused_everywhere(fleet: StandinFleet) -> None:
     run(scenario)
 
 
-def test_a_replica_that_comes_back_elsewhere(fleet: StandinFleet) -> None:
+def test_a_replica_that_comes_back_elsewhere(fleet: FakeReplicas) -> None:
     async def scenario(world: World) -> None:
         world.replicas.set_endpoints(fleet.endpoints)
         await world.until("a")
         fleet.process.kill()
         await world.until()
-        with StandinFleet([Standin("a", SERVICE, "tiny", None), Standin("b", SERVICE, "tiny", None)]) as again:
+        with FakeReplicas([FakeReplica("a", SERVICE, "tiny", None), FakeReplica("b", SERVICE, "tiny", None)]) as again:
             world.replicas.set_endpoints(again.endpoints)
             await until(lambda: sorted(world.live()) == ["a", "b"])
             await world.whole("a")
@@ -262,7 +262,7 @@ def test_a_replica_that_comes_back_elsewhere(fleet: StandinFleet) -> None:
     run(scenario)
 
 
-def test_what_the_directory_forgets_stays_while_it_answers(fleet: StandinFleet) -> None:
+def test_what_the_directory_forgets_stays_while_it_answers(fleet: FakeReplicas) -> None:
     async def scenario(world: World) -> None:
         world.replicas.set_endpoints(fleet.endpoints)
         await world.until("a")
@@ -277,7 +277,7 @@ def test_what_the_directory_forgets_stays_while_it_answers(fleet: StandinFleet) 
     run(scenario)
 
 
-def test_a_replica_whose_node_leaves_ends_what_it_has_and_gets_nothing_new(fleet: StandinFleet) -> None:
+def test_a_replica_whose_node_leaves_ends_what_it_has_and_gets_nothing_new(fleet: FakeReplicas) -> None:
     async def scenario(world: World) -> None:
         world.replicas.set_endpoints(fleet.endpoints)
         await world.until("a")
@@ -292,7 +292,7 @@ def test_a_replica_whose_node_leaves_ends_what_it_has_and_gets_nothing_new(fleet
     run(scenario)
 
 
-def test_closing_breaks_off_what_runs(fleet: StandinFleet) -> None:
+def test_closing_breaks_off_what_runs(fleet: FakeReplicas) -> None:
     async def scenario(world: World) -> None:
         world.replicas.set_endpoints(fleet.endpoints)
         stream = await world.running()
@@ -475,7 +475,7 @@ def test_nobody_listens() -> None:
     run(scenario)
 
 
-def test_the_environments_proxy_is_not_used(fleet: StandinFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environments_proxy_is_not_used(fleet: FakeReplicas, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
 
     async def scenario(world: World) -> None:

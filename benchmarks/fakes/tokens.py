@@ -1,4 +1,4 @@
-"""The stand-in's language: a tokenizer of four bytes a token, and a next token that is a function of all before it.
+"""The fake's language: a tokenizer of four bytes a token, and a next token that is a function of all before it.
 
 So a stream that is continued elsewhere from the ids so far must go on with the very same tokens.
 """
@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Sequence
 from zlib import crc32
 
-from benchmarks.standins.service_model import BLOCK_TOKENS
+from benchmarks.fakes.service_model import BLOCK_TOKENS
 
 VOCABULARY = 32_000
 BYTES_PER_TOKEN = 4

@@ -1,4 +1,4 @@
-"""The stand-in's OpenAI dialect: the fields that it reads, and answers in the shapes of vLLM 0.29.
+"""The fake's OpenAI dialect: the fields that it reads, and answers in the shapes of vLLM 0.29.
 
 Shapes: vllm/entrypoints/openai/{completion,chat_completion}/{protocol,serving}.py. Unset fields are left out and null
 ones kept, or the other way round, exactly where vLLM does so.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from benchmarks.standins.tokens import tokenize, word
+from benchmarks.fakes.tokens import tokenize, word
 
 Json = dict[str, object]
 _CHAT_TOKENS = 256  # of a chat without a bound; vLLM: all that the context leaves
@@ -25,7 +25,7 @@ class StreamOptions(msgspec.Struct):
 
 
 class Asked(msgspec.Struct):
-    """What the stand-in reads of a request; all else is ignored."""
+    """What the fake reads of a request; all else is ignored."""
 
     model: str | None = None
     prompt: str | list[int | str | list[int]] | None = None

@@ -1,4 +1,4 @@
-"""Several stand-in replicas in one process of their own, told by JSON on stdin what to be."""
+"""Several fake replicas in one process of their own, told by JSON on stdin what to be."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Self
 
 import msgspec
 
-from benchmarks.standins.replica import StandinReplica
-from benchmarks.standins.service_model import ServiceModel
+from benchmarks.fakes.replica import FakeReplicaApp
+from benchmarks.fakes.service_model import ServiceModel
 from deployments.directory.members import ReplicaEndpoint
 
 
 @dataclass(frozen=True)
-class Standin:
+class FakeReplica:
     """One replica to be."""
 
     replica_id: str
@@ -28,11 +28,11 @@ class Standin:
     eos_every: int | None
 
 
-class StandinFleet:
+class FakeReplicas:
     """Starts the process and waits until all its replicas listen. Use as a context manager."""
 
-    def __init__(self, replicas: Sequence[Standin]) -> None:
-        command = [sys.executable, "-m", "benchmarks.standins.fleet"]
+    def __init__(self, replicas: Sequence[FakeReplica]) -> None:
+        command = [sys.executable, "-m", "benchmarks.fakes.fleet"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -40,7 +40,7 @@ class StandinFleet:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the stand-ins ended with {self.process.wait()} before they listened")
+            raise RuntimeError(f"the fakes ended with {self.process.wait()} before they listened")
         self.endpoints = msgspec.json.decode(line, type=tuple[ReplicaEndpoint, ...])
 
     def __enter__(self) -> Self:
@@ -61,13 +61,13 @@ class StandinFleet:
 
 
 async def _main() -> None:
-    told = msgspec.json.decode(sys.stdin.readline(), type=tuple[Standin, ...])
-    replicas = [StandinReplica(one.replica_id, one.service, one.name, one.eos_every) for one in told]
+    told = msgspec.json.decode(sys.stdin.readline(), type=tuple[FakeReplica, ...])
+    replicas = [FakeReplicaApp(one.replica_id, one.service, one.name, one.eos_every) for one in told]
     print(msgspec.json.encode([await replica.start() for replica in replicas]).decode(), flush=True)
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-    # The parent's death closes stdin: no stand-in outlives its benchmark.
+    # The parent's death closes stdin: no fake outlives its benchmark.
     asyncio.get_running_loop().add_reader(sys.stdin, stop.set)
     await stop.wait()
 

@@ -7,7 +7,7 @@ of its token budget on prefill, first come first served (chunked prefill):
 
 A sequence starts when a decode slot and the KV blocks for its whole prompt and completion are free (so nothing is ever
 preempted). Prompt blocks are shared and kept after their last user in the order of use, and are not computed again.
-No clock in here: `benchmarks.standins.replica` acts it out, `benchmarks.replica_choice` simulates it.
+No clock in here: `benchmarks.fakes.replica` acts it out, `benchmarks.replica_choice` simulates it.
 """
 
 from __future__ import annotations

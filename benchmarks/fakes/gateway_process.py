@@ -58,7 +58,7 @@ class GatewayProcess:
         token: str | None = None,
     ) -> None:
         task = Task(config.model_dump_json(), tuple(endpoints), admission, token)
-        command = [sys.executable, "-m", "benchmarks.standins.gateway_process"]
+        command = [sys.executable, "-m", "benchmarks.fakes.gateway_process"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdin is not None
         assert self.process.stdout is not None

@@ -1,4 +1,4 @@
-"""A stand-in for an attention replica: an instrument of benchmarks and tests, never part of a cluster.
+"""A fake for an attention replica: an instrument of benchmarks and tests, never part of a cluster.
 
 It speaks the replica's private protocol (bearer token, /deepsplit/load, vLLM's OpenAI paths) and computes nothing:
 tokens come at the times that a stated service model gives (`service_model.py` here), so that load can exceed by far
@@ -20,15 +20,15 @@ from dataclasses import dataclass
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from benchmarks.standins.api import Answer, Asked, error
-from benchmarks.standins.service_model import Engine, Job, ServiceModel
-from benchmarks.standins.tokens import Continuation, block_hashes
+from benchmarks.fakes.api import Answer, Asked, error
+from benchmarks.fakes.service_model import Engine, Job, ServiceModel
+from benchmarks.fakes.tokens import Continuation, block_hashes
 from deployments.directory.members import ReplicaEndpoint
 from deployments.hosting.http_server import HttpServer
 from routing.requests.request import ReplicaLoad
 
 LOAD_INTERVAL_S = 0.1
-MODEL = "standin"
+MODEL = "fake"
 
 
 @dataclass
@@ -41,7 +41,7 @@ class _Sequence:
     ignore_eos: bool
 
 
-class StandinReplica:
+class FakeReplicaApp:
     """One replica on a port of its own, on the running event loop."""
 
     def __init__(self, replica_id: str, service: ServiceModel, name: str = MODEL, eos_every: int | None = None) -> None:
@@ -59,9 +59,9 @@ class StandinReplica:
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> ReplicaEndpoint:
         """Listen, and say where."""
-        port = await self._server.start(host, port, "the stand-in's port")
+        port = await self._server.start(host, port, "the fake's port")
         self._stepping = asyncio.create_task(self._step())
-        return ReplicaEndpoint(self.replica_id, f"http://{host}:{port}", self.token, os.getpid(), "standin")
+        return ReplicaEndpoint(self.replica_id, f"http://{host}:{port}", self.token, os.getpid(), "fake")
 
     async def stop(self) -> None:
         """At once: streams break off, as if the process had been killed."""
@@ -120,7 +120,7 @@ class StandinReplica:
         elif route == ("GET", "/deepsplit/load"):
             await _until_disconnect(self._loads(send), receive)
         elif route == ("GET", "/v1/models"):
-            card = {"id": self._name, "object": "model", "created": 0, "owned_by": "standin"}
+            card = {"id": self._name, "object": "model", "created": 0, "owned_by": "fake"}
             await _whole(send, 200, msgspec.json.encode({"object": "list", "data": [card]}))
         elif route == ("GET", "/health"):
             await _whole(send, 200, b"")

@@ -1,4 +1,4 @@
-"""The stand-in's model folder: the tokenizer that a gateway decodes the stand-in's tokens with."""
+"""The fake's model folder: the tokenizer that a gateway decodes the fake's tokens with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models
 
-from benchmarks.standins.tokens import VOCABULARY, word
+from benchmarks.fakes.tokens import VOCABULARY, word
 
 
 def write_model(folder: Path) -> Path:

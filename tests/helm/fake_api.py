@@ -1,4 +1,4 @@
-"""A stand-in for the Kubernetes API: helm's real `lookup` reads from it what an earlier rendering has made.
+"""A fake for the Kubernetes API: helm's real `lookup` reads from it what an earlier rendering has made.
 
 It answers discovery and GETs of Secrets, and knows no releases: it shows what helm and the chart do with what they
 find, not what Kubernetes does with what it gets.
@@ -29,7 +29,7 @@ _DISCOVERY = {
 }  # fmt: skip
 
 
-class StandInApi:
+class FakeApi:
     """Serves the Secrets among `objects` on loopback; `kubeconfig` is a file for helm."""
 
     def __init__(self, objects: Sequence[Manifest], folder: Path) -> None:
@@ -68,7 +68,7 @@ class StandInApi:
             )
         )  # fmt: skip
 
-    def __enter__(self) -> StandInApi:
+    def __enter__(self) -> FakeApi:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 
