@@ -73,7 +73,7 @@ def _type_name(annotation: Any) -> str:
     if get_origin(annotation) is dict:
         return "mapping"
     if get_origin(annotation) is tuple:
-        return "list of numbers"
+        return "list of texts" if arguments[0] is str else "list of numbers"
     if get_origin(annotation) is not None:  # Annotated
         return _type_name(arguments[0])
     return {int: "whole number", float: "number", bool: "true or false", str: "text", Path: "path"}[annotation]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar, get_origin
+from typing import TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -141,7 +141,7 @@ def _wording(detail: ErrorDetails, location: KeyPath, model: type[BaseModel], hi
     elif kind.startswith(("string", "path")):
         wanted = "text"
     elif kind.startswith(("tuple", "list")):
-        wanted = "a list, such as [3, 1]"
+        wanted = f"a list, such as {_example_list(location, model)}"
     elif kind.startswith(("model", "dict", "mapping")):
         wanted = "a section of `key: value` lines"
     else:
@@ -150,6 +150,19 @@ def _wording(detail: ErrorDetails, location: KeyPath, model: type[BaseModel], hi
         return f"must be {wanted}"
     shown = "empty" if given is None else f"a {_kind(given)}" if isinstance(given, (dict, list)) else repr(given)
     return f"must be {wanted}, but is {shown}"
+
+
+def _example_list(location: KeyPath, model: type[BaseModel]) -> str:
+    *parents, key = location
+    section = _section(model, *parents)
+    field = section.model_fields.get(str(key)) if section else None
+    return "[3, 1]" if field is None or float in _parts(field.annotation) else "[a, b]"
+
+
+def _parts(annotation: object) -> Iterator[object]:
+    yield annotation
+    for part in get_args(annotation):
+        yield from _parts(part)
 
 
 def _unknown(location: KeyPath, model: type[BaseModel]) -> str:

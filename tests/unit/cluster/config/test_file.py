@@ -81,6 +81,21 @@ workers: 3
         ("zzz: 1", "zzz: unknown key; valid here: admission, attention, dispatch, experts, gateway, internal_tls, "),
         ("gateway: {host: 0.0.0.0}", "gateway.host: 0.0.0.0 can be reached from other machines, but there are no API"),
         ("gateway: {grpc_port: 8000}", "gateway.grpc_port: is gateway.port (8000) too"),
+        ("gateway: {max_body_mib: 600}", "gateway.max_bodies_mib: 512 is below gateway.max_body_mib (600), so the"),
+        ("gateway: {max_bodies_mib: 0}", "gateway.max_bodies_mib: must be at least 1, but is 0"),
+        ("gateway: {max_sequences: 0}", "gateway.max_sequences: must be at least 1, but is 0"),
+        ("gateway: {idle_timeout_s: 0}", "gateway.idle_timeout_s: must be above 0"),
+        ("gateway: {first_request_timeout_s: 0}", "gateway.first_request_timeout_s: must be above 0"),
+        ("gateway: {write_stall_s: 0}", "gateway.write_stall_s: must be above 0"),
+        ("gateway: {stream_idle_timeout_s: 0}", "gateway.stream_idle_timeout_s: must be above 0"),
+        ("gateway: {connection_max_age_s: .inf}", "gateway.connection_max_age_s: must be a finite number"),
+        ("gateway: {sse_comment_interval_s: 0}", "gateway.sse_comment_interval_s: must be above 0"),
+        ("gateway: {cors_origins: https://a.b}", "gateway.cors_origins: must be a list, such as [a, b], but is 'h"),
+        ('gateway: {cors_origins: ["*", "https://a.b"]}', 'gateway.cors_origins: "*" allows every origin: leave the'),
+        ("gateway: {cors_origins: [https://a.b/]}", "gateway.cors_origins[0]: 'https://a.b/' is not an origin as"),
+        ("gateway: {cors_origins: [a.b]}", "gateway.cors_origins[0]: 'a.b' is not an origin as browsers send it"),
+        ("gateway: {cors_origins: [https://a.b:443]}", "gateway.cors_origins[0]: 'https://a.b:443' is not an origin"),
+        ("gateway: {cors_origins: [https://A.b]}", "gateway.cors_origins[0]: 'https://A.b' is not an origin"),
         ("gateway: {tls: {cert_file: a}}", "gateway.tls.key_file: missing; it must be set"),
     ],
 )
@@ -146,3 +161,29 @@ def test_prompts_in_the_log_need_the_level_that_writes_them(tmp_path: Path) -> N
     assert problem.startswith("  line 4: logging.prompts: request bodies are debug lines")
     config = load_config(write(tmp_path, text + "  level: debug\n"))
     assert config.logging.of_serve == {"encoding": "JSON", "log_level": "INFO", "enable_access_log": False}
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("{path: m, aliases: [a, a]}", "model.aliases[1]: 'a' is listed twice: keep one"),
+        ("{path: /x/m, aliases: [m]}", "model.aliases[0]: 'm' is the model's name already: leave it out"),
+        ("{path: m, name: n, aliases: [b, n]}", "model.aliases[1]: 'n' is the model's name already: leave it out"),
+        ('{path: m, aliases: [""]}', "model.aliases[0]: is empty: give a name, or leave it out"),
+        ("{path: m, aliases: gpt}", "model.aliases: must be a list, such as [a, b], but is 'gpt'"),
+    ],
+)
+def test_every_alias_is_a_name_of_its_own(tmp_path: Path, model: str, expected: str) -> None:
+    assert problems(tmp_path, f"model: {model}\n") == [f"  line 1: {expected}"]
+
+
+def test_what_lists_of_names_and_origins_may_hold(tmp_path: Path) -> None:
+    origins = "[https://chat.example.com, http://localhost:3000, app://obsidian.md, 'http://[::1]:8080']"
+    config = load_config(
+        write(tmp_path, f"model: {{path: m, name: n, aliases: [m, gpt-4o]}}\ngateway: {{cors_origins: {origins}}}\n")
+    )
+    assert config.model.aliases == ("m", "gpt-4o")
+    assert len(config.gateway.cors_origins) == 4
+    text = 'model: {path: m}\ngateway: {cors_origins: ["*"], sse_comment_interval_s: null}\n'
+    config = load_config(write(tmp_path, text))
+    assert (config.gateway.cors_origins, config.gateway.sse_comment_interval_s) == (("*",), None)
