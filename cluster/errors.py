@@ -207,6 +207,10 @@ class EngineKilled(ClientError):
     outcome = "engine_killed"
 
 
+class ReplicaLost(ReplicaUnavailable):
+    """An attention replica died, hung or was cut off while it had the request."""
+
+
 class StreamLost(DeepsplitError):
     """The attention replica of a running stream died, and the stream cannot be continued exactly elsewhere."""
 

@@ -1,4 +1,7 @@
-"""The model's tokenizer in the gateway: loaded when it is first needed, and never on the event loop."""
+"""The model's tokenizer in the gateway, loaded when it is first needed, and never on the event loop.
+
+It counts prompts that may be too long, and decodes at the seam of a stream that goes on elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 
-class ModelTokens:
+class ModelTokenizer:
     """Counts and decodes with the checkpoint's `tokenizer.json`. Raises OSError or whatever a broken file makes it."""
 
     def __init__(self, model: Path) -> None:

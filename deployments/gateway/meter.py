@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from enum import Enum
 from itertools import product
 
 from cluster.config import AdmissionConfig, ClassObjective
 from cluster.errors import DeepsplitError, Refusal
+from deployments.gateway.head import Head
 from monitoring.metrics import MAX_TENANTS, OTHER_TENANTS, GatewayMetrics
 from routing.requests.request import Grant, Priority, Tenant
 
@@ -16,6 +18,15 @@ OK, CANCELLED, CLIENT_ERROR, ENGINE_ERROR, BUG = "ok", "cancelled", "client_erro
 _UNKNOWN = "unknown"  # whose it was, or of which class, had not been found out
 
 logger = logging.getLogger(__name__)
+
+
+class State(Enum):
+    """Where a request is."""
+
+    ARRIVED = "arrived"  # its body is being read and looked at
+    WAITING = "waiting"  # for admission
+    RUNNING = "running"  # an attention replica has it
+    ENDED = "ended"
 
 
 def outcome_of(error: BaseException | None, status: int) -> str:
@@ -50,9 +61,9 @@ class RequestMeters:
                 metrics.objectives.labels(label, objective, met)
         self._tenants: set[str] = set()
 
-    def request(self, request_id: str, model: str, path: str, generates: bool) -> RequestMeter:
+    def request(self, head: Head, model: str, generates: bool) -> RequestMeter:
         """For a request that has just come."""
-        return RequestMeter(self, request_id, model, path, generates)
+        return RequestMeter(self, head, model, generates)
 
     def tenant_label(self, name: str) -> str:
         """The tenant's name; one for all beyond the bound."""
@@ -63,26 +74,25 @@ class RequestMeters:
 
 
 class RequestMeter:
-    """Exactly one `end`; the rest in the order below, each at most once but `sent`, `resent` and `progress`."""
+    """What its lease tells of one request. Exactly one `end`; the rest in the order below, each at most once but
+    `sent`, `resent` and `progress`. Requests that generate nothing are only counted, by how they ended.
+    """
 
-    def __init__(self, meters: RequestMeters, request_id: str, model: str, path: str, generates: bool) -> None:
+    def __init__(self, meters: RequestMeters, head: Head, model: str, generates: bool) -> None:
         self._meters = meters
         self._metrics = meters.metrics
-        self._request_id = request_id
+        self._head = head
         self._model = model
+        self._generates = generates
         self._tenant_name: str | None = None
+        self._tenant = self._class = _UNKNOWN
         self._replicas: list[str] = []
         self._resends = 0
-        self._path = path
-        self._generates = generates
-        self._tenant = self._class = _UNKNOWN
         self._began_s = meters.clock()
-        self._waits = self._runs = False
-        self._predicted_ttft_s = 0.0
+        self._predicted_ttft_s: float | None = None
         self._first_s: float | None = None
         self._last_s = 0.0
         self._first_tokens = 0
-        self._ended = False
 
     def identified(self, tenant: Tenant) -> None:
         """Whose it is."""
@@ -92,13 +102,14 @@ class RequestMeter:
     def waits(self, priority: Priority) -> None:
         """It asks for admission."""
         self._class = priority.label
-        self._waits = True
-        self._metrics.waiting.labels(self._class).inc()
+        if self._generates:
+            self._metrics.waiting.labels(self._class).inc()
 
     def admitted(self, grant: Grant) -> None:
         """It has leave to run."""
-        self._stop_waiting()
-        self._runs = True
+        if not self._generates:
+            return
+        self._metrics.waiting.labels(self._class).dec()
         self._metrics.running.labels(self._class).inc()
         self._metrics.queue.labels(self._class).observe(self._meters.clock() - self._began_s)
         self._predicted_ttft_s = grant.predicted_ttft_s
@@ -122,31 +133,33 @@ class RequestMeter:
             ttft_s = now_s - self._began_s
             self._metrics.ttft.labels(self._class).observe(ttft_s)
             self._judge("ttft", ttft_s)
-            if self._predicted_ttft_s > 0:
+            if self._predicted_ttft_s is not None:
                 self._metrics.prediction_error.labels(self._class).observe(self._predicted_ttft_s - ttft_s)
         else:
             self._metrics.inter_token.labels(self._class).observe(now_s - self._last_s)
         self._last_s = now_s
 
-    def end(self, error: BaseException | None, status: int, prompt_tokens: int = 0, generated_tokens: int = 0) -> None:
-        """It is over: by an error or well, with the replica's status (0: it never answered)."""
-        if self._ended:
-            return
-        self._ended = True
+    def end(
+        self, state: State, error: BaseException | None, status: int, prompt_tokens: int | None, generated_tokens: int
+    ) -> None:
+        """It is over: in which state, by an error or well, with the replica's status (0: it never answered).
+        `prompt_tokens` None: not known, as of an answer that ended early.
+        """
         outcome, metrics = outcome_of(error, status), self._metrics
         self._log(outcome, error, status, prompt_tokens, generated_tokens)
         if not self._generates:
-            metrics.other_requests.labels(self._path, outcome).inc()
+            metrics.other_requests.labels(self._head.path, outcome).inc()
             return
-        self._stop_waiting()
         metrics.requests.labels(outcome, self._class, self._tenant).inc()
         if isinstance(error, Refusal):
             metrics.refusals.labels(error.reason, error.plane, self._class).inc()
-        if not self._runs:
+        if state is State.WAITING:
+            metrics.waiting.labels(self._class).dec()
+        if state is not State.RUNNING:
             return
         metrics.running.labels(self._class).dec()
         metrics.duration.labels(self._class).observe(self._meters.clock() - self._began_s)
-        metrics.prompt_tokens.labels(self._class, self._tenant).inc(prompt_tokens)
+        metrics.prompt_tokens.labels(self._class, self._tenant).inc(prompt_tokens or 0)
         metrics.generated_tokens.labels(self._class, self._tenant).inc(generated_tokens)
         further = generated_tokens - self._first_tokens
         if self._first_s is not None and further > 0:
@@ -155,21 +168,21 @@ class RequestMeter:
             self._judge("tpot", tpot_s)
 
     def _log(
-        self, outcome: str, error: BaseException | None, status: int, prompt_tokens: int, generated_tokens: int
+        self, outcome: str, error: BaseException | None, status: int, prompt_tokens: int | None, generated_tokens: int
     ) -> None:
         if status == 0 and isinstance(error, DeepsplitError):
             status = error.http_status
         fields = {
-            "request_id": self._request_id,
+            "request_id": self._head.request_id,
             "tenant": self._tenant_name,
             "class": None if self._class == _UNKNOWN else self._class,
-            "path": self._path,
+            "path": self._head.path,
             "model": self._model,
             "outcome": outcome,
             "status": status or None,
             "reason": error.reason if isinstance(error, Refusal) else None,
             "plane": error.plane if isinstance(error, Refusal) else None,
-            "prompt_tokens": prompt_tokens or None,  # not known to an answer that ended early
+            "prompt_tokens": prompt_tokens,
             "generated_tokens": generated_tokens,
             "ttft_s": None if self._first_s is None else self._first_s - self._began_s,
             "duration_s": self._meters.clock() - self._began_s,
@@ -177,11 +190,6 @@ class RequestMeter:
             "resends": self._resends,
         }
         logger.info("request ended", extra={"fields": fields})
-
-    def _stop_waiting(self) -> None:
-        if self._waits:
-            self._waits = False
-            self._metrics.waiting.labels(self._class).dec()
 
     def _judge(self, objective: str, seconds: float) -> None:
         promised = self._meters.objectives[self._class]

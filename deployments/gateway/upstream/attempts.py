@@ -1,133 +1,189 @@
-"""One admitted request on its way: sent to its replica, sent again or continued on another one if that is lost."""
+"""One admitted request at attention replicas: sent, and sent again or continued elsewhere when its replica is lost.
+
+The only retry loop of the gateway. A request that was at two replicas when they were lost is not sent to a third.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Protocol
 
-from cluster.errors import ReplicaUnavailable, StreamLost
-from deployments.admission.waiting_room import Gate
+import msgspec
+
+from cluster.errors import EngineKilled, ReplicaLost, ReplicaUnavailable, StreamLost
 from deployments.directory.members import ResponseHead
-from deployments.gateway.meter import RequestMeter
-from deployments.gateway.upstream.continuation import Continuation
-from routing.requests.request import Grant, ReplicaLoad, Usage
+from deployments.gateway.lease import Lease
+from deployments.gateway.outline import Outline
+from deployments.gateway.upstream import sse
+from deployments.gateway.upstream.continuation import Continuation, Decode
+from deployments.gateway.upstream.events import CHAT, COMPLETIONS
+from deployments.gateway.upstream.pool import ReplicaPool
 
-SSE = "text/event-stream"
+_JSON = "application/json"
 # What a replica answers while its engine dies or starts: nothing has been generated, so another one may be asked.
 _RETRIED_STATUS = (500, 502, 503)
+_MOST_LOSSES = 2  # replicas that were lost with the request on them: one may be bad luck
 
 logger = logging.getLogger(__name__)
 
 
-class Replicas(Protocol):
-    """Where requests are sent; see `deployments.gateway.upstream.pool.ReplicaPool`."""
-
-    def loads(self) -> Sequence[ReplicaLoad]: ...
-
-    def send(
-        self, replica_id: str, method: str, path: str, body: bytes, request_id: str
-    ) -> AsyncGenerator[ResponseHead | bytes, None]: ...
-
-
-class Relay:
-    """Yields the answer's head and then its chunks. Keeps the gate up to date and finishes the ticket at the end."""
+class Attempts:
+    """Yields the answer's head and then its chunks, and tells the lease how far the answer is."""
 
     def __init__(
-        self,
-        tap: Continuation,
-        gate: Gate,
-        replicas: Replicas,
-        request_id: str,
-        max_resends: int,
-        meter: RequestMeter,
+        self, lease: Lease, outlined: Outline, body: bytes, pool: ReplicaPool, decode: Decode, max_resends: int
     ) -> None:
-        self.tap = tap
-        self._gate = gate
-        self._replicas = replicas
-        self._request_id = request_id
+        self._lease = lease
+        self._outline = outlined
+        self._body = body
+        self._pool = pool
+        self._decode = decode
         self._resends_left = max_resends
-        self.replica_id = ""  # where it runs
-        self._meter = meter
-        self._first_token_told = False
+        self._losses = 0
+        self._path = lease.head.path
+        self._events = self._fresh()
+        self._begun = False  # the client has something
 
-    async def run(self, grant: Grant) -> AsyncGenerator[ResponseHead | bytes, None]:
-        """Raises ReplicaUnavailable or a Refusal when nobody else can take it, StreamLost when it cannot go on."""
-        self.replica_id = grant.replica_id
-        begun = False
-        try:
-            path, body = self.tap.path, self.tap.upstream_body()
-            while True:
-                try:
-                    async with aclosing(self._attempt(grant, path, body, begun)) as answer:
-                        async for item in answer:
-                            begun = True
-                            yield item
+    async def run(self) -> AsyncGenerator[ResponseHead | bytes, None]:
+        """Raises ReplicaUnavailable or a Refusal when nobody else can take the request, EngineKilled when nobody else
+        may, StreamLost when its stream cannot go on.
+        """
+        path, body = self._path, self._events.upstream_body()
+        while True:
+            try:
+                async with aclosing(self._attempt(path, body)) as answer:
+                    async for item in answer:
+                        self._begun = True
+                        yield item
+                return
+            except ReplicaUnavailable as error:
+                if self._begun and (missing := self._events.closing()) is not None:
+                    self._report()
+                    yield missing
                     return
-                except ReplicaUnavailable as error:
-                    if begun and (missing := self.tap.closing()) is not None:
-                        yield missing
-                        return
-                    if begun and (why := self.tap.why_not_continuable) is not None:
-                        raise StreamLost(
-                            f"the attention replica of this stream was lost, and the stream cannot go on exactly "
-                            f"elsewhere: {why}; please ask again"
-                        ) from error
-                    if self._resends_left == 0:
-                        raise
-                    self._resends_left -= 1
-                    self._meter.resent(begun)
-                    fields = {"request_id": self._request_id, "continued": begun}
-                    logger.warning("a request goes on elsewhere: %s", error, extra={"fields": fields})
-                if begun:
-                    path, body = await self.tap.continue_request()
-                grant = await self._gate.move(grant.ticket)
-                self.replica_id = grant.replica_id
-        finally:
-            self._gate.finish(grant.ticket, self._usage())
+                self._may_go_on(error)
+            if self._begun:
+                path, body = await self._events.continue_request(self._context_tokens())
+            else:
+                self._events = self._fresh()  # what the lost attempt showed is forgotten
+            await self._lease.move()
 
-    async def _attempt(
-        self, grant: Grant, path: str, body: bytes, begun: bool
-    ) -> AsyncGenerator[ResponseHead | bytes, None]:
-        self._meter.sent(grant.replica_id)
-        async with aclosing(self._replicas.send(grant.replica_id, "POST", path, body, self._request_id)) as upstream:
+    def _may_go_on(self, error: ReplicaUnavailable) -> None:
+        """Raises what ends the request, if it must not or cannot go to another replica."""
+        if isinstance(error, ReplicaLost):
+            self._losses += 1
+            if self._losses >= _MOST_LOSSES:
+                fields = {"request_id": self._lease.head.request_id}
+                logger.error("two replicas were lost with this request; it is refused", extra={"fields": fields})
+                raise EngineKilled(
+                    f"two attention replicas were lost while they computed this request ({error}); it is not sent to "
+                    "a third: the request itself may be what kills them"
+                ) from error
+        if self._begun and (why := self._events.why_not_continuable) is not None:
+            raise StreamLost(
+                f"the attention replica of this stream was lost, and the stream cannot go on exactly elsewhere: {why}; "
+                "please ask again"
+            ) from error
+        if self._resends_left == 0:
+            raise error
+        self._resends_left -= 1
+        self._lease.resent(self._begun)
+        fields = {"request_id": self._lease.head.request_id, "continued": self._begun}
+        logger.warning("a request goes on elsewhere: %s", error, extra={"fields": fields})
+
+    async def _attempt(self, path: str, body: bytes) -> AsyncGenerator[ResponseHead | bytes, None]:
+        replica_id = self._lease.replica_id
+        self._lease.sent()
+        upstream = self._pool.send(replica_id, self._lease.head.method, path, body, self._lease.head.passed_on())
+        async with aclosing(upstream):
             head = await anext(upstream)
             assert isinstance(head, ResponseHead), "a replica's answer begins with its head"
-            if not head.content_type.startswith(SSE):
+            if not head.content_type.startswith(sse.CONTENT_TYPE):
                 whole = b"".join([chunk async for chunk in upstream if isinstance(chunk, bytes)])
-                elsewhere = any(load.replica_id != grant.replica_id for load in self._replicas.loads())
-                if head.status in _RETRIED_STATUS and self._resends_left and elsewhere:
-                    raise ReplicaUnavailable(f"replica {grant.replica_id} answered {head.status}")
-                if begun:  # a continuation that the engine refuses
-                    raise ReplicaUnavailable(f"replica {grant.replica_id} would not continue: {head.status}")
-                self.tap.whole(whole)
-                yield head
-                yield whole
+                for item in self._whole(head, whole):
+                    yield item
                 return
+            held = b""  # until the first token: a loss costs the client nothing before, and a refusal is told as one
             async for chunk in upstream:
                 assert isinstance(chunk, bytes), "a replica's answer has one head"
-                passed_on = self.tap.feed(chunk)
-                self._report(grant.ticket)
-                if passed_on:
-                    if not begun:  # the head waits for the first chunk: until then a loss costs the client nothing
-                        begun = True
+                held += self._events.feed(chunk)
+                if self._events.error is not None:
+                    break
+                self._report()
+                if held and (self._begun or self._events.saw_token or self._events.finished):
+                    if not self._begun:
                         yield head
-                    yield passed_on
-                if self.tap.failed:  # what came before the error counts as sent
-                    raise ReplicaUnavailable(f"replica {grant.replica_id}: its engine failed")
-            if not self.tap.finished:
-                raise ReplicaUnavailable(f"replica {grant.replica_id} ended its stream early")
+                    yield held
+                    held = b""
+        if self._events.error is None and self._events.finished:
+            return
+        async with aclosing(self._failed(path, body, held)) as items:
+            async for item in items:
+                yield item
 
-    def _report(self, ticket: str) -> None:
-        if self.tap.saw_token:
-            if not self._first_token_told:
-                self._first_token_told = True
-                self._gate.first_token(ticket)
-            self._gate.progress(ticket, self.tap.generated_tokens)
-            self._meter.progress(self.tap.generated_tokens)
+    def _whole(self, head: ResponseHead, body: bytes) -> list[ResponseHead | bytes]:
+        """An answer that is no stream. Raises ReplicaUnavailable if another replica should be asked."""
+        replica_id = self._lease.replica_id
+        if self._begun:  # a continuation that the engine refuses
+            raise ReplicaUnavailable(f"replica {replica_id} would not continue: {head.status}")
+        if head.status in _RETRIED_STATUS and self._may_ask_another():
+            raise ReplicaLost(f"replica {replica_id} answered {head.status}")
+        if head.status < 400:
+            self._events.whole(body)
+            self._lease.counted(self._events.prompt_tokens, self._events.generated_tokens, complete=True)
+        return [head, body]
 
-    def _usage(self) -> Usage | None:
-        if self.tap.prompt_tokens is None:
-            return None
-        return Usage(self.tap.prompt_tokens, self.tap.generated_tokens)
+    async def _failed(self, path: str, body: bytes, held: bytes) -> AsyncGenerator[ResponseHead | bytes, None]:
+        """A stream that broke off, or that the engine ended with an error. Before its first token that is told as if
+        the client had not asked for a stream: same status, same text. Raises ReplicaUnavailable if the replica, and
+        not the request, is at fault.
+        """
+        error, replica_id = self._events.error, self._lease.replica_id
+        if self._begun:
+            if error is None:
+                raise ReplicaLost(f"replica {replica_id} ended its stream early")
+            if error.status >= 500:
+                raise ReplicaLost(f"replica {replica_id}: its engine failed")
+            yield held + b"data: " + error.body + b"\n\n"
+            return
+        if path in (COMPLETIONS, CHAT) and error is not None:
+            answer = ResponseHead(error.status, _JSON), error.body
+        elif path in (COMPLETIONS, CHAT):
+            raise ReplicaLost(f"replica {replica_id} ended its stream early")
+        else:
+            answer = await self._unstreamed(path)  # the events of these paths do not say enough
+        for item in self._whole(*answer):
+            yield item
+
+    async def _unstreamed(self, path: str) -> tuple[ResponseHead, bytes]:
+        """How the replica answers the same request without a stream, of one token at most. Raises ReplicaLost if it
+        would have served it.
+        """
+        bound = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+        body = msgspec.json.encode({**self._outline.fields, "stream": False, bound: 1})
+        upstream = self._pool.send(self._lease.replica_id, "POST", path, body, self._lease.head.passed_on())
+        async with aclosing(upstream):
+            head = await anext(upstream)
+            assert isinstance(head, ResponseHead), "a replica's answer begins with its head"
+            answer = b"".join([chunk async for chunk in upstream if isinstance(chunk, bytes)])
+        if head.status < 400:
+            raise ReplicaLost(f"replica {self._lease.replica_id} ended its stream early")
+        return head, answer
+
+    def _may_ask_another(self) -> bool:
+        others = any(load.replica_id != self._lease.replica_id for load in self._pool.loads())
+        return others and self._resends_left > 0 and self._losses + 1 < _MOST_LOSSES
+
+    def _report(self) -> None:
+        events = self._events
+        if events.saw_token:
+            self._lease.progress(events.prompt_tokens, events.generated_tokens)
+        if events.finished:
+            self._lease.counted(events.prompt_tokens, events.generated_tokens, complete=True)
+
+    def _fresh(self) -> Continuation:
+        return Continuation(self._path, self._outline, self._body, self._decode)
+
+    def _context_tokens(self) -> int:
+        return max((load.max_model_len for load in self._pool.loads()), default=0)

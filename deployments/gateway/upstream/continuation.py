@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from cluster.errors import StreamLost
-from deployments.gateway.outline import Fields
-from deployments.gateway.upstream.events import CHAT, COMPLETIONS, StreamTap
+from deployments.gateway.outline import Fields, Outline
+from deployments.gateway.upstream.events import CHAT, COMPLETIONS, AnswerEvents
 
 # (token ids, skip special tokens) -> text
 Decode = Callable[[list[int], bool], Awaitable[str]]
@@ -85,11 +85,11 @@ def why_not(path: str, fields: Fields) -> str | None:
     return None
 
 
-class Continuation(StreamTap):
-    """A tap whose stream can go on after `continue_request`."""
+class Continuation(AnswerEvents):
+    """A stream that can go on elsewhere after `continue_request`."""
 
-    def __init__(self, path: str, fields: Fields, body: bytes, decode: Decode) -> None:
-        super().__init__(path, fields, body)
+    def __init__(self, path: str, outlined: Outline, body: bytes, decode: Decode) -> None:
+        super().__init__(path, outlined, body)
         self._decode = decode
         self._continued = False
         self._kept = 0  # generated tokens at the last seam
@@ -104,7 +104,7 @@ class Continuation(StreamTap):
 
     def closing(self) -> bytes | None:
         """What is missing of a stream whose last token had come when its replica was lost; None if tokens are."""
-        if len(self.finished_choices) < self.choices:
+        if len(self.finished_choices) < self.outline.sequences:
             return None
         options = self.fields.get("stream_options")
         usage = b""
@@ -116,32 +116,32 @@ class Continuation(StreamTap):
         self.finished = True
         return usage + b"data: [DONE]\n\n"
 
-    async def continue_request(self) -> tuple[str, bytes]:
-        """Path and body for another replica. Raises StreamLost when the seam falls into the middle of a character."""
+    async def continue_request(self, context_tokens: int) -> tuple[str, bytes]:
+        """Path and body for another replica. `context_tokens`: longest prompt plus completion; 0: not known.
+
+        Raises StreamLost when the seam falls into the middle of a character.
+        """
         kept = await self._sent_ids()
         del self.generated_ids[kept:]
         self.generated_tokens = self._kept = kept
         self._continued = True
-        self._pending = b""
-        self.failed = self.finished = False
+        self._split = EventSplitter()
+        self.error, self.finished = None, False
         request: dict[str, Any] = {name: self.fields[name] for name in _CARRIED if name in self.fields}
-        bound = self.fields.get("max_tokens")
-        if self.path == CHAT:  # completions do not know the other spelling
-            bound = self.fields.get("max_completion_tokens") or bound
-        if bound is None and self.path == COMPLETIONS and "max_tokens" not in self.fields:
-            bound = 16  # the API's default, which an explicit null would lift
+        left = max(1, context_tokens - len(self.prompt_ids)) if context_tokens else None
+        bound = left if self.outline.max_new_tokens is None else self.outline.max_new_tokens
         request |= {
             "prompt": self.prompt_ids + self.generated_ids,
             "stream": True,
             "return_token_ids": True,
-            "max_tokens": bound - kept if isinstance(bound, int) else None,
+            "max_tokens": None if bound is None else bound - kept,
         }
         least = self.fields.get("min_tokens")
         if isinstance(least, int):
             request["min_tokens"] = max(0, least - kept)
         return COMPLETIONS, msgspec.json.encode(request)
 
-    def edit(self, data: dict[str, Any]) -> dict[str, Any] | None:
+    def edit(self, data: dict[str, Any]) -> dict[str, Any]:
         """A chunk of the new replica, in the old stream's terms."""
         if not self._continued:
             return data

@@ -2,49 +2,53 @@
 
 from __future__ import annotations
 
-import re
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from deployments.gateway.outline import Fields, nested_too_deeply
+from deployments.gateway.outline import Outline, nested_too_deeply
+from deployments.gateway.upstream.sse import DONE, EventSplitter, data_at
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-_DATA = b"data: "
-_DONE = b"data: [DONE]"
-_EVENT_END = re.compile(rb"\r?\n\r?\n")
+_LAST_EVENTS = ("message_stop", "response.completed", "response.incomplete", "response.failed")
 
 
-class StreamTap:
-    """One request's answer, streamed or not, on its way to the client.
+@dataclass(frozen=True)
+class EngineError:
+    """An error event in a stream: what the engine would have answered had it been asked without streaming."""
+
+    status: int
+    body: bytes
+
+
+class AnswerEvents:
+    """One attempt's answer, streamed or not, on its way to the client.
 
     vLLM is asked for token ids along with the text, which makes counts exact and a lost stream continuable; a client
     that did not ask for them does not see them. Anything that cannot be parsed passes unchanged.
     """
 
-    def __init__(self, path: str, fields: Fields, body: bytes) -> None:
+    def __init__(self, path: str, outlined: Outline, body: bytes) -> None:
         self.path = path
-        self.fields = fields
+        self.outline = outlined
+        self.fields = outlined.fields
         self.prompt_tokens: int | None = None  # not known yet
         self.generated_tokens = 0
         self.saw_token = False
         self.finished = False  # the stream came to its own end
-        self.failed = False  # the engine broke off with an error event
+        self.error: EngineError | None = None  # the engine broke off with an error event
         self.text = ""  # what the client has, of a request's only choice
         self.prompt_ids: list[int] = []
         self.generated_ids: list[int] = []
         self.strange_delta = False  # the client has more than plain text: tool calls, reasoning
         self.head: dict[str, Any] = {}  # id, created, model, object of the stream's first chunk
         self._body = body
-        self._pending = b""
-        self._wants_ids = fields.get("return_token_ids") is True
-        self._asks_ids = path in (COMPLETIONS, CHAT) and fields.get("stream") is True and not fields.get("echo")
+        self._split = EventSplitter()
+        self._wants_ids = outlined.return_token_ids
+        self._asks_ids = path in (COMPLETIONS, CHAT) and outlined.stream and not outlined.echo
         self._seen_prompts: set[int] = set()
-        n = fields.get("n")
-        self._n = n if isinstance(n, int) and n > 0 else 1
-        prompt = fields.get("prompt")
-        several = isinstance(prompt, list) and len(prompt) > 0 and not isinstance(prompt[0], int)
-        self.choices = self._n * (len(prompt) if several and isinstance(prompt, list) else 1)
+        self._per_prompt = max(1, outlined.sequences // max(1, outlined.prompts))
         self.finished_choices: set[int] = set()
 
     def upstream_body(self) -> bytes:
@@ -61,42 +65,39 @@ class StreamTap:
         answer = _json_object(body)
         if answer is not None:
             self._take_usage(answer.get("usage"))
+            self._take_count(answer)
             self.finished = self.saw_token = True
 
     def feed(self, chunk: bytes) -> bytes:
         """Bytes as the replica sent them, cut anywhere -> whole events for the client; may be empty."""
-        if b"\n" not in chunk:  # within a huge event, which is not searched again and again
-            self._pending += chunk
-            return b""
-        *events, self._pending = _EVENT_END.split(self._pending + chunk)
-        out = [self._event(event) for event in events]
+        out = [self._event(event) for event in self._split.feed(chunk)]
         return b"".join(event + b"\n\n" for event in out if event)
 
-    def edit(self, data: dict[str, Any]) -> dict[str, Any] | None:
-        """The chunk as the client gets it; None hides it. A continuation overrides this."""
+    def edit(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The chunk as the client gets it. A continuation overrides this."""
         return data
 
     def _event(self, event: bytes) -> bytes:
-        if self.failed:
+        if self.error is not None:
             return b""  # the engine ends a stream that failed as if it were complete
-        if event.startswith(_DONE):
+        at = data_at(event)
+        if at is None:
+            return event  # a comment that keeps the connection alive
+        text = event[at:].strip()
+        if text == DONE:
             self.finished = True
             return event
-        at = 0 if event.startswith(_DATA) else event.find(b"\n" + _DATA) + 1
-        if at == 0 and not event.startswith(_DATA):
-            return event  # a comment that keeps the connection alive
-        data = _json_object(event[at + len(_DATA) :])
+        data = _json_object(text)
         if data is None:
             return event
-        if "error" in data and "choices" not in data and self.path in (COMPLETIONS, CHAT):
-            self.failed = True
+        if _is_error(data):
+            self.error = EngineError(_status_of(data), text)
             return b""
         if self.path not in (COMPLETIONS, CHAT):
             self._follow(data)
             return event
         self._count(data)
-        shown = self.edit(data)
-        return b"" if shown is None else event[:at] + _DATA + msgspec.json.encode(shown)
+        return event[:at] + b" " + msgspec.json.encode(self.edit(data))
 
     def _count(self, data: dict[str, Any]) -> None:
         """Take token ids, text and usage from a chunk of completions or chat; then hide the ids."""
@@ -104,7 +105,7 @@ class StreamTap:
             self.head = {key: data[key] for key in ("id", "object", "created", "model") if key in data}
         self._take_prompt(data, 0)
         for choice in data.get("choices") or ():
-            self._take_prompt(choice, choice.get("index", 0) // self._n)
+            self._take_prompt(choice, choice.get("index", 0) // self._per_prompt)
             ids = choice.get("token_ids")
             delta = choice.get("delta")
             text = choice.get("text") if delta is None else delta.get("content")
@@ -145,6 +146,12 @@ class StreamTap:
         if isinstance(generated, int) and generated:
             self.generated_tokens = generated
 
+    def _take_count(self, answer: dict[str, Any]) -> None:
+        """Of /tokenize and count_tokens, which say what they counted."""
+        for name in ("count", "input_tokens"):
+            if isinstance(count := answer.get(name), int):
+                self.prompt_tokens = count
+
     def _follow(self, data: dict[str, Any]) -> None:
         """An event of /v1/responses or /v1/messages: named by its `type`, usage inside."""
         kind = str(data.get("type", ""))
@@ -154,8 +161,20 @@ class StreamTap:
         for holder in (data, data.get("response"), data.get("message")):
             if isinstance(holder, dict):
                 self._take_usage(holder.get("usage"))
-        if kind in ("message_stop", "response.completed", "response.incomplete", "response.failed", "error"):
+        if kind in _LAST_EVENTS:
             self.finished = True
+
+
+def _is_error(data: dict[str, Any]) -> bool:
+    """OpenAI's two shapes (`error` without choices; type `error`) and Anthropic's."""
+    return data.get("type") == "error" or (isinstance(data.get("error"), dict) and "choices" not in data)
+
+
+def _status_of(data: dict[str, Any]) -> int:
+    """500 where the event does not say."""
+    error = data.get("error")
+    code = error.get("code") if isinstance(error, dict) else data.get("code")
+    return code if isinstance(code, int) and 400 <= code < 600 else 500
 
 
 def _json_object(text: bytes) -> dict[str, Any] | None:

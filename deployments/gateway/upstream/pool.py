@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
 import aiohttp
 
 from cluster.config import InternalTlsConfig
-from cluster.errors import ReplicaUnavailable
+from cluster.errors import ReplicaLost, ReplicaUnavailable
 from cluster.tls.contexts import internal_client_ssl_context
 from deployments.admission.replica_loads import CONNECT_TIMEOUT_S, ReplicaLoads
 from deployments.directory.members import ResponseHead
@@ -36,29 +36,29 @@ class ReplicaPool:
         return self._replicas.current()
 
     async def send(
-        self, replica_id: str, method: str, path: str, body: bytes, request_id: str
+        self, replica_id: str, method: str, path: str, body: bytes, headers: Mapping[str, str]
     ) -> AsyncGenerator[ResponseHead | bytes, None]:
         """A ResponseHead and then the body as it arrives. Closing it aborts the generation.
 
-        Raises ReplicaUnavailable when the replica is unknown, cannot be reached, or breaks off.
+        Raises ReplicaUnavailable when the replica is unknown or cannot be reached, ReplicaLost when it breaks off.
         """
         endpoint = self._replicas.endpoint(replica_id)
         if endpoint is None:
             raise ReplicaUnavailable(f"attention replica {replica_id} is gone")
-        headers = endpoint.authorization() | {"x-request-id": request_id}
-        if body:
-            headers["content-type"] = "application/json"
+        sent = {**headers, **endpoint.authorization(), "content-type": "application/json"}
         exchange = _Exchange()
         self._in_flight.setdefault(replica_id, set()).add(exchange)
         try:
             async with exchange.answer(
-                self._client().request(method, endpoint.url + path, data=body or None, headers=headers)
+                self._client().request(method, endpoint.url + path, data=body or None, headers=sent)
             ) as response:
                 yield ResponseHead(response.status, response.headers.get("content-type", "application/json"))
                 async for chunk in response.content.iter_any():
                     yield chunk
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise ReplicaUnavailable(f"attention replica {replica_id} cannot be reached: {error}") from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise ReplicaUnavailable(f"attention replica {replica_id}: {type(error).__name__}: {error}") from error
+            raise ReplicaLost(f"attention replica {replica_id}: {type(error).__name__}: {error}") from error
         finally:
             self._in_flight[replica_id].discard(exchange)
             if not self._in_flight[replica_id]:

@@ -46,7 +46,7 @@ def test_killed_worker_between_dispatches_goes_unnoticed(cluster: Cluster) -> No
     cluster.publish("a", "b")
     client = cluster.client()
     dispatch(client, 8)
-    cluster.launch.processes["a"].kill()
+    cluster.processes["a"].kill()
     started = time.monotonic()
     got, expected = dispatch(client, 8, seed=1)
     torch.testing.assert_close(got, expected)
@@ -59,7 +59,7 @@ def test_worker_killed_while_it_computes_loses_no_row(cluster: Cluster, caplog: 
     cluster.start("b", ALL)
     cluster.publish("a", "b")
     client = cluster.client()
-    threading.Timer(0.5, cluster.launch.processes["a"].kill).start()
+    threading.Timer(0.5, cluster.processes["a"].kill).start()
     started = time.monotonic()
     got, expected = dispatch(client, 8)
     torch.testing.assert_close(got, expected)
@@ -75,12 +75,12 @@ def test_hung_worker_is_found_by_keepalive(cluster: Cluster) -> None:
     cluster.publish("a", "b")
     client = cluster.client()
     dispatch(client, 8)
-    cluster.launch.processes["a"].send_signal(signal.SIGSTOP)
+    cluster.processes["a"].send_signal(signal.SIGSTOP)
     started = time.monotonic()
     got, expected = dispatch(client, 8, seed=2)
     torch.testing.assert_close(got, expected)
     assert time.monotonic() - started < 10.0
-    cluster.launch.processes["a"].send_signal(signal.SIGCONT)
+    cluster.processes["a"].send_signal(signal.SIGCONT)
 
 
 def test_slow_worker_misses_the_call_deadline(cluster: Cluster) -> None:
@@ -97,7 +97,7 @@ def test_waits_for_a_new_worker_when_none_holds_an_expert(cluster: Cluster) -> N
     cluster.publish("a", "b")
     client = cluster.client()
     dispatch(client, 4)
-    cluster.launch.processes["b"].kill()
+    cluster.processes["b"].kill()
     cluster.start("c", ALL[4:])
     threading.Timer(1.0, cluster.publish, ("a", "c")).start()
     got, expected = dispatch(client, 4, seed=3)

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 from google.protobuf.descriptor import Descriptor
 
 from deployments.protos.inference import open_inference_pb2 as oip
@@ -57,7 +58,8 @@ def test_generated_stubs_do_not_drift(tmp_path: Path) -> None:
 
 
 def test_every_folder_of_stubs_is_installed() -> None:
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    included = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    packages = find_packages(str(ROOT), include=included)
     for folder in {path.parent for path in PROTOS}:
         assert ".".join(folder.relative_to(ROOT).parts) in packages
 

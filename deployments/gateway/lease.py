@@ -1,0 +1,172 @@
+"""A lease is one request's stay at the gateway, and the one owner of its end.
+
+Whatever happens, a request's decode slots, quota, memory, metrics, log line and what predictions learn from it are
+settled in `Lease.end`, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from cluster.errors import DeepsplitError, Overloaded, Plane, Reason, RequestTimeout
+from deployments.admission.waiting_room import WaitingRoom
+from deployments.gateway.head import Head
+from deployments.gateway.meter import RequestMeter, State
+from routing.requests.prediction.prompt_size import PromptSize
+from routing.requests.request import Ask, Grant, Tenant, Usage
+
+_RETRY_BODIES_S = 1.0
+
+
+class BodyMemory:
+    """Bytes of request bodies that one gateway holds, all requests together."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self.held_bytes = 0
+
+    def hold(self, size: int) -> None:
+        """Raises Overloaded when the bodies would be more than the limit together."""
+        if self.held_bytes + size > self._limit_bytes:
+            raise Overloaded(
+                f"the requests at this gateway hold {self._limit_bytes // 2**20} MiB of bodies, its limit "
+                "(gateway.max_bodies_mib)",
+                retry_after_s=_RETRY_BODIES_S, plane=Plane.GATEWAY, reason=Reason.BODIES,
+            )  # fmt: skip
+        self.held_bytes += size
+
+    def release(self, size: int) -> None:
+        """So many bytes are gone."""
+        self.held_bytes -= size
+
+
+class Lease:
+    """One request. Belongs to the task that opened it."""
+
+    def __init__(
+        self, head: Head, room: WaitingRoom, memory: BodyMemory, prompt_size: PromptSize, meter: RequestMeter
+    ) -> None:
+        self.head = head
+        self.tenant = Tenant("unknown")  # until the key has been looked at
+        self.state = State.ARRIVED
+        self.replica_id = ""  # where it runs
+        self.status = 0  # of the answer; 0: none yet
+        self.prompt_tokens: int | None = None  # as the engine counts them; None: not known yet
+        self.generated_tokens = 0
+        self.complete = False  # the answer came to its own end
+        self._room = room
+        self._memory = memory
+        self._prompt_size = prompt_size
+        self._meter = meter
+        self._body_bytes = 0
+        self._ask: Ask | None = None
+        self._text_bytes = 0  # of a prompt given as text
+        self._timeout: asyncio.Timeout | None = None
+        self._cut_by: DeepsplitError | None = None
+
+    @asynccontextmanager
+    async def bounded(self, seconds: float) -> AsyncIterator[None]:
+        """The request's whole life. Raises RequestTimeout when it is over, or what `cut` was given."""
+        try:
+            async with asyncio.timeout(seconds) as self._timeout:
+                yield
+        except TimeoutError as error:
+            late = RequestTimeout(f"the request took longer than {seconds:g} s and was aborted")
+            raise self._cut_by or late from error
+        finally:
+            self._timeout = None
+
+    def shorten(self, seconds: float) -> None:
+        """Let the request live for at most so long from now."""
+        at_s = asyncio.get_running_loop().time() + seconds
+        if self._timeout is not None and not self._timeout.expired():
+            before_s = self._timeout.when()
+            if before_s is None or at_s < before_s:
+                self._timeout.reschedule(at_s)
+
+    def cut(self, error: DeepsplitError) -> None:
+        """End the request now. One that is ending already ends as it would have."""
+        if self._timeout is not None and not self._timeout.expired():
+            self._cut_by = error
+            self._timeout.reschedule(asyncio.get_running_loop().time())
+
+    def identified(self, tenant: Tenant) -> None:
+        """Whose request it is."""
+        self.tenant = tenant
+        self._meter.identified(tenant)
+
+    def hold(self, size: int) -> None:
+        """So many further bytes of its body are held until it ends. Raises Overloaded."""
+        self._memory.hold(size)
+        self._body_bytes += size
+
+    def estimate(self, text_bytes: int, token_ids: int) -> int:
+        """Tokens of its prompt, as far as they can be known before the engine has counted them."""
+        self._text_bytes = 0 if token_ids else text_bytes
+        return self._prompt_size.estimate(text_bytes, token_ids)
+
+    async def admit(self, ask: Ask) -> Grant:
+        """Wait for leave to run. Raises Refusal."""
+        self._ask = ask
+        self.state = State.WAITING
+        self._meter.waits(ask.priority)
+        grant = await self._room.admit(ask)
+        self._meter.admitted(grant)
+        self._runs_at(grant)
+        return grant
+
+    async def move(self) -> None:
+        """Its replica was lost: wait for leave to run at another one. Raises Refusal."""
+        assert self._ask is not None, "it was admitted"
+        self._runs_at(await self._room.move(self._ask.ticket))
+
+    def sent(self) -> None:
+        """Its replica gets it."""
+        self._meter.sent(self.replica_id)
+
+    def resent(self, continued: bool) -> None:
+        """It goes to another replica: from the start, or on from what the client has."""
+        self._meter.resent(continued)
+
+    def progress(self, prompt_tokens: int | None, generated_tokens: int) -> None:
+        """Tokens so far, as the engine counts them; more than none have been generated."""
+        assert self._ask is not None, "it was admitted"
+        if not self.generated_tokens:
+            self._room.first_token(self._ask.ticket)
+        self.prompt_tokens, self.generated_tokens = prompt_tokens, max(1, generated_tokens)
+        self._room.progress(self._ask.ticket, self.generated_tokens)
+        self._meter.progress(self.generated_tokens)
+
+    def counted(self, prompt_tokens: int | None, generated_tokens: int, complete: bool) -> None:
+        """What the engine says the request cost, and whether its answer is whole."""
+        self.prompt_tokens, self.generated_tokens, self.complete = prompt_tokens, generated_tokens, complete
+
+    def end(self, error: BaseException | None) -> None:
+        """The request is over: well, or by `error`. Settles everything that was taken for it."""
+        assert self.state is not State.ENDED, "a request ends once"
+        if isinstance(error, asyncio.CancelledError | GeneratorExit) and self.complete:
+            error = None  # a client that had it all and went
+        ended_in, self.state = self.state, State.ENDED
+        self._memory.release(self._body_bytes)
+        if self._ask is not None:
+            prompt_tokens = self._ask.prompt_tokens if self.prompt_tokens is None else self.prompt_tokens
+            complete = self.complete and error is None
+            self._room.finish(self._ask.ticket, Usage(prompt_tokens, self.generated_tokens, complete))
+        if self.prompt_tokens is not None and self._text_bytes:
+            self._prompt_size.learn(self._text_bytes, self.prompt_tokens)
+        self._meter.end(ended_in, error, self.status, self.prompt_tokens, self.generated_tokens)
+
+    def _runs_at(self, grant: Grant) -> None:
+        self.state = State.RUNNING
+        self.replica_id = grant.replica_id
+
+
+def new_ticket() -> str:
+    """A ticket for `Ask`: unique among all gateways."""
+    return uuid.uuid4().hex
+
+
