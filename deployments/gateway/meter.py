@@ -78,7 +78,7 @@ class RequestMeter:
         self._tenant = self._class = _UNKNOWN
         self._began_s = meters.clock()
         self._waits = self._runs = False
-        self._predicted_ttft_s = 0.0
+        self._predicted_ttft_s: float | None = None
         self._first_s: float | None = None
         self._last_s = 0.0
         self._first_tokens = 0
@@ -122,7 +122,7 @@ class RequestMeter:
             ttft_s = now_s - self._began_s
             self._metrics.ttft.labels(self._class).observe(ttft_s)
             self._judge("ttft", ttft_s)
-            if self._predicted_ttft_s > 0:
+            if self._predicted_ttft_s is not None:
                 self._metrics.prediction_error.labels(self._class).observe(self._predicted_ttft_s - ttft_s)
         else:
             self._metrics.inter_token.labels(self._class).observe(now_s - self._last_s)

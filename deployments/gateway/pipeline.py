@@ -25,7 +25,7 @@ from cluster.errors import (
     RequestTimeout,
     RequestTooLarge,
 )
-from deployments.admission.waiting_room import Gate
+from deployments.admission.waiting_room import WaitingRoom
 from deployments.gateway.deadline import Deadline
 from deployments.gateway.door import Answer, Call
 from deployments.gateway.limit_headers import rate_limit_headers
@@ -65,7 +65,7 @@ class GatewayDoor:
         model: str,
         config: GatewayConfig,
         tenants: TenantsFile,
-        gate: Gate,
+        gate: WaitingRoom,
         replicas: Replicas,
         text: Tokens,
         meters: RequestMeters,
@@ -180,7 +180,9 @@ class GatewayDoor:
         ask = self._ask(call, tenant, outline)
         await self._check_prompt(outline)
         tap = Continuation(call.path, outline.fields, call.body, self._text.decode)
-        relay = Relay(tap, self._gate, self._replicas, call.request_id, self._config.max_resends, meter)
+        relay = Relay(
+            tap, self._gate, self._replicas, call.request_id, self._config.max_resends, meter, ask.prompt_tokens
+        )
         meter.waits(ask.priority)
         grant = await deadline.wait(self._gate.admit(ask))
         meter.admitted(grant)
@@ -194,7 +196,7 @@ class GatewayDoor:
                 self._prompt_size.learn(len(outline.prompt_text), tap.prompt_tokens)
 
         headers = rate_limit_headers(grant.limits) | {"x-request-id": call.request_id}
-        if grant.predicted_ttft_s > 0:  # `admission.mode: off` predicts nothing
+        if grant.predicted_ttft_s is not None:  # `admission.mode: off` predicts nothing
             headers["x-deepsplit-predicted-ttft-s"] = f"{grant.predicted_ttft_s:.3f}"
         answer = await open_answer(relay.run(grant), deadline, headers, ended)
         if any(load.degraded for load in self._replicas.loads() if load.replica_id == relay.replica_id):

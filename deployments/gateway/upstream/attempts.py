@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import Protocol
 
 from cluster.errors import ReplicaUnavailable, StreamLost
-from deployments.admission.waiting_room import Gate
+from deployments.admission.waiting_room import WaitingRoom
 from deployments.directory.members import ResponseHead
 from deployments.gateway.meter import RequestMeter
 from deployments.gateway.upstream.continuation import Continuation
@@ -37,13 +37,16 @@ class Relay:
     def __init__(
         self,
         tap: Continuation,
-        gate: Gate,
+        gate: WaitingRoom,
         replicas: Replicas,
         request_id: str,
         max_resends: int,
         meter: RequestMeter,
+        prompt_tokens: int,
     ) -> None:
+        """`prompt_tokens`: as estimated."""
         self.tap = tap
+        self._prompt_tokens = prompt_tokens
         self._gate = gate
         self._replicas = replicas
         self._request_id = request_id
@@ -127,7 +130,6 @@ class Relay:
             self._gate.progress(ticket, self.tap.generated_tokens)
             self._meter.progress(self.tap.generated_tokens)
 
-    def _usage(self) -> Usage | None:
-        if self.tap.prompt_tokens is None:
-            return None
-        return Usage(self.tap.prompt_tokens, self.tap.generated_tokens)
+    def _usage(self) -> Usage:
+        complete = self.tap.prompt_tokens is not None
+        return Usage(self.tap.prompt_tokens or self._prompt_tokens, self.tap.generated_tokens, complete)
