@@ -148,7 +148,7 @@ async def _admission(task: Task, told: _Told, stop: asyncio.Event) -> None:
     assert task.token is not None
     server = AdmissionServer(config.admission, time.monotonic, task.token, config.internal_tls)
     silence_s = config.gateway.replica_timeout_s
-    replicas = ReplicaLoads(config.internal_tls, silence_s, lambda: server.fleet(replicas.current()))
+    replicas = ReplicaLoads(config.internal_tls, silence_s, lambda: server.set_loads(replicas.current()))
     replicas.set_endpoints(task.endpoints)
     print(await server.start("127.0.0.1"), flush=True)
     following = asyncio.create_task(told.follow(lambda update: replicas.set_endpoints(update.endpoints)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -17,29 +16,31 @@ from deployments.admission.messages import (
     METHOD,
     SERVICE,
     TOKEN_KEY,
-    Adopt,
+    Cancel,
     Event,
     Finish,
     FirstToken,
     Move,
-    Offer,
     Progress,
-    Withdraw,
+    Restore,
+    Submit,
     decode_decision,
     encode_event,
 )
-from deployments.admission.waiting_room import Decider, Gate
+from deployments.admission.waiting_room import Decider, WaitingRoom
+from deployments.hosting.background import BackgroundTasks
 from routing.requests.request import Ask, ReplicaLoad, Usage
 
 RECONNECT_S = 0.5
 _CONNECT_TIMEOUT_S = 2.0
+_LOST = (aio.AioRpcError, TimeoutError, msgspec.DecodeError)
 
 logger = logging.getLogger(__name__)
 
 
 class RemoteAdmission:
-    """A `Decider` on the other end of one stream. Events that a broken stream swallowed are made good by the gate,
-    which presents all its tickets to whoever decides next.
+    """A `Decider` on the other end of one stream. Events that a broken stream swallowed are made good by the
+    waiting room, which presents all its tickets to whoever decides next.
     """
 
     def __init__(self) -> None:
@@ -54,14 +55,14 @@ class RemoteAdmission:
         """End `events`: grpc leaves the task that reads them waiting when a stream breaks."""
         self._outbox.put_nowait(None)
 
-    def offer(self, ask: Ask) -> None:
-        self._send(Offer(ask))
+    def submit(self, ask: Ask) -> None:
+        self._send(Submit(ask))
 
-    def adopt(self, ask: Ask, replica_id: str) -> None:
-        self._send(Adopt(ask, replica_id))
+    def restore(self, ask: Ask, replica_id: str) -> None:
+        self._send(Restore(ask, replica_id))
 
-    def withdraw(self, ticket: str) -> None:
-        self._send(Withdraw(ticket))
+    def cancel(self, ticket: str) -> None:
+        self._send(Cancel(ticket))
 
     def first_token(self, ticket: str) -> None:
         self._send(FirstToken(ticket))
@@ -72,32 +73,37 @@ class RemoteAdmission:
     def move(self, ticket: str) -> None:
         self._send(Move(ticket))
 
-    def finish(self, ticket: str, usage: Usage | None) -> None:
+    def finish(self, ticket: str, usage: Usage) -> None:
         self._send(Finish(ticket, usage))
 
-    def fleet(self, loads: Sequence[ReplicaLoad]) -> None:
+    def set_loads(self, loads: Sequence[ReplicaLoad]) -> None:
         """The server hears from the replicas itself."""
 
     def _send(self, event: Event) -> None:
         self._outbox.put_nowait(encode_event(event))
 
 
-class FleetAdmission:
-    """Keeps a gateway's gate at the common admission while that can be reached, at one of its own while not."""
+class AdmissionClient:
+    """Has a gateway's waiting room decided by the common admission while that can be reached, alone while not."""
 
     def __init__(
-        self, gate: Gate, alone: Callable[[], Decider], tls: InternalTlsConfig | None, reconnect_s: float = RECONNECT_S
+        self,
+        room: WaitingRoom,
+        alone: Callable[[], Decider],
+        tls: InternalTlsConfig | None,
+        reconnect_s: float = RECONNECT_S,
     ) -> None:
         """`alone` makes the decider for the time without the server; a fresh one each time. Raises StartupError."""
-        self._gate = gate
+        self._room = room
         self._alone = alone
         self._channels = None if tls is None else ExpertChannels(tls)
         self._reconnect_s = reconnect_s
         self._target: tuple[str, str] | None = None  # address, token
         self._moved = asyncio.Event()
         self.connected = False
-        gate.decide_by(alone())
-        self._connecting = asyncio.create_task(self._connect())
+        room.decide_by(alone())
+        self._background = BackgroundTasks(logger)
+        self._background.start("the connection to the common admission", self._stay_connected())
 
     def set_server(self, address: str, token: str) -> None:
         """Where the common admission listens."""
@@ -107,11 +113,13 @@ class FleetAdmission:
 
     async def close(self) -> None:
         """Break the stream."""
-        self._connecting.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._connecting
+        await self._background.cancel()
 
-    async def _connect(self) -> None:
+    def check(self) -> None:
+        """Raises RuntimeError if it no longer tries to reach the server."""
+        self._background.check()
+
+    async def _stay_connected(self) -> None:
         while True:
             if self._target is None:
                 await self._moved.wait()
@@ -119,13 +127,15 @@ class FleetAdmission:
             assert self._target is not None
             try:
                 await self._serve(*self._target)
-            except (aio.AioRpcError, TimeoutError, msgspec.DecodeError) as error:
+            except _LOST as error:
                 if self.connected:
                     logger.warning("common admission lost (%s); deciding alone", type(error).__name__)
+            except Exception:  # a fault of ours: this gateway goes on deciding alone, and the next attempt may succeed
+                logger.exception("the connection to the common admission failed; deciding alone")
             finally:
                 if self.connected:
                     self.connected = False
-                    self._gate.decide_by(self._alone())
+                    self._room.decide_by(self._alone())
             await asyncio.sleep(self._reconnect_s)
 
     async def _serve(self, address: str, token: str) -> None:
@@ -141,11 +151,11 @@ class FleetAdmission:
             remote = RemoteAdmission()
             call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(remote.events(), metadata=((TOKEN_KEY, token),))
             self.connected = True
-            self._gate.decide_by(remote)
+            self._room.decide_by(remote)
             logger.info("common admission reached at %s", address)
             try:
                 async for message in call:
-                    self._gate.decided(decode_decision(message))
+                    self._room.decided(decode_decision(message))
                     if self._moved.is_set():
                         return
             finally:

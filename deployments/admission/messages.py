@@ -26,20 +26,20 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
 _REFUSALS: dict[str, type[Refusal]] = {kind.__name__: kind for kind in (QuotaExceeded, Overloaded, NoCapacity)}
 
 
-class Offer(msgspec.Struct, frozen=True, tag=True):
+class Submit(msgspec.Struct, frozen=True, tag=True):
     """A new request."""
 
     ask: Ask
 
 
-class Adopt(msgspec.Struct, frozen=True, tag=True):
+class Restore(msgspec.Struct, frozen=True, tag=True):
     """A request that already runs; the sender was alone until now."""
 
     ask: Ask
     replica_id: str
 
 
-class Withdraw(msgspec.Struct, frozen=True, tag=True):
+class Cancel(msgspec.Struct, frozen=True, tag=True):
     """A waiting client went away."""
 
     ticket: str
@@ -68,7 +68,7 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
     """The request ended."""
 
     ticket: str
-    usage: Usage | None
+    usage: Usage
 
 
 class Granted(msgspec.Struct, frozen=True, tag=True):
@@ -89,7 +89,7 @@ class Denied(msgspec.Struct, frozen=True, tag=True):
     limits: RateLimits | None
 
 
-Event = Offer | Adopt | Withdraw | FirstToken | Progress | Move | Finish
+Event = Submit | Restore | Cancel | FirstToken | Progress | Move | Finish
 _events = msgspec.msgpack.Decoder(Event)
 _answers = msgspec.msgpack.Decoder(Granted | Denied)
 encode_event = msgspec.msgpack.Encoder().encode

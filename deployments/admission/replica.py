@@ -1,9 +1,8 @@
-"""The common admission of several gateways as a Serve replica (see `fleet_admission`). One gateway needs none."""
+"""The common admission of several gateways as a Serve replica (see `server`). One gateway needs none."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
@@ -18,6 +17,7 @@ from cluster.config import Config
 from deployments.admission.replica_loads import ReplicaLoads
 from deployments.admission.server import AdmissionServer
 from deployments.directory.members import AdmissionEndpoint, FleetView
+from deployments.hosting.background import BackgroundTasks
 from deployments.hosting.scrape import scrape_process
 from deployments.hosting.serve_logs import start_logging
 from monitoring.exporter import ProcessRegistry
@@ -43,15 +43,16 @@ class AdmissionService:
         self._scrape = scrape_process(ProcessRegistry(), "admission", "", node, config)
         address = await self._server.start(config.own_host(node))
         self._endpoint = AdmissionEndpoint(address, token)
-        self._following = asyncio.create_task(self._follow())
+        self._background = BackgroundTasks(logger)
+        self._background.start("following the directory", self._follow())
 
     async def check_health(self) -> None:
         """Serve replaces a replica whose check raises."""
-        if self._following.done():
-            raise RuntimeError(f"admission no longer follows the directory: {self._following.exception()!r}")
+        self._background.check()
+        self._server.check()
 
     def _on_loads(self) -> None:
-        self._server.fleet(self._replicas.current())
+        self._server.set_loads(self._replicas.current())
 
     async def _follow(self) -> None:
         version = -1
@@ -68,10 +69,8 @@ class AdmissionService:
                 await asyncio.sleep(_RETRY_S)
 
     async def __del__(self) -> None:
-        if (following := getattr(self, "_following", None)) is not None:  # absent if the constructor failed early
-            following.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await following
+        if (background := getattr(self, "_background", None)) is not None:  # absent if the constructor failed early
+            await background.cancel()
             await self._server.stop()
             await self._replicas.close()
             self._scrape.stop()

@@ -19,23 +19,25 @@ from grpc import aio
 
 from cluster.config import AdmissionConfig, InternalTlsConfig
 from cluster.tls.contexts import expert_server_credentials, peer_is
+from deployments.admission.local import LocalAdmission
 from deployments.admission.messages import (
     CHANNEL_OPTIONS,
     METHOD,
     SERVICE,
     TOKEN_KEY,
-    Adopt,
+    Cancel,
     Event,
     Finish,
     FirstToken,
     Move,
-    Offer,
     Progress,
-    Withdraw,
+    Restore,
+    Submit,
     decode_event,
     encode_decision,
 )
-from deployments.admission.waiting_room import TICK_S, LocalAdmission
+from deployments.admission.waiting_room import TICK_S
+from deployments.hosting.background import BackgroundTasks
 from routing.requests.admission import Admitted, Decision
 from routing.requests.request import ReplicaLoad
 
@@ -63,7 +65,7 @@ class AdmissionServer:
         self._server = aio.server(options=CHANNEL_OPTIONS)
         handler = grpc.stream_stream_rpc_method_handler(self._decide)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
-        self._ticking: asyncio.Task[None] | None = None
+        self._background = BackgroundTasks(logger)
 
     async def start(self, host: str) -> str:
         """Listen on a free port of `host`; returns host:port."""
@@ -73,17 +75,20 @@ class AdmissionServer:
         else:
             port = self._server.add_secure_port(f"{target}:0", expert_server_credentials(self._tls))
         await self._server.start()
-        self._ticking = asyncio.create_task(self._tick())
+        self._background.start("the tick of the common admission", self._tick())
         return f"{target}:{port}"
 
-    def fleet(self, loads: Sequence[ReplicaLoad]) -> None:
+    def set_loads(self, loads: Sequence[ReplicaLoad]) -> None:
         """The live replicas' newest loads."""
-        self._admission.fleet(loads)
+        self._admission.set_loads(loads)
+
+    def check(self) -> None:
+        """Raises RuntimeError if nobody's waiting is watched any more."""
+        self._background.check()
 
     async def stop(self) -> None:
         """Break all streams; the gateways then decide by themselves."""
-        if self._ticking is not None:
-            self._ticking.cancel()
+        await self._background.cancel()
         await self._server.stop(0)
 
     async def _tick(self) -> None:
@@ -110,7 +115,7 @@ class AdmissionServer:
             reading.cancel()
             for ticket in gateway.tickets:
                 self._owners.pop(ticket, None)
-                self._admission.finish(ticket, None)
+                self._admission.cancel(ticket)
 
     async def _read(self, messages: AsyncIterator[bytes], gateway: _Connection) -> None:
         async for message in messages:
@@ -123,13 +128,13 @@ class AdmissionServer:
 
     def _take(self, event: Event, gateway: _Connection) -> None:
         admission = self._admission
-        if isinstance(event, Offer | Adopt):
+        if isinstance(event, Submit | Restore):
             gateway.tickets.add(event.ask.ticket)
             self._owners[event.ask.ticket] = gateway
-            if isinstance(event, Offer):
-                admission.offer(event.ask)
+            if isinstance(event, Submit):
+                admission.submit(event.ask)
             else:
-                admission.adopt(event.ask, event.replica_id)
+                admission.restore(event.ask, event.replica_id)
             return
         if event.ticket not in gateway.tickets:
             return  # refused meanwhile
@@ -140,9 +145,9 @@ class AdmissionServer:
                 admission.progress(event.ticket, event.generated_tokens)
             case Move():
                 admission.move(event.ticket)
-            case Withdraw():
+            case Cancel():
                 self._forget(event.ticket)
-                admission.withdraw(event.ticket)
+                admission.cancel(event.ticket)
             case Finish():
                 self._forget(event.ticket)
                 admission.finish(event.ticket, event.usage)

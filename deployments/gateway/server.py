@@ -14,9 +14,10 @@ from importlib.metadata import version
 from cluster.config import Config
 from cluster.errors import NoCapacity, Plane, Reason, ReplicaUnavailable
 from cluster.tls.contexts import server_ssl_context
-from deployments.admission.client import FleetAdmission
+from deployments.admission.client import AdmissionClient
+from deployments.admission.local import LocalAdmission
 from deployments.admission.replica_loads import ReplicaLoads
-from deployments.admission.waiting_room import TICK_S, Gate, LocalAdmission
+from deployments.admission.waiting_room import TICK_S, WaitingRoom
 from deployments.directory.members import AdmissionEndpoint, ReplicaEndpoint, ResponseHead
 from deployments.gateway.detokenizer import ModelTokens
 from deployments.gateway.grpc.server import GrpcServer
@@ -54,11 +55,11 @@ class GatewayServer:
         self._config = config
         self._cluster_status = cluster_status
         self._tenants = TenantsFile(gateway.keys_file)
-        self.gate = Gate(time.monotonic)
+        self.gate = WaitingRoom(time.monotonic)
         self._local = self._decide_alone()
-        self._fleet: FleetAdmission | None = None
+        self._fleet: AdmissionClient | None = None
         if gateway.replicas > 1:
-            self._fleet = FleetAdmission(self.gate, self._decide_alone, config.internal_tls)
+            self._fleet = AdmissionClient(self.gate, self._decide_alone, config.internal_tls)
         else:
             self.gate.decide_by(self._local)
         self._replicas = ReplicaLoads(
@@ -130,7 +131,7 @@ class GatewayServer:
     def _on_loads(self) -> None:
         loads = self._replicas.current()
         self._metrics.replicas.set(len(loads))
-        self.gate.fleet(loads)
+        self.gate.set_loads(loads)
 
     async def _tick(self) -> None:
         while True:

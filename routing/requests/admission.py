@@ -28,7 +28,7 @@ from routing.requests.quota import Quotas
 from routing.requests.replica_choice import ReplicaChoice
 from routing.requests.replica_state import ReplicaState
 from routing.requests.request import Ask, Grant, Priority, ReplicaLoad, Usage
-from routing.requests.ticket import Ticket
+from routing.requests.ticket import Ticket, TicketState
 
 _RETRY_LEAST_S = 0.5
 _RETRY_MOST_S = 60.0
@@ -69,7 +69,7 @@ class _Wait:
 
 
 class Admission:
-    """Decides for one fleet of attention replicas. Each ticket ends with a Refused, `withdraw` or `finish`."""
+    """Decides for one set of attention replicas. Each ticket ends with a Refused, `cancel` or `finish`."""
 
     def __init__(self, config: AdmissionConfig, choice: ReplicaChoice, rng: random.Random) -> None:
         self._config = config
@@ -97,7 +97,7 @@ class Admission:
 
     # --- what the gateway tells ---
 
-    def fleet(self, loads: Sequence[ReplicaLoad], now_s: float) -> list[Decision]:
+    def set_loads(self, loads: Sequence[ReplicaLoad], now_s: float) -> list[Decision]:
         """The live replicas, each with its newest load. Tickets at others stay there until they are moved."""
         live = {load.replica_id: load for load in loads}
         for replica_id, state in list(self._replicas.items()):
@@ -114,7 +114,7 @@ class Admission:
             self._empty_since_s = now_s
         return self._place_waiting(now_s)
 
-    def offer(self, ask: Ask, now_s: float) -> list[Decision]:
+    def submit(self, ask: Ask, now_s: float) -> list[Decision]:
         """A request came. It is decided at once or waits."""
         if not self._live():
             if self._empty_since_s is None:
@@ -133,52 +133,52 @@ class Admission:
         refusal, displaced = self._judge(ticket, now_s)
         if refusal is not None:
             if self._config.mode == "enforce":
-                self._quotas.give_back(ask, now_s)
+                self._quotas.refund(ask, now_s)
                 return [Refused(ask.ticket, refusal)]
             ticket.would_refuse = refusal.reason
         self._tickets[ask.ticket] = ticket
         queue.push(ticket)
         return displaced + self._place_waiting(now_s)
 
-    def adopt(self, ask: Ask, replica_id: str, now_s: float) -> None:
+    def restore(self, ask: Ask, replica_id: str, now_s: float) -> None:
         """A request that another admission let run."""
         ticket = self._new_ticket(ask, now_s)
-        self._quotas.take(ask, now_s)
+        self._quotas.restore(ask, now_s)
         self._tickets[ask.ticket] = ticket
         state = self._replicas.setdefault(replica_id, ReplicaState())
         state.add(ticket, replica_id, 0, now_s)
         state.first_token(ticket, now_s)
         ticket.moved = True  # its times say nothing about predictions made here
 
-    def withdraw(self, ticket_id: str, now_s: float) -> list[Decision]:
-        """The client does not wait any longer."""
+    def cancel(self, ticket_id: str, now_s: float) -> list[Decision]:
+        """The client went away; if it ran, what is known of its tokens counts."""
         ticket = self._tickets.get(ticket_id)
         if ticket is None:
             return []
-        if ticket.replica_id is not None:
-            return self.finish(ticket_id, None, now_s)
-        self._end_waiting(ticket, now_s)
-        return self._place_waiting(now_s)
+        if ticket.waits:
+            self._end_waiting(ticket, now_s)
+            return self._place_waiting(now_s)
+        return self.finish(ticket_id, Usage(ticket.ask.prompt_tokens, ticket.generated_tokens, False), now_s)
 
     def first_token(self, ticket_id: str, now_s: float) -> None:
         """The first token came."""
         ticket = self._tickets.get(ticket_id)
-        if ticket is None or ticket.replica_id is None or ticket.first_token_s is not None:
+        if ticket is None or ticket.state is not TicketState.PREFILLING:
             return
         state = self._replicas[ticket.replica_id]
         state.first_token(ticket, now_s)
         self._pace.observe_prefill(ticket.ahead_tokens, now_s - ticket.placed_s, _queue_s(state), now_s)
-        if not ticket.moved and ticket.predicted_ttft_s > 0:
+        if not ticket.moved and ticket.predicted_ttft_s is not None:
             margin = self._margins[ticket.ask.priority]
             margin.observe(ticket.predicted_ttft_s, now_s - ticket.waits_since_s, ticket.budget_s)
 
     def progress(self, ticket_id: str, generated_tokens: int, now_s: float) -> None:
         """So many tokens have been generated, over all sequences."""
         ticket = self._tickets.get(ticket_id)
-        if ticket is None or ticket.replica_id is None:
+        if ticket is None or ticket.waits:
             return
         state = self._replicas[ticket.replica_id]
-        if ticket.first_token_s is None:
+        if ticket.state is TicketState.PREFILLING:
             self.first_token(ticket_id, now_s)
         ticket.generated_tokens = max(ticket.generated_tokens, generated_tokens)
         state.holds(ticket, ticket.prompt_tokens + self._new_kv_tokens(ticket))
@@ -194,7 +194,7 @@ class Admission:
     def move(self, ticket_id: str, now_s: float) -> list[Decision]:
         """Its replica was lost: it goes elsewhere, before all of its class. Its objective begins anew."""
         ticket = self._tickets.get(ticket_id)
-        if ticket is None or ticket.replica_id is None:
+        if ticket is None or ticket.waits:
             return []
         lost = ticket.replica_id
         self._replicas[lost].remove(ticket, now_s)
@@ -205,22 +205,22 @@ class Admission:
         self._queues[ticket.ask.priority].push_front(ticket)
         return self._place_waiting(now_s)
 
-    def finish(self, ticket_id: str, usage: Usage | None, now_s: float) -> list[Decision]:
-        """It ended. `usage` None: it was cut off, and what is known of it counts."""
+    def finish(self, ticket_id: str, usage: Usage, now_s: float) -> list[Decision]:
+        """It ended, or was cut off, and cost this."""
         ticket = self._tickets.get(ticket_id)
         if ticket is None:
             return []
-        if ticket.replica_id is None:
-            return self.withdraw(ticket_id, now_s)
+        if ticket.waits:
+            return self.cancel(ticket_id, now_s)
         replica_id, ask = ticket.replica_id, ticket.ask
         self._replicas[replica_id].remove(ticket, now_s)
         self._drop_if_unused(replica_id)
         del self._tickets[ticket_id]
-        used = usage or Usage(ask.prompt_tokens, ticket.generated_tokens)
-        self._quotas.settle(ask, used.prompt_tokens + used.generated_tokens, now_s)
-        if usage is not None or ticket.generated_tokens:
-            self._lengths.observe(ask, used.generated_tokens, complete=usage is not None)
-        self._queues[ask.priority].settle(ask.tenant, ticket.cost, used.prompt_tokens + used.generated_tokens)
+        tokens = usage.prompt_tokens + usage.generated_tokens
+        self._quotas.commit(ask, tokens, now_s)
+        if usage.complete or usage.generated_tokens:
+            self._lengths.observe(ask, usage.generated_tokens, usage.complete)
+        self._queues[ask.priority].settle(ask.tenant, ticket.cost, tokens)
         return self._place_waiting(now_s)
 
     def tick(self, now_s: float) -> list[Decision]:
@@ -232,7 +232,7 @@ class Admission:
                 ticket.would_refuse = ticket.would_refuse or refusal.reason
                 continue
             self._end_waiting(ticket, now_s)
-            if not ticket.moved and ticket.predicted_ttft_s > 0:
+            if not ticket.moved and ticket.predicted_ttft_s is not None:
                 self._margins[ticket.ask.priority].missed()
             decisions.append(Refused(ticket.ask.ticket, refusal))
         return decisions + self._place_waiting(now_s) if decisions else decisions
@@ -306,7 +306,7 @@ class Admission:
         expected = ask.prompt_tokens + new_tokens
         return Ticket(
             ask, self._arrivals, now_s, self._budget_s(ask), end_probability, cost=max(1.0, expected),
-            kv_tokens=math.ceil(expected),
+            slots=ask.sequences, kv_tokens=math.ceil(expected),
         )  # fmt: skip
 
     def _budget_s(self, ask: Ask) -> float:
@@ -325,9 +325,9 @@ class Admission:
         self._queues[ask.priority].remove(ticket)
         del self._tickets[ask.ticket]
         if ticket.moved:  # it ran
-            self._quotas.settle(ask, ask.prompt_tokens + ticket.generated_tokens, now_s)
+            self._quotas.commit(ask, ask.prompt_tokens + ticket.generated_tokens, now_s)
         else:
-            self._quotas.give_back(ask, now_s)
+            self._quotas.refund(ask, now_s)
 
     def _drop_if_unused(self, replica_id: str) -> None:
         state = self._replicas[replica_id]
@@ -356,11 +356,12 @@ class Admission:
             )
             return self._overloaded(ask, message, self._mean_stay_s(), plane, Reason.TPOT, now_s), []
         wait = self._wait(ticket, now_s)
-        ticket.predicted_ttft_s = wait.seconds + self._prefill_s(ticket, wait.seconds > 0)
-        safe_s = margin.applied(ticket.predicted_ttft_s)
+        predicted_s = wait.seconds + self._prefill_s(ticket, wait.seconds > 0)
+        ticket.predicted_ttft_s = predicted_s if math.isfinite(predicted_s) else None
+        safe_s = margin.applied(predicted_s)
         if safe_s > ticket.budget_s:
-            plane = wait.plane if wait.seconds > 0.5 * ticket.predicted_ttft_s else plane
-            return self._late(ticket, ticket.predicted_ttft_s, safe_s - ticket.budget_s, plane, now_s), []
+            plane = wait.plane if wait.seconds > 0.5 * predicted_s else plane
+            return self._late(ticket, predicted_s, safe_s - ticket.budget_s, plane, now_s), []
         if wait.seconds > 0 and self.waiting() >= self._config.max_waiting:
             return self._displace(ticket, wait, now_s)
         return None, []
@@ -417,7 +418,7 @@ class Admission:
             step_s = self._pace.step_s(state.sequences, _queue_s(state))
             for ticket in state.tickets.values():
                 prefill_s = 0.0
-                if ticket.first_token_s is None:
+                if ticket.state is TicketState.PREFILLING:
                     whole_s = self._pace.prefill_s(ticket.ahead_tokens, _queue_s(state))
                     prefill_s = max(0.0, whole_s - (now_s - ticket.placed_s))
                 yield Stay(

@@ -36,7 +36,7 @@ class Bucket:
         """Use `amount`, whether it is there or not."""
         self._used = self.used(limit, now_s) + amount
 
-    def give_back(self, amount: float, limit: int, now_s: float) -> None:
+    def refund(self, amount: float, limit: int, now_s: float) -> None:
         """Never more than a full bucket."""
         self._used = max(0.0, self.used(limit, now_s) - amount)
 
@@ -63,7 +63,7 @@ class _Account:
 
 
 class Quotas:
-    """All tenants' accounts. Each `reserve` or `take` is followed by one `settle` or `give_back` for the same ask."""
+    """All tenants' accounts. Each `reserve` or `restore` is followed by one `commit` or `refund` for the same ask."""
 
     def __init__(self) -> None:
         self._accounts: OrderedDict[str, tuple[_Account, Tenant]] = OrderedDict()
@@ -80,11 +80,11 @@ class Quotas:
             self._take(ask, account, now_s)
         return refusal
 
-    def take(self, ask: Ask, now_s: float) -> None:
+    def restore(self, ask: Ask, now_s: float) -> None:
         """Reserve for a request that already runs, whatever is left."""
         self._take(ask, self._account(ask.tenant, now_s), now_s)
 
-    def settle(self, ask: Ask, tokens: int, now_s: float) -> None:
+    def commit(self, ask: Ask, tokens: int, now_s: float) -> None:
         """The request ended and took `tokens`. More than it had reserved is charged, up to as much again."""
         account = self._account(ask.tenant, now_s)
         account.streams -= 1
@@ -93,18 +93,18 @@ class Quotas:
             return
         unused = reservation(ask) - tokens
         if unused >= 0:
-            account.tokens.give_back(unused, limit, now_s)
+            account.tokens.refund(unused, limit, now_s)
         else:
             account.tokens.take(min(-unused, reservation(ask)), limit, now_s)
 
-    def give_back(self, ask: Ask, now_s: float) -> None:
+    def refund(self, ask: Ask, now_s: float) -> None:
         """The request was refused or withdrawn before it ran."""
         account = self._account(ask.tenant, now_s)
         account.streams -= 1
         if ask.tenant.requests_per_minute is not None:
-            account.requests.give_back(1, ask.tenant.requests_per_minute, now_s)
+            account.requests.refund(1, ask.tenant.requests_per_minute, now_s)
         if ask.tenant.tokens_per_minute is not None:
-            account.tokens.give_back(reservation(ask), ask.tenant.tokens_per_minute, now_s)
+            account.tokens.refund(reservation(ask), ask.tenant.tokens_per_minute, now_s)
 
     def limits(self, tenant: Tenant, now_s: float) -> RateLimits | None:
         """Where the tenant's budgets stand; None if it has none."""

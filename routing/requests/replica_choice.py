@@ -54,7 +54,7 @@ class ReplicaChoice:
         if not candidates:
             return None
         # Equal costs fall out differently for each request and in no order of the replicas': nobody herds.
-        best = min(candidates, key=lambda candidate: (self.cost(ask, candidate), _lot(ask, candidate.load)))
+        best = min(candidates, key=lambda candidate: (self.cost(ask, candidate), tie_break_hash(ask, candidate.load)))
         load = best.load
         self._capacity[load.replica_id] = min(_MOST_BLOCKS, load.kv_cache_tokens // _TOKENS_PER_BLOCK)
         return load.replica_id
@@ -101,5 +101,5 @@ def _fits(ask: Ask, candidate: Candidate, kv_tokens: int) -> bool:
     return has_slot and candidate.kv_tokens + kv_tokens <= load.kv_cache_tokens
 
 
-def _lot(ask: Ask, load: ReplicaLoad) -> int:
+def tie_break_hash(ask: Ask, load: ReplicaLoad) -> int:
     return crc32(f"{ask.ticket} {load.replica_id}".encode())

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from routing.requests.replica_choice import Candidate
 from routing.requests.request import Priority, ReplicaLoad
-from routing.requests.ticket import Ticket
+from routing.requests.ticket import Ticket, TicketState
 
 
 @dataclass(eq=False)
@@ -31,7 +31,7 @@ class ReplicaState:
     def add(self, ticket: Ticket, replica_id: str, uncached_tokens: int, now_s: float) -> None:
         """The ticket is sent there."""
         self.pass_time(now_s)
-        ticket.replica_id, ticket.placed_s, ticket.first_token_s = replica_id, now_s, None
+        ticket.state, ticket.replica_id, ticket.placed_s = TicketState.PREFILLING, replica_id, now_s
         ticket.uncached_tokens = uncached_tokens
         ticket.ahead_tokens = self.queued_tokens + uncached_tokens
         self.tickets[ticket.ask.ticket] = ticket
@@ -45,16 +45,16 @@ class ReplicaState:
         self.pass_time(now_s)
         del self.tickets[ticket.ask.ticket]
         self.sequences -= ticket.slots
-        if ticket.first_token_s is None:
+        if ticket.state is TicketState.PREFILLING:
             self.queued_tokens -= ticket.uncached_tokens
         self.kv_tokens -= ticket.kv_tokens
         self.by_class[ticket.ask.priority] -= 1
-        ticket.replica_id = None
+        ticket.state = TicketState.WAITING
 
     def first_token(self, ticket: Ticket, now_s: float) -> None:
         """Its prompt has been computed."""
         self.pass_time(now_s)
-        ticket.first_token_s = now_s
+        ticket.state = TicketState.DECODING
         self.queued_tokens -= ticket.uncached_tokens
         self.prefilled_tokens += ticket.uncached_tokens
         self.mark(ticket, now_s)

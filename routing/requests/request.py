@@ -32,7 +32,7 @@ class Tenant:
     weight: float = 1.0  # share of the cluster relative to other tenants of the same class
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None  # prompt plus generated
-    max_streams: int | None = None  # in flight at once, fleet-wide
+    max_streams: int | None = None  # in flight at once, in the whole cluster
     operator: bool = False  # may read the cluster's metrics and service discovery
 
 
@@ -40,7 +40,7 @@ class Tenant:
 class Ask:
     """One request for generation, as admission sees it."""
 
-    ticket: str  # unique in the fleet
+    ticket: str  # unique in the cluster
     tenant: Tenant
     priority: Priority
     prompt_tokens: int  # estimated from the text, exact for token ids
@@ -48,6 +48,7 @@ class Ask:
     sequences: int  # decode slots that it takes (n, or several prompts); 0: it generates nothing (tokenize)
     prefix_hashes: tuple[int, ...]  # one per full block of the prompt, each covering all before it, root first
     deadline_s: float | None  # how long the client waits for the first token; None: the class's objective only
+    bound_stated: bool = True  # False: the client named no bound, and `max_new_tokens` is what the engine would allow
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Grant:
 
     ticket: str
     replica_id: str
-    predicted_ttft_s: float  # when the request came, from then
+    predicted_ttft_s: float | None  # when the request came, from then; None: nothing finite was predicted
     would_refuse: Reason | None = None  # shadow mode: the reason it would have been refused for
     limits: RateLimits | None = None
 
@@ -67,7 +68,7 @@ class Usage:
 
     prompt_tokens: int
     generated_tokens: int
-    complete: bool = True  # it came to its own end; False: it was cut off, and says little about lengths
+    complete: bool = True  # it came to its own end; False: it was cut off, and its length says only that it was longer
 
 
 @dataclass(frozen=True)

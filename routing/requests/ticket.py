@@ -1,16 +1,25 @@
-"""What admission keeps of one request, from its offer to its end."""
+"""What admission keeps of one request, from its submission to its end."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from cluster.errors import Reason
 from routing.requests.request import Ask
 
 
+class TicketState(Enum):
+    """Where a request is."""
+
+    WAITING = auto()  # in the queue of its class
+    PREFILLING = auto()  # at a replica, before its first token
+    DECODING = auto()  # at a replica, after its first token
+
+
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """Waits while `replica_id` is None, runs otherwise."""
+    """One request. `state` says which of the fields below have a meaning."""
 
     ask: Ask
     number: int  # in order of arrival
@@ -18,19 +27,20 @@ class Ticket:
     budget_s: float  # most seconds from `waits_since_s` to the first token
     end_probability: float  # per generated token
     cost: float  # what its tenant is charged in fair queuing: prompt and expected new tokens
-    predicted_ttft_s: float = 0.0  # as of its offer
+    slots: int  # decode slots that it takes
+    state: TicketState = TicketState.WAITING
+    predicted_ttft_s: float | None = None  # as of its submission; None: nothing finite was predicted
     would_refuse: Reason | None = None
     tag: float = 0.0  # its place in its class: virtual start time
-    moved: bool = False
+    moved: bool = False  # it ran at a replica that was lost: its times teach nothing, and nobody displaces it
     avoid: frozenset[str] = frozenset()  # replicas that lost it
 
-    # Since it runs:
-    replica_id: str | None = None
+    # Once it was placed:
+    replica_id: str = ""
     placed_s: float = 0.0
     uncached_tokens: int = 0  # of its prompt, that the replica had to compute
     ahead_tokens: int = 0  # prompt tokens before it at its replica, and its own, when it was placed
     kv_tokens: int = 0  # that it holds or will
-    first_token_s: float | None = None
     generated_tokens: int = 0  # over all sequences
     earlier_tokens: int = 0  # of those, generated before it was moved: part of its prompt since
     # The last progress: when, and its replica's counters then.
@@ -40,9 +50,9 @@ class Ticket:
     mark_prefilled: int = 0
 
     @property
-    def slots(self) -> int:
-        """Decode slots that it takes."""
-        return self.ask.sequences
+    def waits(self) -> bool:
+        """Whether it is in a queue and not at a replica."""
+        return self.state is TicketState.WAITING
 
     @property
     def prompt_tokens(self) -> int:
@@ -52,4 +62,4 @@ class Ticket:
     @property
     def tokens_left(self) -> float:
         """Most further tokens per sequence."""
-        return max(0.0, (self.ask.max_new_tokens - self.generated_tokens) / self.ask.sequences)
+        return max(0.0, (self.ask.max_new_tokens - self.generated_tokens) / max(1, self.slots))

@@ -15,10 +15,11 @@ from grpc import aio
 from cluster.config import AdmissionConfig, InternalTlsConfig
 from cluster.errors import QuotaExceeded
 from cluster.tls.contexts import ExpertChannels
-from deployments.admission.client import FleetAdmission
+from deployments.admission.client import AdmissionClient
+from deployments.admission.local import LocalAdmission
 from deployments.admission.messages import METHOD, SERVICE, TOKEN_KEY
 from deployments.admission.server import AdmissionServer
-from deployments.admission.waiting_room import Gate, LocalAdmission
+from deployments.admission.waiting_room import WaitingRoom
 from routing.requests.request import Ask, Priority, ReplicaLoad, Tenant, Usage
 from tests.certificates import Authority
 
@@ -34,19 +35,19 @@ def ask(ticket: str, tenant: Tenant = FREE) -> Ask:
 
 
 class GatewayEnd:
-    """One gateway's gate and its stream."""
+    """One gateway's waiting room and its stream."""
 
     def __init__(self, share: float = 0.5, tls: InternalTlsConfig | None = None) -> None:
-        self.gate = Gate(time.monotonic)
-        self.gate._loads = LOADS
-        self.fleet = FleetAdmission(self.gate, lambda: self._alone(share), tls, reconnect_s=0.05)
+        self.room = WaitingRoom(time.monotonic)
+        self.room._loads = LOADS
+        self.client = AdmissionClient(self.room, lambda: self._alone(share), tls, reconnect_s=0.05)
 
     def _alone(self, share: float) -> LocalAdmission:
-        return LocalAdmission(CONFIG, time.monotonic, self.gate.decided, share)
+        return LocalAdmission(CONFIG, time.monotonic, self.room.decided, share)
 
     async def connected(self, wanted: bool = True) -> None:
         async with asyncio.timeout(20):
-            while self.fleet.connected != wanted:
+            while self.client.connected != wanted:
                 await asyncio.sleep(0.01)
 
 
@@ -54,7 +55,7 @@ class GatewayEnd:
 async def server(tls: InternalTlsConfig | None = None) -> AsyncIterator[tuple[AdmissionServer, str]]:
     made = AdmissionServer(CONFIG, time.monotonic, TOKEN, tls)
     address = await made.start("127.0.0.1")
-    made.fleet(LOADS)
+    made.set_loads(LOADS)
     try:
         yield made, address
     finally:
@@ -68,13 +69,13 @@ async def gateways(
     ends = [GatewayEnd(tls=tls) for _ in range(count)]
     try:
         for end in ends:
-            end.fleet.set_server(address, TOKEN)
+            end.client.set_server(address, TOKEN)
         for end in ends:
             await end.connected()
         yield ends
     finally:
         for end in ends:
-            await end.fleet.close()
+            await end.client.close()
 
 
 async def waits(task: asyncio.Task[object]) -> bool:
@@ -86,10 +87,10 @@ def test_slots_are_shared_by_all_gateways_and_handed_on() -> None:
     async def run() -> None:
         async with server() as (_, address), gateways(address) as (one, two):
             for number in range(SLOTS):
-                await asyncio.wait_for((one, two)[number % 2].gate.admit(ask(f"a{number}")), 10)
-            late = asyncio.create_task(two.gate.admit(ask("late")))
+                await asyncio.wait_for((one, two)[number % 2].room.admit(ask(f"a{number}")), 10)
+            late = asyncio.create_task(two.room.admit(ask("late")))
             assert await waits(late)
-            one.gate.finish("a0", Usage(10, 10))
+            one.room.finish("a0", Usage(10, 10))
             assert (await asyncio.wait_for(late, 10)).replica_id == "r0"
 
     asyncio.run(run())
@@ -99,10 +100,10 @@ def test_a_quota_holds_over_all_gateways() -> None:
     async def run() -> None:
         tenant = Tenant("small", requests_per_minute=2)
         async with server() as (_, address), gateways(address) as (one, two):
-            await one.gate.admit(ask("a", tenant))
-            await two.gate.admit(ask("b", tenant))
+            await one.room.admit(ask("a", tenant))
+            await two.room.admit(ask("b", tenant))
             with pytest.raises(QuotaExceeded) as caught:
-                await one.gate.admit(ask("c", tenant))
+                await one.room.admit(ask("c", tenant))
             assert caught.value.limits is not None
             assert caught.value.limits.limit_requests == 2
             assert caught.value.retry_after_s > 0
@@ -114,11 +115,11 @@ def test_a_lost_gateway_leaves_nothing_behind() -> None:
     async def run() -> None:
         async with server() as (_, address), gateways(address) as (one, two):
             for number in range(SLOTS):
-                await one.gate.admit(ask(f"a{number}"))
-            waiting = asyncio.create_task(one.gate.admit(ask("waits")))
-            late = asyncio.create_task(two.gate.admit(ask("late")))
+                await one.room.admit(ask(f"a{number}"))
+            waiting = asyncio.create_task(one.room.admit(ask("waits")))
+            late = asyncio.create_task(two.room.admit(ask("late")))
             assert await waits(late)
-            await one.fleet.close()
+            await one.client.close()
             await asyncio.wait_for(late, 10)
             waiting.cancel()
 
@@ -128,21 +129,21 @@ def test_a_lost_gateway_leaves_nothing_behind() -> None:
 def test_without_the_server_each_takes_its_part_and_comes_back() -> None:
     async def run() -> None:
         async with server() as (first, address), gateways(address) as (one, two):
-            await one.gate.admit(ask("before"))
-            waiting = asyncio.create_task(one.gate.admit(ask("during")))
+            await one.room.admit(ask("before"))
+            waiting = asyncio.create_task(one.room.admit(ask("during")))
             await first.stop()
             for end in (one, two):
                 await end.connected(False)
             await asyncio.wait_for(waiting, 10)
-            third = asyncio.create_task(one.gate.admit(ask("third")))  # 2 of 4 slots are this gateway's part
+            third = asyncio.create_task(one.room.admit(ask("third")))  # 2 of 4 slots are this gateway's part
             assert await waits(third)
             async with server() as (_, again):
                 for end in (one, two):
-                    end.fleet.set_server(again, TOKEN)
+                    end.client.set_server(again, TOKEN)
                     await end.connected()
                 await asyncio.wait_for(third, 10)
-                await asyncio.wait_for(two.gate.admit(ask("fourth")), 10)
-                fifth = asyncio.create_task(two.gate.admit(ask("fifth")))  # what ran before was adopted
+                await asyncio.wait_for(two.room.admit(ask("fourth")), 10)
+                fifth = asyncio.create_task(two.room.admit(ask("fifth")))  # what ran before was adopted
                 assert await waits(fifth)
                 fifth.cancel()
 
@@ -167,7 +168,7 @@ def test_a_broken_message_cuts_off_only_its_sender() -> None:
                 call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(metadata=((TOKEN_KEY, TOKEN),))
                 await call.write(b"\xc1 not msgpack")
                 assert await call.read() is aio.EOF
-            await asyncio.wait_for(good.gate.admit(ask("a")), 10)
+            await asyncio.wait_for(good.room.admit(ask("a")), 10)
 
     asyncio.run(run())
 
@@ -186,16 +187,51 @@ def test_a_message_from_another_version_is_a_loss_and_not_the_end() -> None:
         port = babbler.add_insecure_port("127.0.0.1:0")
         await babbler.start()
         one = GatewayEnd()
-        one.fleet.set_server(f"127.0.0.1:{port}", TOKEN)
+        one.client.set_server(f"127.0.0.1:{port}", TOKEN)
         async with asyncio.timeout(20):
             while len(asked) < 2:
                 await asyncio.sleep(0.01)
         async with server() as (_, address):
-            one.fleet.set_server(address, TOKEN)
+            one.client.set_server(address, TOKEN)
             await one.connected()
-            await asyncio.wait_for(one.gate.admit(ask("a")), 10)
-            await one.fleet.close()
+            await asyncio.wait_for(one.room.admit(ask("a")), 10)
+            await one.client.close()
         await babbler.stop(0)
+
+    asyncio.run(run())
+
+
+def test_an_unexpected_failure_of_one_attempt_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = iter([ZeroDivisionError("ours"), OSError("theirs")])
+    insecure_channel = aio.insecure_channel
+
+    def failing_channel(*args: object, **options: object) -> aio.Channel:
+        for error in failures:
+            raise error
+        return insecure_channel(*args, **options)
+
+    async def run() -> None:
+        async with server() as (_, address):
+            one = GatewayEnd()
+            monkeypatch.setattr(aio, "insecure_channel", failing_channel)
+            one.client.set_server(address, TOKEN)
+            await one.connected()
+            one.client.check()
+            await asyncio.wait_for(one.room.admit(ask("a")), 10)
+            await one.client.close()
+
+    asyncio.run(run())
+
+
+def test_a_server_whose_tick_failed_says_so() -> None:
+    async def run() -> None:
+        async with server() as (made, _):
+            made.check()
+            made._admission.tick = lambda: 1 / 0  # type: ignore[method-assign,assignment]
+            (task,) = made._background._running.values()
+            await asyncio.wait([task], timeout=10)
+            with pytest.raises(RuntimeError, match="the tick of the common admission failed"):
+                made.check()
 
     asyncio.run(run())
 
@@ -210,9 +246,9 @@ def test_half_written_certificates_do_not_keep_a_gateway_away(tmp_path: Path) ->
             await asyncio.sleep(0.2)  # tries again with what is there
             tls = Authority("ours").issue(tmp_path)
             async with server(tls) as (_, again):
-                one.fleet.set_server(again, TOKEN)
+                one.client.set_server(again, TOKEN)
                 await one.connected()
-                await asyncio.wait_for(one.gate.admit(ask("a")), 10)
+                await asyncio.wait_for(one.room.admit(ask("a")), 10)
 
     asyncio.run(run())
 

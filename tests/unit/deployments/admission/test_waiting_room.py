@@ -1,4 +1,4 @@
-"""The gate over a decider that does as it is told: every ticket ends once, whoever decides and whoever goes away."""
+"""The waiting room over a decider that does as it is told: every ticket ends once, whoever decides or goes away."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from cluster.errors import Overloaded
-from deployments.admission.waiting_room import PROGRESS_INTERVAL_S, Gate
+from deployments.admission.waiting_room import PROGRESS_INTERVAL_S, WaitingRoom
 from routing.requests.admission import Admitted, Decision, Refused
 from routing.requests.request import Ask, Grant, Priority, ReplicaLoad, Tenant, Usage
 
@@ -32,14 +32,14 @@ class Script:
         self.heard: list[tuple[str, str]] = []
         self.loads: Sequence[ReplicaLoad] = ()
 
-    def offer(self, ask: Ask) -> None:
-        self.heard.append(("offer", ask.ticket))
+    def submit(self, ask: Ask) -> None:
+        self.heard.append(("submit", ask.ticket))
 
-    def adopt(self, ask: Ask, replica_id: str) -> None:
-        self.heard.append(("adopt " + replica_id, ask.ticket))
+    def restore(self, ask: Ask, replica_id: str) -> None:
+        self.heard.append(("restore " + replica_id, ask.ticket))
 
-    def withdraw(self, ticket: str) -> None:
-        self.heard.append(("withdraw", ticket))
+    def cancel(self, ticket: str) -> None:
+        self.heard.append(("cancel", ticket))
 
     def first_token(self, ticket: str) -> None:
         self.heard.append(("first", ticket))
@@ -50,10 +50,10 @@ class Script:
     def move(self, ticket: str) -> None:
         self.heard.append(("move", ticket))
 
-    def finish(self, ticket: str, usage: Usage | None) -> None:
+    def finish(self, ticket: str, usage: Usage) -> None:
         self.heard.append(("finish", ticket))
 
-    def fleet(self, loads: Sequence[ReplicaLoad]) -> None:
+    def set_loads(self, loads: Sequence[ReplicaLoad]) -> None:
         self.loads = loads
 
 
@@ -69,125 +69,125 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def gate() -> tuple[Gate, Script, Clock]:
+def waiting_room() -> tuple[WaitingRoom, Script, Clock]:
     clock, script = Clock(), Script()
-    made = Gate(clock)
+    made = WaitingRoom(clock)
     made.decide_by(script)
     return made, script, clock
 
 
 def test_granted_progress_finished() -> None:
     async def run() -> None:
-        door, script, clock = gate()
-        waiting = asyncio.create_task(door.admit(ask("a")))
+        room, script, clock = waiting_room()
+        waiting = asyncio.create_task(room.admit(ask("a")))
         await settle()
-        door.decided(granted("a"))
+        room.decided(granted("a"))
         assert (await waiting).replica_id == "r0"
-        door.first_token("a")
+        room.first_token("a")
         for tokens in (1, 2, 3):
-            door.progress("a", tokens)
+            room.progress("a", tokens)
         clock.now_s += PROGRESS_INTERVAL_S
-        door.progress("a", 4)
-        door.finish("a", Usage(5, 4))
-        door.finish("a", None)  # once is enough
+        room.progress("a", 4)
+        room.finish("a", Usage(5, 4))
+        room.finish("a", Usage(5, 4))  # once is enough
         heard = [what for what, _ in script.heard]
-        assert heard == ["offer", "first", "progress 1", "progress 4", "finish"]
-        assert door.open_tickets() == 0
+        assert heard == ["submit", "first", "progress 1", "progress 4", "finish"]
+        assert room.open_tickets() == 0
 
     asyncio.run(run())
 
 
 def test_refused() -> None:
     async def run() -> None:
-        door, script, _ = gate()
-        waiting = asyncio.create_task(door.admit(ask("a")))
+        room, script, _ = waiting_room()
+        waiting = asyncio.create_task(room.admit(ask("a")))
         await settle()
-        door.decided(Refused("a", BUSY))
+        room.decided(Refused("a", BUSY))
         with pytest.raises(Overloaded):
             await waiting
-        door.finish("a", None)
-        assert script.heard == [("offer", "a")]
-        assert door.open_tickets() == 0
+        room.finish("a", Usage(5, 4))
+        assert script.heard == [("submit", "a")]
+        assert room.open_tickets() == 0
 
     asyncio.run(run())
 
 
 @pytest.mark.parametrize(
     ("decision", "told"),
-    [(None, "withdraw"), (granted("a"), "finish"), (Refused("a", BUSY), None)],
+    [(None, "cancel"), (granted("a"), "cancel"), (Refused("a", BUSY), None)],
 )
 def test_a_client_that_leaves_around_the_decision(decision: Decision | None, told: str | None) -> None:
     async def run() -> None:
-        door, script, _ = gate()
-        waiting = asyncio.create_task(door.admit(ask("a")))
+        room, script, _ = waiting_room()
+        waiting = asyncio.create_task(room.admit(ask("a")))
         await settle()
         if decision is not None:
-            door.decided(decision)  # in the same turn of the loop as the cancellation
+            room.decided(decision)  # in the same turn of the loop as the cancellation
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        assert [what for what, _ in script.heard] == ["offer"] + ([told] if told else [])
-        assert door.open_tickets() == 0
-        door.decided(granted("a"))  # one that has been overtaken
-        door.decided(Refused("a", BUSY))
+        assert [what for what, _ in script.heard] == ["submit"] + ([told] if told else [])
+        assert room.open_tickets() == 0
+        room.decided(granted("a"))  # one that has been overtaken
+        room.decided(Refused("a", BUSY))
 
     asyncio.run(run())
 
 
-def test_an_offer_that_cannot_be_made_leaves_no_ticket() -> None:
+def test_a_submission_that_cannot_be_made_leaves_no_ticket() -> None:
     async def run() -> None:
-        door, script, _ = gate()
-        script.offer = lambda ask: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+        room, script, _ = waiting_room()
+        script.submit = lambda ask: 1 / 0  # type: ignore[method-assign,assignment,return-value]
         with pytest.raises(ZeroDivisionError):
-            await door.admit(ask("a"))
-        assert door.open_tickets() == 0
+            await room.admit(ask("a"))
+        assert room.open_tickets() == 0
 
     asyncio.run(run())
 
 
 def test_move_and_its_refusal() -> None:
     async def run() -> None:
-        door, _, _ = gate()
-        first = asyncio.create_task(door.admit(ask("a")))
+        room, _, _ = waiting_room()
+        first = asyncio.create_task(room.admit(ask("a")))
         await settle()
-        door.decided(granted("a"))
+        room.decided(granted("a"))
         await first
-        moving = asyncio.create_task(door.move("a"))
+        moving = asyncio.create_task(room.move("a"))
         await settle()
-        door.decided(granted("a", "r1"))
+        room.decided(granted("a", "r1"))
         assert (await moving).replica_id == "r1"
-        moving = asyncio.create_task(door.move("a"))
+        moving = asyncio.create_task(room.move("a"))
         await settle()
-        door.decided(Refused("a", BUSY))
+        room.decided(Refused("a", BUSY))
         with pytest.raises(Overloaded):
             await moving
-        assert door.open_tickets() == 0
+        assert room.open_tickets() == 0
 
     asyncio.run(run())
 
 
 def test_another_decider_takes_over_everything() -> None:
     async def run() -> None:
-        door, _, _ = gate()
-        door.fleet([LOAD])
-        tasks = {name: asyncio.create_task(door.admit(ask(name))) for name in ("runs", "waits", "moves")}
+        room, _, _ = waiting_room()
+        room.set_loads([LOAD])
+        tasks = {name: asyncio.create_task(room.admit(ask(name))) for name in ("runs", "waits", "moves")}
         await settle()
         for name in ("runs", "moves"):
-            door.decided(granted(name))
+            room.decided(granted(name))
         await settle()
-        moving = asyncio.create_task(door.move("moves"))
+        moving = asyncio.create_task(room.move("moves"))
         await settle()
         second = Script()
-        door.decide_by(second)
+        room.decide_by(second)
         assert second.loads == [LOAD]
-        assert sorted(second.heard[:2]) == [("adopt r0", "moves"), ("adopt r0", "runs")]
-        assert sorted(second.heard[2:]) == [("move", "moves"), ("offer", "waits")]
-        door.decided(granted("waits"))
-        door.decided(granted("moves", "r1"))
+        assert sorted(second.heard[:2]) == [("restore r0", "moves"), ("restore r0", "runs")]
+        assert sorted(second.heard[2:]) == [("move", "moves"), ("submit", "waits")]
+        room.decided(granted("waits"))
+        room.decided(granted("moves", "r1"))
         assert (await tasks["waits"]).replica_id == "r0"
         assert (await moving).replica_id == "r1"
         for name in tasks:
-            door.finish(name, None)
+            room.finish(name, Usage(5, 0))
         assert [what for what, _ in second.heard[4:]] == ["finish"] * 3
 
     asyncio.run(run())

@@ -30,7 +30,8 @@ from cluster.errors import (
     Unauthenticated,
 )
 from cluster.keys.api_keys import key_hash, new_key
-from deployments.admission.waiting_room import Gate, LocalAdmission
+from deployments.admission.local import LocalAdmission
+from deployments.admission.waiting_room import WaitingRoom
 from deployments.directory.members import AdmissionEndpoint, ReplicaEndpoint, ResponseHead
 from deployments.gateway.door import Answer, Call
 from deployments.gateway.meter import RequestMeters
@@ -107,10 +108,10 @@ class World:
 
     def __init__(self, fleet: Fleet, keys: Path | None = None, log_bodies: bool = False, **limits: object) -> None:
         self.fleet = fleet
-        self.gate = Gate(time.monotonic)
+        self.gate = WaitingRoom(time.monotonic)
         admission = LocalAdmission(AdmissionConfig(), time.monotonic, self.gate.decided)
         self.gate.decide_by(admission)
-        self.gate.fleet(fleet.loads())
+        self.gate.set_loads(fleet.loads())
         config = GatewayConfig.model_validate({"max_resends": 2, **limits})
         self.registry = CollectorRegistry()
         meters = RequestMeters(GatewayMetrics(self.registry), AdmissionConfig(), time.monotonic)

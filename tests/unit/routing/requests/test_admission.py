@@ -16,6 +16,7 @@ from cluster.errors import NoCapacity, Overloaded, QuotaExceeded, Refusal
 from routing.requests.admission import Admission, Admitted, Decision, Refused
 from routing.requests.replica_choice import ReplicaChoice
 from routing.requests.request import Ask, Grant, Priority, ReplicaLoad, Tenant, Usage
+from routing.requests.ticket import TicketState
 
 SYSTEM, INTERACTIVE, BATCH = Priority
 TENANT, OTHER = Tenant("t"), Tenant("other")
@@ -28,7 +29,7 @@ def admission(*loads: ReplicaLoad, **settings: object) -> Admission:
     config = AdmissionConfig.model_validate(settings)
     found = Admission(config, ReplicaChoice(), random.Random(0))
     if loads:
-        found.fleet(loads, 0.0)
+        found.set_loads(loads, 0.0)
     return found
 
 
@@ -69,7 +70,7 @@ def saturate(adm: Admission, step_s: float, running: int, now_s: float) -> float
     """Let it see that steps take so long beside so many sequences; returns the time then."""
     tickets = [f"seen {number}" for number in range(running)]
     for ticket in tickets:
-        adm.offer(ask(ticket, new=10_000), now_s)
+        adm.submit(ask(ticket, new=10_000), now_s)
         adm.first_token(ticket, now_s)
     for step in range(1, 61):
         for ticket in tickets:
@@ -82,16 +83,17 @@ def saturate(adm: Admission, step_s: float, running: int, now_s: float) -> float
 
 def test_a_request_is_placed_at_once_where_there_is_room() -> None:
     adm = admission(load())
-    (grant,) = grants(adm.offer(ask("a"), 0.0))
+    (grant,) = grants(adm.submit(ask("a"), 0.0))
     assert (grant.ticket, grant.replica_id, grant.would_refuse, grant.limits) == ("a", "r", None, None)
+    assert grant.predicted_ttft_s is not None
     assert 0 < grant.predicted_ttft_s < 1
     assert (adm.waiting(), adm.running()) == (0, 1)
 
 
 def test_a_request_waits_when_slots_are_taken_and_the_next_release_places_it() -> None:
     adm = patient(load(slots=2))
-    assert placed(adm.offer(ask("a"), 0.0) + adm.offer(ask("b"), 0.0)) == ["a", "b"]
-    assert adm.offer(ask("c"), 0.0) == []
+    assert placed(adm.submit(ask("a"), 0.0) + adm.submit(ask("b"), 0.0)) == ["a", "b"]
+    assert adm.submit(ask("c"), 0.0) == []
     assert (adm.waiting(), adm.running()) == (1, 2)
     assert placed(adm.finish("a", Usage(10, 20), 1.0)) == ["c"]
     assert (adm.waiting(), adm.running()) == (0, 2)
@@ -99,44 +101,44 @@ def test_a_request_waits_when_slots_are_taken_and_the_next_release_places_it() -
 
 def test_a_request_waits_when_kv_is_taken() -> None:
     adm = patient(load(slots=8, kv=100))
-    assert placed(adm.offer(ask("a", prompt=70), 0.0)) == ["a"]
-    assert adm.offer(ask("b", prompt=70), 0.0) == []
+    assert placed(adm.submit(ask("a", prompt=70), 0.0)) == ["a"]
+    assert adm.submit(ask("b", prompt=70), 0.0) == []
     assert placed(adm.finish("a", Usage(70, 1), 1.0)) == ["b"]
 
 
 def test_slots_are_counted_by_sequences_and_more_than_a_replica_has_are_clamped() -> None:
     adm = patient(load(slots=4))
-    assert placed(adm.offer(ask("a", sequences=3), 0.0)) == ["a"]
-    assert adm.offer(ask("b", sequences=2), 0.0) == []
-    assert adm.offer(ask("huge", sequences=100), 0.0) == []
-    assert placed(adm.withdraw("a", 1.0)) == ["b"]
-    assert placed(adm.withdraw("b", 1.0)) == ["huge"]
-    assert adm.offer(ask("c"), 2.0) == []
+    assert placed(adm.submit(ask("a", sequences=3), 0.0)) == ["a"]
+    assert adm.submit(ask("b", sequences=2), 0.0) == []
+    assert adm.submit(ask("huge", sequences=100), 0.0) == []
+    assert placed(adm.cancel("a", 1.0)) == ["b"]
+    assert placed(adm.cancel("b", 1.0)) == ["huge"]
+    assert adm.submit(ask("c"), 2.0) == []
 
 
 def test_what_is_too_large_for_the_kv_cache_goes_to_an_idle_replica() -> None:
     adm = patient(load(kv=100))
-    assert placed(adm.offer(ask("a", prompt=500), 0.0)) == ["a"]
+    assert placed(adm.submit(ask("a", prompt=500), 0.0)) == ["a"]
 
 
 def test_nobody_passes_a_large_request_that_waits_before_it() -> None:
     adm = patient(load(slots=4))
-    adm.offer(ask("a", sequences=2), 0.0)
-    assert adm.offer(ask("large", sequences=4), 0.0) == []
-    assert adm.offer(ask("small"), 0.0) == []
+    adm.submit(ask("a", sequences=2), 0.0)
+    assert adm.submit(ask("large", sequences=4), 0.0) == []
+    assert adm.submit(ask("small"), 0.0) == []
     assert placed(adm.finish("a", Usage(10, 20), 1.0)) == ["large"]
     assert placed(adm.finish("large", Usage(10, 20), 2.0)) == ["small"]
 
 
 def test_classes_go_strictly_in_order_and_tenants_share_within_one() -> None:
     adm = patient(load(slots=1))
-    adm.offer(ask("first"), 0.0)
+    adm.submit(ask("first"), 0.0)
     for number in range(2):
-        adm.offer(ask(f"b{number}", BATCH), 0.0)
+        adm.submit(ask(f"b{number}", BATCH), 0.0)
     for number in range(3):
-        adm.offer(ask(f"i{number}"), 0.0)
-    adm.offer(ask("o0", tenant=OTHER), 0.0)
-    adm.offer(ask("s0", SYSTEM), 0.0)
+        adm.submit(ask(f"i{number}"), 0.0)
+    adm.submit(ask("o0", tenant=OTHER), 0.0)
+    adm.submit(ask("s0", SYSTEM), 0.0)
     order, now_s = ["first"], 0.0
     while adm.running():
         now_s += 1.0
@@ -149,15 +151,15 @@ def test_classes_go_strictly_in_order_and_tenants_share_within_one() -> None:
 
 def test_a_new_replica_takes_those_that_wait() -> None:
     adm = patient(load("r", 1))
-    adm.offer(ask("a"), 0.0)
-    adm.offer(ask("b"), 0.0)
-    (grant,) = grants(adm.fleet([load("r", 1), load("s", 1)], 1.0))
+    adm.submit(ask("a"), 0.0)
+    adm.submit(ask("b"), 0.0)
+    (grant,) = grants(adm.set_loads([load("r", 1), load("s", 1)], 1.0))
     assert (grant.ticket, grant.replica_id) == ("b", "s")
 
 
 def test_off_sends_at_once_whatever_is_taken() -> None:
     adm = admission(load("r", 1), load("s", 1), mode="off", max_waiting=0)
-    sent = grants([one for number in range(10) for one in adm.offer(ask(str(number), deadline_s=1e-6), 0.0)])
+    sent = grants([one for number in range(10) for one in adm.submit(ask(str(number), deadline_s=1e-6), 0.0)])
     assert len(sent) == 10
     assert {grant.replica_id for grant in sent} == {"r", "s"}
     assert (adm.waiting(), adm.running()) == (0, 10)
@@ -171,9 +173,9 @@ def test_off_sends_at_once_whatever_is_taken() -> None:
 
 def test_without_replicas_for_longer_than_the_objective_all_is_refused_for_want_of_capacity() -> None:
     adm = admission()
-    assert adm.offer(ask("first"), 10.0) == []  # a new admission may not have heard from the replicas yet
-    assert placed(adm.withdraw("first", 11.0)) == []
-    refusal = refused(adm.offer(ask("a"), 15.1))
+    assert adm.submit(ask("first"), 10.0) == []  # a new admission may not have heard from the replicas yet
+    assert placed(adm.cancel("first", 11.0)) == []
+    refusal = refused(adm.submit(ask("a"), 15.1))
     assert isinstance(refusal, NoCapacity)
     assert (refusal.reason, refusal.plane) == ("no_replica", "attention")
     assert refusal.retry_after_s > 0
@@ -183,36 +185,36 @@ def test_without_replicas_for_longer_than_the_objective_all_is_refused_for_want_
 @pytest.mark.parametrize("mode", ["enforce", "shadow", "off"])
 def test_while_every_replica_blinks_requests_wait(mode: str) -> None:
     adm = admission(load(slots=4), mode=mode)
-    adm.fleet([], 10.0)
-    assert adm.offer(ask("a"), 11.0) == adm.offer(ask("b", sequences=9), 11.0) == adm.tick(12.0) == []
+    adm.set_loads([], 10.0)
+    assert adm.submit(ask("a"), 11.0) == adm.submit(ask("b", sequences=9), 11.0) == adm.tick(12.0) == []
     assert adm.waiting() == 2
-    assert placed(adm.fleet([load(slots=4)], 13.0))[0] == "a"
+    assert placed(adm.set_loads([load(slots=4)], 13.0))[0] == "a"
     assert placed(adm.finish("a", Usage(10, 20), 13.1)) == (["b"] if mode != "off" else [])
     assert adm.running() == 1
 
 
 def test_waiting_for_replicas_is_bounded_by_the_objective_and_by_the_queue() -> None:
     adm = admission(load(), max_waiting=2)
-    adm.fleet([], 10.0)
-    assert adm.offer(ask("a"), 11.0) == adm.offer(ask("b", BATCH), 11.0) == []
-    assert refused(adm.offer(ask("c", BATCH), 11.0)).reason == "queue_full"
-    assert refusals(adm.offer(ask("d"), 11.0))["b"].reason == "displaced"
-    assert isinstance(refused(adm.offer(ask("e", deadline_s=0.5), 11.0)), NoCapacity)  # away for longer already
+    adm.set_loads([], 10.0)
+    assert adm.submit(ask("a"), 11.0) == adm.submit(ask("b", BATCH), 11.0) == []
+    assert refused(adm.submit(ask("c", BATCH), 11.0)).reason == "queue_full"
+    assert refusals(adm.submit(ask("d"), 11.0))["b"].reason == "displaced"
+    assert isinstance(refused(adm.submit(ask("e", deadline_s=0.5), 11.0)), NoCapacity)  # away for longer already
     assert adm.tick(15.9) == []
     assert {type(one) for one in refusals(adm.tick(16.1)).values()} == {NoCapacity}
-    assert isinstance(refused(adm.offer(ask("f"), 16.1)), NoCapacity)
-    assert adm.offer(ask("g", BATCH), 16.1) == []  # has more time
+    assert isinstance(refused(adm.submit(ask("f"), 16.1)), NoCapacity)
+    assert adm.submit(ask("g", BATCH), 16.1) == []  # has more time
     assert adm.waiting() == 1
 
 
 def test_what_came_while_replicas_were_away_teaches_no_margin() -> None:
     adm = admission(load())
     before = {priority: margin.value for priority, margin in adm._margins.items()}
-    adm.fleet([], 10.0)
+    adm.set_loads([], 10.0)
     for ticket in "abc":
-        adm.offer(ask(ticket), 10.0)
-    adm.withdraw("c", 10.1)
-    adm.fleet([load()], 14.0)
+        adm.submit(ask(ticket), 10.0)
+    adm.cancel("c", 10.1)
+    adm.set_loads([load()], 14.0)
     adm.first_token("a", 14.9)
     assert {priority: margin.value for priority, margin in adm._margins.items()} == before
 
@@ -221,35 +223,35 @@ def test_what_came_while_replicas_were_away_teaches_no_margin() -> None:
 def test_quotas_bind_in_every_mode(mode: str) -> None:
     adm = admission(load(), mode=mode)
     tenant = Tenant("small", requests_per_minute=1)
-    (grant,) = grants(adm.offer(ask("a", tenant=tenant), 0.0))
+    (grant,) = grants(adm.submit(ask("a", tenant=tenant), 0.0))
     assert grant.limits is not None
     assert grant.limits.remaining_requests == 0
-    refusal = refused(adm.offer(ask("b", tenant=tenant), 0.0))
+    refusal = refused(adm.submit(ask("b", tenant=tenant), 0.0))
     assert isinstance(refusal, QuotaExceeded)
     assert (refusal.reason, refusal.plane) == ("requests_per_minute", "quota")
     assert adm.running() == 1
-    assert placed(adm.offer(ask("c"), 0.0)) == ["c"]
+    assert placed(adm.submit(ask("c"), 0.0)) == ["c"]
 
 
 def test_what_can_never_be_served_has_no_time_to_come_back() -> None:
-    refusal = refused(admission(load()).offer(ask("a", tenant=Tenant("tiny", tokens_per_minute=10)), 0.0))
+    refusal = refused(admission(load()).submit(ask("a", tenant=Tenant("tiny", tokens_per_minute=10)), 0.0))
     assert refusal.retry_after_s == math.inf
 
 
 def test_a_refused_requests_quota_is_given_back() -> None:
     adm = patient(load(slots=1), max_waiting=0)
     tenant = Tenant("small", requests_per_minute=1, tokens_per_minute=30, max_streams=1)
-    adm.offer(ask("a"), 0.0)
-    assert isinstance(refused(adm.offer(ask("b", tenant=tenant), 0.0)), Overloaded)
+    adm.submit(ask("a"), 0.0)
+    assert isinstance(refused(adm.submit(ask("b", tenant=tenant), 0.0)), Overloaded)
     adm.finish("a", Usage(10, 20), 1.0)
-    assert placed(adm.offer(ask("c", tenant=tenant), 1.0)) == ["c"]
+    assert placed(adm.submit(ask("c", tenant=tenant), 1.0)) == ["c"]
 
 
 def test_nothing_waits_where_nothing_may() -> None:
     adm = patient(load(slots=1), max_waiting=0)
-    assert placed(adm.offer(ask("a"), 0.0)) == ["a"]
+    assert placed(adm.submit(ask("a"), 0.0)) == ["a"]
     for priority in Priority:
-        refusal = refused(adm.offer(ask("b", priority), 0.0))
+        refusal = refused(adm.submit(ask("b", priority), 0.0))
         assert (refusal.reason, refusal.plane) == ("queue_full", "attention")
     assert (adm.waiting(), adm.running()) == (0, 1)
 
@@ -257,116 +259,116 @@ def test_nothing_waits_where_nothing_may() -> None:
 def test_a_full_queue_makes_room_for_a_higher_class() -> None:
     adm = patient(load(slots=1), max_waiting=3)
     for one in (ask("a"), ask("i", INTERACTIVE), ask("b0", BATCH), ask("b1", BATCH)):
-        adm.offer(one, 0.0)
-    found = refusals(adm.offer(ask("s", SYSTEM), 0.0))
+        adm.submit(one, 0.0)
+    found = refusals(adm.submit(ask("s", SYSTEM), 0.0))
     assert list(found) == ["b1"]
     assert found["b1"].reason == "displaced"
-    assert list(refusals(adm.offer(ask("i2", INTERACTIVE), 0.0))) == ["b0"]
-    assert refused(adm.offer(ask("b2", BATCH), 0.0)).reason == "queue_full"
-    assert refused(adm.offer(ask("i3", INTERACTIVE), 0.0)).reason == "queue_full"
-    assert list(refusals(adm.offer(ask("s2", SYSTEM), 0.0))) == ["i2"]
+    assert list(refusals(adm.submit(ask("i2", INTERACTIVE), 0.0))) == ["b0"]
+    assert refused(adm.submit(ask("b2", BATCH), 0.0)).reason == "queue_full"
+    assert refused(adm.submit(ask("i3", INTERACTIVE), 0.0)).reason == "queue_full"
+    assert list(refusals(adm.submit(ask("s2", SYSTEM), 0.0))) == ["i2"]
     assert adm.waiting() == 3
 
 
 def test_a_full_queue_makes_room_for_a_tenant_below_its_share() -> None:
     adm = patient(load(slots=1), max_waiting=3)
     for number in range(4):
-        adm.offer(ask(str(number)), 0.0)
-    assert list(refusals(adm.offer(ask("o", tenant=OTHER), 0.0))) == ["3"]
-    assert refused(adm.offer(ask("4"), 0.0)).reason == "queue_full"
+        adm.submit(ask(str(number)), 0.0)
+    assert list(refusals(adm.submit(ask("o", tenant=OTHER), 0.0))) == ["3"]
+    assert refused(adm.submit(ask("4"), 0.0)).reason == "queue_full"
 
 
 def test_a_deadline_shorter_than_the_objective_is_the_one_that_counts() -> None:
     adm = patient(load(slots=1))
-    adm.offer(ask("a", new=10_000), 0.0)
-    refusal = refused(adm.offer(ask("b", deadline_s=0.2), 0.0))
+    adm.submit(ask("a", new=10_000), 0.0)
+    refusal = refused(adm.submit(ask("b", deadline_s=0.2), 0.0))
     assert isinstance(refusal, Overloaded)
     assert refusal.reason == "deadline"
     assert "0.2 s" in str(refusal)
-    assert adm.offer(ask("c"), 0.0) == []
+    assert adm.submit(ask("c"), 0.0) == []
     adm.finish("a", Usage(10, 20), 1.0)
-    assert adm.offer(ask("d", deadline_s=100_000.0), 1.0) == []  # the objective is shorter
+    assert adm.submit(ask("d", deadline_s=100_000.0), 1.0) == []  # the objective is shorter
 
 
 def test_what_would_miss_its_objective_is_refused_at_once_and_says_why() -> None:
     adm = admission(load(slots=1), batch=ClassObjective(ttft_s=0.5, tpot_s=10.0))
-    adm.offer(ask("a", new=10_000), 0.0)
-    refusal = refused(adm.offer(ask("b", BATCH), 0.0))
+    adm.submit(ask("a", new=10_000), 0.0)
+    refusal = refused(adm.submit(ask("b", BATCH), 0.0))
     assert (refusal.reason, refusal.plane) == ("ttft", "attention")
     assert "admission.batch.ttft_s" in str(refusal)
-    assert placed(adm.offer(ask("c", INTERACTIVE), 0.0)) == []
+    assert placed(adm.submit(ask("c", INTERACTIVE), 0.0)) == []
     assert adm.waiting() == 1
 
 
 def test_a_long_prompt_that_cannot_be_prefilled_in_time_is_refused() -> None:
     adm = admission(load(kv=10**7))
-    refusal = refused(adm.offer(ask("a", prompt=10**6), 0.0))
+    refusal = refused(adm.submit(ask("a", prompt=10**6), 0.0))
     assert (refusal.reason, refusal.plane) == ("ttft", "attention")
 
 
 def test_too_slow_steps_refuse_the_classes_that_are_promised_faster_ones() -> None:
     adm = admission(load(slots=8))
     now_s = saturate(adm, 0.95, 2, 0.0)
-    refusal = refused(adm.offer(ask("i", INTERACTIVE), now_s))
+    refusal = refused(adm.submit(ask("i", INTERACTIVE), now_s))
     assert (refusal.reason, refusal.plane) == ("tpot", "attention")
     assert "admission.interactive.tpot_s" in str(refusal)
     for ticket in ("seen 0", "seen 1"):
-        adm.withdraw(ticket, now_s)
-    assert placed(adm.offer(ask("b", BATCH), now_s)) == ["b"]
+        adm.cancel(ticket, now_s)
+    assert placed(adm.submit(ask("b", BATCH), now_s)) == ["b"]
 
 
 def test_after_a_while_without_a_step_one_request_is_let_through() -> None:
     adm = admission(load(slots=8))
     now_s = saturate(adm, 0.8, 1, 0.0)
-    adm.withdraw("seen 0", now_s)
-    assert refused(adm.offer(ask("i"), now_s)).reason == "tpot"
-    assert placed(adm.offer(ask("j"), now_s + 11.0)) == ["j"]
+    adm.cancel("seen 0", now_s)
+    assert refused(adm.submit(ask("i"), now_s)).reason == "tpot"
+    assert placed(adm.submit(ask("j"), now_s + 11.0)) == ["j"]
 
 
 def test_steps_slow_down_by_experts_queue_and_the_refusal_names_that_plane() -> None:
     adm = admission(load(slots=8))
     now_s = saturate(adm, 0.03, 2, 0.0)
-    adm.fleet([load(slots=8, queue_s=3.0)], now_s)
-    refusal = refused(adm.offer(ask("a"), now_s))
+    adm.set_loads([load(slots=8, queue_s=3.0)], now_s)
+    refusal = refused(adm.submit(ask("a"), now_s))
     assert (refusal.reason, refusal.plane) == ("tpot", "experts")
     assert "(experts)" in str(refusal)
-    adm.fleet([load(slots=8)], now_s)
-    assert placed(adm.offer(ask("b"), now_s)) == ["b"]
+    adm.set_loads([load(slots=8)], now_s)
+    assert placed(adm.submit(ask("b"), now_s)) == ["b"]
 
 
 def test_waiting_for_slots_that_the_experts_hold_up_names_that_plane() -> None:
     adm = admission(load(slots=2, queue_s=0.3))
     for number in range(2):
-        adm.offer(ask(str(number), new=10_000), 0.0)
-    refusal = refused(adm.offer(ask("c"), 0.0))
+        adm.submit(ask(str(number), new=10_000), 0.0)
+    refusal = refused(adm.submit(ask("c"), 0.0))
     assert (refusal.reason, refusal.plane) == ("ttft", "experts")
 
 
 def test_waiting_for_kv_names_the_cache() -> None:
     adm = admission(load(slots=64, kv=1000), interactive=ClassObjective(ttft_s=0.5, tpot_s=1.0))
-    adm.offer(ask("a", prompt=900, new=1000), 0.0)
-    assert refused(adm.offer(ask("b", prompt=900), 0.0)).plane == "kv_cache"
+    adm.submit(ask("a", prompt=900, new=1000), 0.0)
+    assert refused(adm.submit(ask("b", prompt=900), 0.0)).plane == "kv_cache"
 
 
 def test_retry_after_is_bounded_and_jittered() -> None:
     adm = patient(load(slots=1), max_waiting=0)
-    adm.offer(ask("a", new=10**9), 0.0)
-    seconds = [refused(adm.offer(ask("b"), 0.0)).retry_after_s for _ in range(200)]
+    adm.submit(ask("a", new=10**9), 0.0)
+    seconds = [refused(adm.submit(ask("b"), 0.0)).retry_after_s for _ in range(200)]
     assert all(0.5 <= one <= 90 for one in seconds)
     assert max(seconds) > 1.3 * min(seconds)
     quick = patient(load(slots=1), max_waiting=0)
-    quick.offer(ask("a", new=1), 0.0)
-    seconds = [refused(quick.offer(ask("b", new=1), 0.0)).retry_after_s for _ in range(200)]
+    quick.submit(ask("a", new=1), 0.0)
+    seconds = [refused(quick.submit(ask("b", new=1), 0.0)).retry_after_s for _ in range(200)]
     assert all(0.5 <= one <= 0.75 + 0.5 for one in seconds)
 
 
 def test_retry_after_is_finite_though_higher_classes_take_it_all() -> None:
     adm = admission(load(slots=1), batch=ClassObjective(ttft_s=60.0, tpot_s=10.0))
-    adm.offer(ask("a", SYSTEM, new=1000), 0.0)
+    adm.submit(ask("a", SYSTEM, new=1000), 0.0)
     refusal = None
     for number in range(400):
-        adm.offer(ask(f"s{number}", SYSTEM, new=1000), 0.05 * number)
-        decisions = adm.offer(ask(f"b{number}", BATCH), 0.05 * number)
+        adm.submit(ask(f"s{number}", SYSTEM, new=1000), 0.05 * number)
+        decisions = adm.submit(ask(f"b{number}", BATCH), 0.05 * number)
         refusal = refusals(decisions).get(f"b{number}", refusal)
     assert refusal is not None
     assert 0.5 <= refusal.retry_after_s <= 90
@@ -377,9 +379,9 @@ def test_retry_after_is_finite_though_higher_classes_take_it_all() -> None:
 
 def test_shadow_refuses_nobody_by_prediction_and_says_whom_it_would_have() -> None:
     adm = admission(load(slots=1), mode="shadow")
-    (first,) = grants(adm.offer(ask("a", new=10_000), 0.0))
+    (first,) = grants(adm.submit(ask("a", new=10_000), 0.0))
     assert first.would_refuse is None
-    assert adm.offer(ask("b", deadline_s=0.1), 0.0) == []
+    assert adm.submit(ask("b", deadline_s=0.1), 0.0) == []
     assert adm.tick(10_000.0) == []
     (grant,) = grants(adm.finish("a", Usage(10, 20), 10_001.0))
     assert (grant.ticket, grant.would_refuse) == ("b", "deadline")
@@ -387,8 +389,8 @@ def test_shadow_refuses_nobody_by_prediction_and_says_whom_it_would_have() -> No
 
 def test_shadow_marks_those_that_would_be_refused_while_they_wait() -> None:
     adm = admission(load(slots=1), mode="shadow")
-    adm.offer(ask("a"), 0.0)
-    assert adm.offer(ask("b"), 0.0) == []
+    adm.submit(ask("a"), 0.0)
+    assert adm.submit(ask("b"), 0.0) == []
     assert adm.tick(100.0) == []
     (grant,) = grants(adm.finish("a", Usage(10, 20), 101.0))
     assert grant.would_refuse == "waited"
@@ -400,22 +402,22 @@ def test_shadow_marks_those_that_would_be_refused_while_they_wait() -> None:
 def test_tick_refuses_what_would_miss_and_gives_its_quota_back() -> None:
     adm = admission(load(slots=1))
     tenant = Tenant("small", max_streams=1)
-    adm.offer(ask("a"), 0.0)
-    assert adm.offer(ask("b", tenant=tenant), 0.0) == []
+    adm.submit(ask("a"), 0.0)
+    assert adm.submit(ask("b", tenant=tenant), 0.0) == []
     assert adm.tick(1.0) == []
     refusal = refused(adm.tick(5.0))
     assert isinstance(refusal, Overloaded)
     assert refusal.reason == "waited"
     assert (adm.waiting(), adm.running()) == (0, 1)
     adm.finish("a", Usage(10, 20), 6.0)
-    assert placed(adm.offer(ask("c", tenant=tenant), 6.0)) == ["c"]
+    assert placed(adm.submit(ask("c", tenant=tenant), 6.0)) == ["c"]
 
 
 def test_those_that_wait_when_the_last_replica_goes_are_refused_after_their_budget() -> None:
     adm = admission(load(slots=1))
-    adm.offer(ask("a"), 0.0)
-    adm.offer(ask("b"), 0.0)
-    adm.fleet([], 1.0)
+    adm.submit(ask("a"), 0.0)
+    adm.submit(ask("b"), 0.0)
+    adm.set_loads([], 1.0)
     assert adm.tick(2.0) == []
     assert isinstance(refused(adm.tick(6.0)), NoCapacity)
 
@@ -423,27 +425,27 @@ def test_those_that_wait_when_the_last_replica_goes_are_refused_after_their_budg
 def test_withdraw_of_a_waiting_or_running_request_places_the_next() -> None:
     adm = patient(load(slots=1))
     for ticket in ("a", "b", "c", "d"):
-        adm.offer(ask(ticket), 0.0)
-    assert adm.withdraw("b", 1.0) == []
-    assert placed(adm.withdraw("a", 1.0)) == ["c"]
-    assert placed(adm.finish("c", None, 2.0)) == ["d"]
+        adm.submit(ask(ticket), 0.0)
+    assert adm.cancel("b", 1.0) == []
+    assert placed(adm.cancel("a", 1.0)) == ["c"]
+    assert placed(adm.finish("c", Usage(10, 0, False), 2.0)) == ["d"]
     assert adm.finish("d", Usage(10, 20), 3.0) == []
     assert (adm.waiting(), adm.running()) == (0, 0)
 
 
 def test_withdrawing_what_holds_up_others_places_them() -> None:
     adm = patient(load(slots=4))
-    adm.offer(ask("a", sequences=2), 0.0)
-    adm.offer(ask("large", sequences=4), 0.0)
-    assert adm.offer(ask("small"), 0.0) == []
-    assert placed(adm.withdraw("large", 1.0)) == ["small"]
+    adm.submit(ask("a", sequences=2), 0.0)
+    adm.submit(ask("large", sequences=4), 0.0)
+    assert adm.submit(ask("small"), 0.0) == []
+    assert placed(adm.cancel("large", 1.0)) == ["small"]
 
 
 def test_unknown_tickets_change_nothing() -> None:
     adm = admission(load())
-    adm.offer(ask("a"), 0.0)
+    adm.submit(ask("a"), 0.0)
     for _ in range(2):
-        assert adm.withdraw("x", 1.0) == adm.finish("x", Usage(1, 1), 1.0) == adm.move("x", 1.0) == []
+        assert adm.cancel("x", 1.0) == adm.finish("x", Usage(1, 1), 1.0) == adm.move("x", 1.0) == []
         adm.first_token("x", 1.0)
         adm.progress("x", 5, 1.0)
     assert (adm.waiting(), adm.running()) == (0, 1)
@@ -452,8 +454,8 @@ def test_unknown_tickets_change_nothing() -> None:
 
 def test_what_happens_to_a_waiting_ticket_before_it_runs_is_ignored() -> None:
     adm = patient(load(slots=1))
-    adm.offer(ask("a"), 0.0)
-    adm.offer(ask("b"), 0.0)
+    adm.submit(ask("a"), 0.0)
+    adm.submit(ask("b"), 0.0)
     adm.first_token("b", 1.0)
     adm.progress("b", 5, 1.0)
     assert adm.move("b", 1.0) == []
@@ -464,10 +466,10 @@ def test_what_happens_to_a_waiting_ticket_before_it_runs_is_ignored() -> None:
 
 def test_a_moved_request_goes_elsewhere_before_all_of_its_class() -> None:
     adm = patient(load("r", 1), load("s", 1))
-    (first,), (second,) = (grants(adm.offer(ask(ticket), 0.0)) for ticket in ("a", "b"))
-    adm.offer(ask("c"), 0.0)
-    adm.offer(ask("high", SYSTEM), 0.0)
-    adm.fleet([load(second.replica_id, 1)], 1.0)
+    (first,), (second,) = (grants(adm.submit(ask(ticket), 0.0)) for ticket in ("a", "b"))
+    adm.submit(ask("c"), 0.0)
+    adm.submit(ask("high", SYSTEM), 0.0)
+    adm.set_loads([load(second.replica_id, 1)], 1.0)
     assert adm.move("a", 1.0) == []
     assert placed(adm.finish("b", Usage(10, 20), 2.0)) == ["high"]
     (grant,) = grants(adm.finish("high", Usage(10, 20), 3.0))
@@ -478,29 +480,29 @@ def test_a_moved_request_goes_elsewhere_before_all_of_its_class() -> None:
 
 def test_a_moved_request_avoids_the_replica_that_lost_it_and_holds_up_nobody() -> None:
     adm = patient(load("r", 1))
-    adm.offer(ask("a"), 0.0)
-    adm.offer(ask("b"), 0.0)
+    adm.submit(ask("a"), 0.0)
+    adm.submit(ask("b"), 0.0)
     assert placed(adm.move("a", 1.0)) == ["b"]
     assert adm.finish("b", Usage(10, 20), 1.5) == []
-    assert placed(adm.offer(ask("c"), 1.6)) == ["c"]
-    (grant,) = grants(adm.fleet([load("r", 1), load("s", 1)], 1.7))
+    assert placed(adm.submit(ask("c"), 1.6)) == ["c"]
+    (grant,) = grants(adm.set_loads([load("r", 1), load("s", 1)], 1.7))
     assert (grant.ticket, grant.replica_id) == ("a", "s")
 
 
 def test_a_moved_request_goes_back_to_a_replica_that_only_blinked_if_there_is_no_other() -> None:
     adm = patient(load("r", 1))
-    adm.offer(ask("a"), 0.0)
-    adm.fleet([], 1.0)
+    adm.submit(ask("a"), 0.0)
+    adm.set_loads([], 1.0)
     assert adm.move("a", 1.0) == []
-    assert adm.fleet([load("r", 1)], 1.5) == []
+    assert adm.set_loads([load("r", 1)], 1.5) == []
     assert adm.tick(1.9) == []
     assert placed(adm.tick(2.1)) == ["a"]
 
 
 def test_a_moved_request_waits_for_another_replica_rather_than_go_back() -> None:
     adm = patient(load("r", 1), load("s", 1))
-    (first,) = grants(adm.offer(ask("a"), 0.0))
-    adm.offer(ask("b"), 0.0)
+    (first,) = grants(adm.submit(ask("a"), 0.0))
+    adm.submit(ask("b"), 0.0)
     assert adm.move("a", 1.0) == []
     assert adm.tick(20.0) == []  # the other one is taken
     (grant,) = grants(adm.finish("b", Usage(10, 20), 21.0))
@@ -509,8 +511,8 @@ def test_a_moved_request_waits_for_another_replica_rather_than_go_back() -> None
 
 def test_a_moved_request_with_nowhere_to_go_is_refused_after_its_objective_begun_anew() -> None:
     adm = admission(load("r", 1))
-    adm.offer(ask("a"), 0.0)
-    adm.fleet([], 99.0)
+    adm.submit(ask("a"), 0.0)
+    adm.set_loads([], 99.0)
     adm.move("a", 100.0)
     assert adm.tick(104.9) == []
     assert isinstance(refused(adm.tick(105.1)), NoCapacity)
@@ -519,7 +521,7 @@ def test_a_moved_request_with_nowhere_to_go_is_refused_after_its_objective_begun
 
 def test_what_was_generated_before_a_move_is_part_of_the_prompt() -> None:
     adm = patient(load("r", 2, kv=100), load("s", 2, kv=100))
-    (grant,) = grants(adm.offer(ask("a", prompt=10, new=60), 0.0))
+    (grant,) = grants(adm.submit(ask("a", prompt=10, new=60), 0.0))
     adm.progress("a", 50, 1.0)
     other = "s" if grant.replica_id == "r" else "r"
     assert placed(adm.move("a", 1.0)) == ["a"]
@@ -531,28 +533,28 @@ def test_what_was_generated_before_a_move_is_part_of_the_prompt() -> None:
 def test_an_adopted_request_holds_its_slot_and_its_stream() -> None:
     adm = patient(load("r", 1))
     tenant = Tenant("t", max_streams=1)
-    adm.adopt(ask("a", tenant=tenant), "r", 0.0)
+    adm.restore(ask("a", tenant=tenant), "r", 0.0)
     assert adm.running() == 1
-    assert refused(adm.offer(ask("b", tenant=tenant), 0.0)).reason == "max_streams"
-    assert adm.offer(ask("c"), 0.0) == []
+    assert refused(adm.submit(ask("b", tenant=tenant), 0.0)).reason == "max_streams"
+    assert adm.submit(ask("c"), 0.0) == []
     adm.progress("a", 5, 0.5)
     assert placed(adm.finish("a", Usage(10, 20), 1.0)) == ["c"]
-    assert placed(adm.finish("c", Usage(10, 20), 2.0) + adm.offer(ask("d", tenant=tenant), 2.0)) == ["d"]
+    assert placed(adm.finish("c", Usage(10, 20), 2.0) + adm.submit(ask("d", tenant=tenant), 2.0)) == ["d"]
 
 
 def test_a_request_can_be_adopted_at_a_replica_not_heard_of_yet() -> None:
     adm = patient()
-    adm.adopt(ask("a"), "r", 0.0)
-    assert adm.offer(ask("b"), 0.0) == adm.withdraw("b", 0.5) == []
-    adm.fleet([load("r", 1)], 1.0)
-    assert adm.offer(ask("c"), 1.0) == []
+    adm.restore(ask("a"), "r", 0.0)
+    assert adm.submit(ask("b"), 0.0) == adm.cancel("b", 0.5) == []
+    adm.set_loads([load("r", 1)], 1.0)
+    assert adm.submit(ask("c"), 1.0) == []
     assert placed(adm.move("a", 2.0)) == ["c"]
 
 
 def test_tickets_at_a_replica_that_is_gone_stay_until_they_end() -> None:
     adm = patient(load("r", 1), load("s", 1))
-    (grant,) = grants(adm.offer(ask("a"), 0.0))
-    adm.fleet([load("s" if grant.replica_id == "r" else "r", 1)], 1.0)
+    (grant,) = grants(adm.submit(ask("a"), 0.0))
+    adm.set_loads([load("s" if grant.replica_id == "r" else "r", 1)], 1.0)
     assert adm.running() == 1
     adm.finish("a", Usage(10, 20), 2.0)
     assert adm.running() == 0
@@ -564,7 +566,7 @@ def test_no_more_run_than_keep_the_promised_step_time() -> None:
     now_s = 0.0
     # Steps of 20 ms and 10 ms more per sequence: eight keep 0.1 s.
     for running in range(1, 7):
-        adm.offer(ask(f"r{running}", new=100_000), now_s)
+        adm.submit(ask(f"r{running}", new=100_000), now_s)
         adm.first_token(f"r{running}", now_s)
         start_s, step_s = now_s, 0.02 + 0.01 * running
         for step in range(1, 41):
@@ -572,10 +574,10 @@ def test_no_more_run_than_keep_the_promised_step_time() -> None:
                 adm.progress(f"r{number}", 40 * (running - number) + step, start_s + step * step_s)
         now_s = start_s + 40 * step_s
     for number in range(20):
-        adm.offer(ask(f"more {number}", new=100_000), now_s)
+        adm.submit(ask(f"more {number}", new=100_000), now_s)
     assert adm.running() in (7, 8, 9)
     before = adm.running()
-    adm.offer(ask("urgent", SYSTEM, new=100_000), now_s)
+    adm.submit(ask("urgent", SYSTEM, new=100_000), now_s)
     assert adm.running() == before  # interactive ones run there: their promise binds this one too
 
 
@@ -644,24 +646,24 @@ class World:
         if what == "offer":
             one = self.new_ask()
             self.state[one.ticket] = "waiting"
-            self.take(adm.offer(one, self.now_s))
+            self.take(adm.submit(one, self.now_s))
         elif what == "fleet":
             names = rng.sample("pqr", rng.randint(0 if rng.random() < 0.2 else 1, 3))
             queue_s = rng.choice([0.0, 0.0, 0.2])
             self.loads = {name: load(name, rng.choice([1, 4]), rng.choice([300, 3000]), queue_s) for name in names}
-            self.take(adm.fleet(list(self.loads.values()), self.now_s))
+            self.take(adm.set_loads(list(self.loads.values()), self.now_s))
         elif what == "tick":
             self.take(adm.tick(self.now_s))
         elif what == "adopt":
             one, replica_id = self.new_ask(), rng.choice("pqrx")
             self.state[one.ticket], self.where[one.ticket] = "admitted", replica_id
-            adm.adopt(one, replica_id, self.now_s)
+            adm.restore(one, replica_id, self.now_s)
         elif what == "withdraw":
             other = self.some("admitted", "waiting", "refused", "finished")
             if other is not None:
                 if self.state[other] in ("admitted", "waiting"):
                     self.state[other] = "withdrawn"
-                self.take(adm.withdraw(other, self.now_s))
+                self.take(adm.cancel(other, self.now_s))
         elif ticket is None:
             adm.progress(f"unknown {what}", 1, self.now_s)
         elif what == "progress":
@@ -676,9 +678,9 @@ class World:
             self.take(adm.move(ticket, self.now_s))
         else:
             usage = Usage(self.asks[ticket].prompt_tokens, rng.randint(0, 300))
-            self.end(ticket, None if what == "cut" else usage)
+            self.end(ticket, replace(usage, complete=what != "cut"))
 
-    def end(self, ticket: str, usage: Usage | None) -> None:
+    def end(self, ticket: str, usage: Usage) -> None:
         self.state[ticket] = "finished"
         self.take(self.adm.finish(ticket, usage, self.now_s))
 
@@ -697,7 +699,8 @@ class World:
             }
             assert state.sequences == sum(one.slots for one in tickets)
             assert state.kv_tokens == sum(one.kv_tokens for one in tickets)
-            assert state.queued_tokens == sum(one.uncached_tokens for one in tickets if one.first_token_s is None)
+            prefilling = [one for one in tickets if one.state is TicketState.PREFILLING]
+            assert state.queued_tokens == sum(one.uncached_tokens for one in prefilling)
             assert sum(state.by_class) == len(tickets)
         for queue in adm._queues.values():
             assert queue.slots == sum(one.slots for one in queue)
@@ -719,9 +722,9 @@ def test_whatever_happens_every_ticket_ends_once_and_nothing_stays_counted(
         for ticket in tickets:
             if world.state[ticket] == "waiting":
                 world.state[ticket] = "withdrawn"
-                world.take(adm.withdraw(ticket, world.now_s))
+                world.take(adm.cancel(ticket, world.now_s))
             elif world.state[ticket] == "admitted":
-                world.end(ticket, None)
+                world.end(ticket, Usage(0, 0, False))
         world.check()
     assert adm.waiting() == adm.running() == 0
     for state in adm._replicas.values():
@@ -739,7 +742,7 @@ def test_a_replica_never_gets_more_than_it_has_but_for_one_request_when_idle(rng
     slots = {name: rng.randint(1, 5) for name in "pqr"}
     kv = {name: rng.choice([200, 2000]) for name in "pqr"}
     world.loads = {name: load(name, slots[name], kv[name]) for name in "pqr"}
-    world.take(world.adm.fleet(list(world.loads.values()), 0.0))
+    world.take(world.adm.set_loads(list(world.loads.values()), 0.0))
     while len(world.asks) < 60:
         world.now_s += rng.choice([0.0, 0.05])
         what = rng.random()
@@ -747,7 +750,7 @@ def test_a_replica_never_gets_more_than_it_has_but_for_one_request_when_idle(rng
         if what < 0.6 or ticket is None:
             one = replace(world.new_ask(), deadline_s=None)
             world.state[one.ticket] = "waiting"
-            world.take(world.adm.offer(one, world.now_s))
+            world.take(world.adm.submit(one, world.now_s))
         elif what < 0.9:
             world.end(ticket, Usage(world.asks[ticket].prompt_tokens, rng.randint(0, 100)))
         else:

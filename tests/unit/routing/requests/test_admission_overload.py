@@ -95,7 +95,7 @@ class Simulation:
 
     def run(self) -> Result:
         loads = [ReplicaLoad(name, SERVICE.slots, SERVICE.kv_cache_tokens) for name in self._engines]
-        self._take(self.admission.fleet(loads, 0.0))
+        self._take(self.admission.set_loads(loads, 0.0))
         self._at(0.0, "arrival")
         self._at(0.0, "tick")
         while self._events and self._events[0][0] < END_S:
@@ -127,7 +127,7 @@ class Simulation:
         ask = Ask(ticket, tenant, priority, prompt_tokens, most, 1, (), None)
         call = Call(ask, self._now_s, Job((), prompt_tokens, length))
         self.calls[ticket] = self._by_job[call.job] = call
-        self._take(self.admission.offer(ask, self._now_s))
+        self._take(self.admission.submit(ask, self._now_s))
 
     def _take(self, decisions: list[Decision]) -> None:
         for one in decisions:

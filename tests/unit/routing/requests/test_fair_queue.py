@@ -22,7 +22,7 @@ _numbers = count()
 def ticket(tenant: Tenant, cost: float = 10.0, sequences: int = 1, kv_tokens: int = 10) -> Ticket:
     number = next(_numbers)
     ask = Ask(str(number), tenant, Priority.BATCH, 5, 5, sequences, (), None)
-    return Ticket(ask, number, 0.0, 1.0, 0.1, cost, kv_tokens=kv_tokens)
+    return Ticket(ask, number, 0.0, 1.0, 0.1, cost, sequences, kv_tokens=kv_tokens)
 
 
 def pushed(queue: FairQueue, tenant: Tenant, cost: float = 10.0, sequences: int = 1) -> Ticket:

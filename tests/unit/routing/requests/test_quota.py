@@ -41,7 +41,7 @@ def test_a_bucket_says_when_an_amount_can_be_taken() -> None:
 def test_what_is_given_back_never_makes_more_than_a_full_bucket() -> None:
     bucket = Bucket()
     bucket.take(5, 60, 0.0)
-    bucket.give_back(50, 60, 0.0)
+    bucket.refund(50, 60, 0.0)
     assert bucket.used(60, 0.0) == 0
 
 
@@ -108,7 +108,7 @@ def test_tokens_are_reserved_whole_and_the_unused_given_back() -> None:
     assert refusal is not None
     assert refusal.reason == "tokens_per_minute"
     assert refusal.retry_after_s == pytest.approx(30)
-    quotas.settle(first, 20, 0.0)  # 30 of its 50 were not used
+    quotas.commit(first, 20, 0.0)  # 30 of its 50 were not used
     assert quotas.reserve(ask(tenant, 10, 20), 0.0) is None
     assert quotas.reserve(ask(tenant, 1, 1), 0.0) is not None
 
@@ -127,26 +127,26 @@ def test_what_is_given_back_counts_as_never_asked() -> None:
     quotas, tenant = Quotas(), Tenant("t", requests_per_minute=1, tokens_per_minute=50, max_streams=1)
     for _ in range(5):
         assert quotas.reserve(ask(tenant), 0.0) is None
-        quotas.give_back(ask(tenant), 0.0)
+        quotas.refund(ask(tenant), 0.0)
     assert quotas.streams(tenant) == 0
 
 
 def test_an_ended_request_still_counts_as_a_request() -> None:
     quotas, tenant = Quotas(), Tenant("t", requests_per_minute=1)
     assert quotas.reserve(ask(tenant), 0.0) is None
-    quotas.settle(ask(tenant), 0, 0.0)
+    quotas.commit(ask(tenant), 0, 0.0)
     assert quotas.reserve(ask(tenant), 0.0) is not None
 
 
 def test_more_than_was_reserved_is_charged_up_to_as_much_again() -> None:
     quotas, tenant = Quotas(), Tenant("t", tokens_per_minute=1000)
     assert quotas.reserve(ask(tenant), 0.0) is None
-    quotas.settle(ask(tenant), 70, 0.0)
+    quotas.commit(ask(tenant), 70, 0.0)
     limits = quotas.limits(tenant, 0.0)
     assert limits is not None
     assert limits.remaining_tokens == 930
     assert quotas.reserve(ask(tenant), 0.0) is None
-    quotas.settle(ask(tenant), 10**6, 0.0)
+    quotas.commit(ask(tenant), 10**6, 0.0)
     limits = quotas.limits(tenant, 0.0)
     assert limits is not None
     assert limits.remaining_tokens == 830
@@ -169,14 +169,14 @@ def test_max_streams_bounds_those_in_flight() -> None:
     refusal = quotas.reserve(ask(tenant), 0.0, stream_ends_in_s=7.0)
     assert refusal is not None
     assert (refusal.reason, refusal.retry_after_s) == ("max_streams", 7.0)
-    quotas.settle(ask(tenant), 50, 0.0)
+    quotas.commit(ask(tenant), 50, 0.0)
     assert quotas.reserve(ask(tenant), 0.0) is None
 
 
 def test_what_already_runs_is_taken_beyond_every_limit() -> None:
     quotas, tenant = Quotas(), Tenant("t", requests_per_minute=1, tokens_per_minute=50, max_streams=1)
     for _ in range(3):
-        quotas.take(ask(tenant), 0.0)
+        quotas.restore(ask(tenant), 0.0)
     assert quotas.streams(tenant) == 3
     limits = quotas.limits(tenant, 0.0)
     assert limits is not None
@@ -220,10 +220,10 @@ def test_tenants_with_used_budgets_or_streams_are_remembered_longest(monkeypatch
     streaming, spent = Tenant("streaming", max_streams=1), Tenant("spent", requests_per_minute=1)
     assert quotas.reserve(ask(streaming), 0.0) is None
     assert quotas.reserve(ask(spent), 0.0) is None
-    quotas.settle(ask(spent), 50, 0.0)
+    quotas.commit(ask(spent), 50, 0.0)
     for number in range(50):
         whole = Tenant(f"whole {number}", tokens_per_minute=50)
         assert quotas.reserve(ask(whole), 0.0) is None
-        quotas.settle(ask(whole), 0, 0.0)
+        quotas.commit(ask(whole), 0, 0.0)
     assert quotas.reserve(ask(streaming), 0.0) is not None
     assert quotas.reserve(ask(spent), 0.0) is not None
