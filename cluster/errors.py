@@ -191,12 +191,30 @@ class ModelNotFound(ClientError):
     outcome = "model_not_found"
 
 
+class ClientGone(DeepsplitError):
+    """The client went away before its answer was whole: nobody is left to read it."""
+
+    http_status = 499
+    grpc_status = "CANCELLED"
+    outcome = "cancelled"
+
+
 class ReplicaUnavailable(ElsewhereError):
     """No attention replica can take the request, or the one that had it died."""
 
     http_status = 503
     grpc_status = "UNAVAILABLE"
     outcome = "replica_unavailable"
+
+
+class EngineRefused(DeepsplitError):
+    """The engine answered with an error of its own, in HTTP's terms: `status` and its text."""
+
+    outcome = "engine_error"
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class EngineKilled(ClientError):

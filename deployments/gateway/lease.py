@@ -12,7 +12,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from cluster.errors import DeepsplitError, Overloaded, Plane, Reason, RequestTimeout
+from cluster.errors import ClientGone, DeepsplitError, Overloaded, Plane, Reason, RequestTimeout
 from deployments.admission.waiting_room import WaitingRoom
 from deployments.gateway.head import Head
 from deployments.gateway.meter import RequestMeter, State
@@ -148,7 +148,7 @@ class Lease:
     def end(self, error: BaseException | None) -> None:
         """The request is over: well, or by `error`. Settles everything that was taken for it."""
         assert self.state is not State.ENDED, "a request ends once"
-        if isinstance(error, asyncio.CancelledError | GeneratorExit) and self.complete:
+        if isinstance(error, ClientGone | asyncio.CancelledError | GeneratorExit) and self.complete:
             error = None  # a client that had it all and went
         ended_in, self.state = self.state, State.ENDED
         self._memory.release(self._body_bytes)

@@ -9,7 +9,7 @@ from enum import Enum
 from itertools import product
 
 from cluster.config import AdmissionConfig, ClassObjective
-from cluster.errors import DeepsplitError, Refusal
+from cluster.errors import DeepsplitError, EngineRefused, Refusal
 from deployments.gateway.head import Head
 from monitoring.metrics import MAX_TENANTS, OTHER_TENANTS, GatewayMetrics
 from routing.requests.request import Grant, Priority, Tenant
@@ -31,11 +31,11 @@ class State(Enum):
 
 def outcome_of(error: BaseException | None, status: int) -> str:
     """How a request ended, for metrics: `status` is the replica's, 0 if it answered nothing."""
-    if isinstance(error, DeepsplitError):
+    if isinstance(error, DeepsplitError) and not isinstance(error, EngineRefused):
         return error.outcome
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
         return CANCELLED
-    if error is not None:
+    if error is not None and not isinstance(error, EngineRefused):
         return BUG
     return OK if status < 400 else CLIENT_ERROR if status < 500 else ENGINE_ERROR
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Protocol
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.requests import Request
@@ -11,13 +10,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cluster.errors import PermissionDenied
-from routing.requests.request import Tenant
-
-
-class Keys(Protocol):
-    """Whose key it is; see `deployments.gateway.rest.api.RestDoor`."""
-
-    def identify(self, key: str | None) -> Tenant: ...
+from deployments.gateway.head import api_key
+from deployments.gateway.pipeline import Pipeline
 
 
 class OperatorPages:
@@ -34,11 +28,11 @@ class OperatorPages:
         self._discovery = discovery
         self._status = status
 
-    def routes(self, keys: Keys, key_of: Callable[[Request], str | None]) -> list[Route]:
+    def routes(self, pipeline: Pipeline) -> list[Route]:
         """Their routes. Raise Unauthenticated or PermissionDenied for others."""
 
         def admit(request: Request) -> None:
-            tenant = keys.identify(key_of(request))
+            tenant = pipeline.identify(api_key(request.headers))
             if not tenant.operator:
                 raise PermissionDenied(
                     f"tenant {tenant.name} may not see this: set `operator: true` for it in the keys file"

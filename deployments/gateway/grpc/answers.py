@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import msgspec
 
-from deployments.gateway.grpc.errors import ReplicaRefused
+from cluster.errors import EngineRefused
 from deployments.gateway.grpc.vllm_answers import (
     Answer,
     Chat,
@@ -16,11 +16,11 @@ from deployments.gateway.grpc.vllm_answers import (
     CompletionLogprobs,
     Function,
     Message,
-    Models,
     Text,
     Tokens,
     Usage,
 )
+from deployments.gateway.models import ModelObject
 from deployments.protos.deepsplit.v1 import inference_pb2 as pb
 
 _CHAT = msgspec.json.Decoder(Chat)
@@ -42,7 +42,7 @@ def chat_response(data: bytes) -> pb.ChatResponse:
 
 
 def chat_chunk(data: bytes) -> pb.ChatChunk:
-    """Raises ReplicaRefused for an event that is an error."""
+    """Raises EngineRefused for an event that is an error."""
     answer = _CHAT.decode(data)
     _raise_for(answer)
     chunk = pb.ChatChunk(id=answer.id, model=answer.model, created=answer.created, usage=_usage(answer.usage))
@@ -57,7 +57,7 @@ def chat_chunk(data: bytes) -> pb.ChatChunk:
 
 
 def completion(data: bytes) -> Completion:
-    """Raises ReplicaRefused for an event that is an error."""
+    """Raises EngineRefused for an event that is an error."""
     answer = _COMPLETION.decode(data)
     _raise_for(answer)
     return answer
@@ -73,7 +73,7 @@ def completion_response(data: bytes) -> pb.CompletionResponse:
 
 
 def completion_chunk(data: bytes) -> pb.CompletionChunk:
-    """Raises ReplicaRefused for an event that is an error."""
+    """Raises EngineRefused for an event that is an error."""
     answer = completion(data)
     return pb.CompletionChunk(
         id=answer.id, model=answer.model, created=answer.created, choices=_completion_choices(answer),
@@ -94,15 +94,17 @@ def detokenize_response(data: bytes) -> pb.DetokenizeResponse:
     return pb.DetokenizeResponse(text=msgspec.json.decode(data, type=Text).prompt)
 
 
-def models_response(data: bytes) -> pb.ListModelsResponse:
-    """Of GET /v1/models."""
-    models = msgspec.json.decode(data, type=Models).data
+def models_response(models: Sequence[ModelObject]) -> pb.ListModelsResponse:
+    """Of the models that a tenant may use."""
     return pb.ListModelsResponse(
         models=[
-            pb.Model(id=one.id, created=one.created, owned_by=one.owned_by, max_model_len=one.max_model_len or 0)
+            pb.Model(
+                id=one["id"], created=one["created"], owned_by=one["owned_by"],
+                max_model_len=one["max_model_len"] or 0,
+            )
             for one in models
         ]
-    )
+    )  # fmt: skip
 
 
 # --- parts ---
@@ -116,7 +118,7 @@ class _Stopped(Protocol):
 def _raise_for(answer: Answer) -> None:
     if answer.error is not None:
         status = answer.error.code if isinstance(answer.error.code, int) else 500
-        raise ReplicaRefused(status, answer.error.message)
+        raise EngineRefused(status, answer.error.message)
 
 
 def _set_stop_reason(choice: _Stopped, reason: int | str | None) -> None:

@@ -12,7 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from cluster.errors import DeepsplitError, Refusal
+from cluster.errors import DeepsplitError, EngineRefused, Refusal
 from deployments.gateway.grpc.vllm_answers import ErrorBody
 from deployments.gateway.limit_headers import rate_limit_headers
 
@@ -34,14 +34,6 @@ _CODES = {
 }
 
 
-class ReplicaRefused(Exception):
-    """The replica's vLLM answered with an error of its own, in HTTP's terms."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 @dataclass(frozen=True)
 class Failure:
     """How a call ends that failed."""
@@ -54,10 +46,10 @@ class Failure:
 BUG = Failure(grpc.StatusCode.INTERNAL, "internal error of the gateway", ())
 
 
-def failure(error: DeepsplitError | ReplicaRefused) -> Failure:
+def failure(error: DeepsplitError) -> Failure:
     """The one mapping of errors to gRPC."""
     message = str(error)[:_MAX_MESSAGE_CHARS]
-    if isinstance(error, ReplicaRefused):
+    if isinstance(error, EngineRefused):
         return Failure(_code(error.status), message, ())
     code = grpc.StatusCode[error.grpc_status]
     info = ErrorInfo(reason=error.outcome.upper(), domain=_DOMAIN)
@@ -79,13 +71,13 @@ def failure(error: DeepsplitError | ReplicaRefused) -> Failure:
     return Failure(code, message, (*metadata, ("grpc-status-details-bin", status.SerializeToString())))
 
 
-def replica_error(status: int, body: bytes) -> ReplicaRefused:
+def replica_error(status: int, body: bytes) -> EngineRefused:
     """From an answer of the replica that is not 200."""
     try:
         message = msgspec.json.decode(body, type=ErrorBody).error.message
     except (msgspec.DecodeError, UnicodeDecodeError):  # not OpenAI's shape: a server in between, or FastAPI itself
         message = body.decode("utf-8", "replace")
-    return ReplicaRefused(status, message or f"the replica answered {status}")
+    return EngineRefused(status, message or f"the replica answered {status}")
 
 
 def _code(status: int) -> grpc.StatusCode:

@@ -9,24 +9,27 @@ from importlib.metadata import version
 import grpc
 
 from cluster.errors import DeepsplitError, ModelNotFound, RequestError
-from deployments.gateway.door import Door
 from deployments.gateway.grpc.answers import completion
-from deployments.gateway.grpc.call import ask, ask_stream
-from deployments.gateway.grpc.errors import ReplicaRefused, failure
+from deployments.gateway.grpc.call import GrpcCall, GrpcRequest
+from deployments.gateway.grpc.errors import failure
 from deployments.gateway.grpc.oip_text import DATATYPES, TEXT_INPUT, TEXT_OUTPUT, VERSION, TextRequest, read
+from deployments.gateway.open_requests import Session
+from deployments.gateway.pipeline import Pipeline
 from deployments.protos.inference import open_inference_pb2 as pb
 from deployments.protos.inference import open_inference_pb2_grpc
 
 PLATFORM = "vllm"
 _COMPLETIONS = "/v1/completions"
+PATHS = {"/inference.GRPCInferenceService/ModelInfer": _COMPLETIONS}
+SESSIONS = frozenset({"/inference.GRPCInferenceService/ModelStreamInfer"})
 _EXTENSIONS = ("model_stream_infer", "binary_tensor_data")
 
 
 class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
-    """The proto documents the methods."""
+    """The proto documents the methods. Those that ask for text get their message with the request's lease."""
 
-    def __init__(self, door: Door, model: str) -> None:
-        self._door = door
+    def __init__(self, pipeline: Pipeline, model: str) -> None:
+        self._pipeline = pipeline
         self._model = model
         self._version = version("deepsplit")
 
@@ -38,14 +41,14 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def ServerReady(
         self, request: pb.ServerReadyRequest, context: grpc.aio.ServicerContext
     ) -> pb.ServerReadyResponse:
-        ready = self._door.ready()
+        ready = self._pipeline.ready()
         return pb.ServerReadyResponse(ready=bool(ready) and all(ready.values()))
 
     async def ModelReady(
         self, request: pb.ModelReadyRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelReadyResponse:
         known = request.version in ("", VERSION)
-        return pb.ModelReadyResponse(ready=known and self._door.ready().get(request.name, False))
+        return pb.ModelReadyResponse(ready=known and self._pipeline.ready().get(request.name, False))
 
     async def ServerMetadata(
         self, request: pb.ServerMetadataRequest, context: grpc.aio.ServicerContext
@@ -63,35 +66,32 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         response.outputs.add(name=TEXT_OUTPUT, datatype="BYTES", shape=[-1])
         return response
 
-    async def ModelInfer(
-        self, request: pb.ModelInferRequest, context: grpc.aio.ServicerContext
-    ) -> pb.ModelInferResponse:
-        asked = read(request)
+    async def ModelInfer(self, message: pb.ModelInferRequest, request: GrpcRequest) -> pb.ModelInferResponse:
+        asked = read(message)
         if asked.stream:
             raise RequestError("ModelInfer answers once: use ModelStreamInfer to stream")
-        return await self._whole(asked, context)
+        return await self._whole(asked, request)
 
     async def ModelStreamInfer(
-        self, requests: AsyncGenerator[pb.ModelInferRequest, None], context: grpc.aio.ServicerContext
-    ) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
-        async for request in requests:
+        self, messages: AsyncGenerator[pb.ModelInferRequest, None], call: GrpcCall, session: Session
+    ) -> None:
+        async for message in messages:
             try:
-                async with aclosing(self._responses(read(request), context)) as responses:
-                    async for response in responses:
-                        yield pb.ModelStreamInferResponse(infer_response=response)
-            except (DeepsplitError, ReplicaRefused) as error:
-                about = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
-                yield pb.ModelStreamInferResponse(error_message=failure(error).message, infer_response=about)
+                head = call.head(_COMPLETIONS, message.id)
+                async with self._pipeline.open(head, session) as lease:
+                    lease.hold(message.ByteSize())
+                    await self._stream(read(message), GrpcRequest(self._pipeline, call, lease))
+            except DeepsplitError as error:
+                about = pb.ModelInferResponse(model_name=message.model_name, id=message.id)
+                how = failure(error)
+                await call.write(pb.ModelStreamInferResponse(error_message=how.message, infer_response=about))
 
-    async def _responses(
-        self, asked: TextRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncGenerator[pb.ModelInferResponse, None]:
+    async def _stream(self, asked: TextRequest, request: GrpcRequest) -> None:
         if asked.stream is False:
-            yield await self._whole(asked, context)
+            whole = await self._whole(asked, request)
+            await request.call.write(pb.ModelStreamInferResponse(infer_response=whole))
         else:
-            body = asked.body(stream=True)
-            events = ask_stream(self._door, context, _COMPLETIONS, body, asked.id, announce=False)
-            async with aclosing(events):
+            async with aclosing(request.stream(asked.body(stream=True), announce=False)) as events:
                 async for data in events:
                     for choice in completion(data).choices:
                         response = asked.response([choice.text])
@@ -99,12 +99,12 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
                         if choice.finish_reason:
                             response.parameters["finish_reason"].string_param = choice.finish_reason
                         response.parameters["triton_final_response"].bool_param = False
-                        yield response
+                        await request.call.write(pb.ModelStreamInferResponse(infer_response=response))
         if asked.empty_final:
             final = pb.ModelInferResponse(model_name=asked.model, model_version=VERSION, id=asked.id)
             final.parameters["triton_final_response"].bool_param = True
-            yield final
+            await request.call.write(pb.ModelStreamInferResponse(infer_response=final))
 
-    async def _whole(self, asked: TextRequest, context: grpc.aio.ServicerContext) -> pb.ModelInferResponse:
-        answer = completion(await ask(self._door, context, _COMPLETIONS, asked.body(stream=False), asked.id))
+    async def _whole(self, asked: TextRequest, request: GrpcRequest) -> pb.ModelInferResponse:
+        answer = completion(await request.ask(asked.body(stream=False)))
         return asked.response([choice.text for choice in sorted(answer.choices, key=lambda choice: choice.index)])

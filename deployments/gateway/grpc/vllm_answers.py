@@ -130,16 +130,3 @@ class Text(msgspec.Struct):
     """Of POST /detokenize."""
 
     prompt: str
-
-
-class Model(msgspec.Struct):
-    id: str
-    created: int = 0
-    owned_by: str = ""
-    max_model_len: int | None = None
-
-
-class Models(msgspec.Struct):
-    """Of GET /v1/models."""
-
-    data: list[Model]

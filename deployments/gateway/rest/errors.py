@@ -42,6 +42,12 @@ def error_event(path: str, error: DeepsplitError) -> bytes:
     return name + b"data: " + json.dumps(data).encode() + b"\n\n"
 
 
+def event_of(path: str, body: bytes) -> bytes:
+    """An error response's body as the event of a stream that has begun."""
+    named = path == "/v1/responses" or path.startswith(_ANTHROPIC_PATHS)
+    return (b"event: error\n" if named else b"") + b"data: " + body + b"\n\n"
+
+
 def _body(path: str, error: DeepsplitError) -> dict[str, Any]:
     if path.startswith(_ANTHROPIC_PATHS):
         return {"type": "error", "error": {"type": _kind(error.http_status), "message": str(error)}}
