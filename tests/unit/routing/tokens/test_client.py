@@ -11,7 +11,7 @@ import torch
 
 from cluster.errors import DispatchTimeout, FrameError, UncoveredExperts
 from routing.tokens.client import ExpertClient
-from routing.tokens.request_ids import STEP
+from routing.tokens.request_ids import STEP_REQUEST_IDS
 from tests.unit.routing.tokens.conftest import Cluster, rows
 
 ALL = list(range(8))
@@ -46,7 +46,7 @@ def test_killed_worker_between_dispatches_goes_unnoticed(cluster: Cluster) -> No
     cluster.publish("a", "b")
     client = cluster.client()
     dispatch(client, 8)
-    cluster.launch.processes["a"].kill()
+    cluster.processes["a"].kill()
     started = time.monotonic()
     got, expected = dispatch(client, 8, seed=1)
     torch.testing.assert_close(got, expected)
@@ -54,19 +54,19 @@ def test_killed_worker_between_dispatches_goes_unnoticed(cluster: Cluster) -> No
 
 
 def test_worker_killed_while_it_computes_loses_no_row(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
-    step = STEP.set("cmpl-a,cmpl-b")
+    step = STEP_REQUEST_IDS.set("cmpl-a,cmpl-b")
     cluster.start("a", ALL, delay_s=5.0)
     cluster.start("b", ALL)
     cluster.publish("a", "b")
     client = cluster.client()
-    threading.Timer(0.5, cluster.launch.processes["a"].kill).start()
+    threading.Timer(0.5, cluster.processes["a"].kill).start()
     started = time.monotonic()
     got, expected = dispatch(client, 8)
     torch.testing.assert_close(got, expected)
     assert time.monotonic() - started < 4.5
     lost = [r.fields for r in caplog.records if "its rows go elsewhere" in r.message]  # type: ignore[attr-defined]
     assert lost == [{"worker_id": "a", "request_id": "cmpl-a,cmpl-b"}]
-    STEP.reset(step)
+    STEP_REQUEST_IDS.reset(step)
 
 
 def test_hung_worker_is_found_by_keepalive(cluster: Cluster) -> None:
@@ -75,12 +75,12 @@ def test_hung_worker_is_found_by_keepalive(cluster: Cluster) -> None:
     cluster.publish("a", "b")
     client = cluster.client()
     dispatch(client, 8)
-    cluster.launch.processes["a"].send_signal(signal.SIGSTOP)
+    cluster.processes["a"].send_signal(signal.SIGSTOP)
     started = time.monotonic()
     got, expected = dispatch(client, 8, seed=2)
     torch.testing.assert_close(got, expected)
     assert time.monotonic() - started < 10.0
-    cluster.launch.processes["a"].send_signal(signal.SIGCONT)
+    cluster.processes["a"].send_signal(signal.SIGCONT)
 
 
 def test_slow_worker_misses_the_call_deadline(cluster: Cluster) -> None:
@@ -97,7 +97,7 @@ def test_waits_for_a_new_worker_when_none_holds_an_expert(cluster: Cluster) -> N
     cluster.publish("a", "b")
     client = cluster.client()
     dispatch(client, 4)
-    cluster.launch.processes["b"].kill()
+    cluster.processes["b"].kill()
     cluster.start("c", ALL[4:])
     threading.Timer(1.0, cluster.publish, ("a", "c")).start()
     got, expected = dispatch(client, 4, seed=3)

@@ -16,7 +16,7 @@ from cluster.tls.contexts import ExpertChannels
 from routing.tokens.client import ExpertClient
 from routing.tokens.link import WorkerLink
 from routing.tokens.server import ExpertServer
-from routing.tokens.wire import Request, encode_request
+from routing.tokens.wire import DispatchRequest, encode_request
 from tests.certificates import DAY, Authority, MountedSecret
 from tests.unit.routing.tokens.conftest import HIDDEN, MODEL, Cluster, rows
 
@@ -33,7 +33,7 @@ def ask(address: str, channels: ExpertChannels | None) -> None:
     """One request over a connection of its own, without any of the client's retries."""
     link = WorkerLink(address, MODEL, DispatchConfig(), channels)
     hidden, ids, weights, _ = rows(1)
-    request = Request(1, 1, 1, 5000, hidden, ids.to(torch.int16), weights, torch.float32)
+    request = DispatchRequest(1, 1, 1, 5000, hidden, ids.to(torch.int16), weights, torch.float32)
     link.send(encode_request(request))
     try:
         assert link.receive(1, 10).output_TH.shape == (1, HIDDEN)
@@ -77,7 +77,7 @@ def test_strangers_are_refused_and_the_worker_lives_on(
     for _ in range(3):
         with pytest.raises(WorkerLost, match=expected):
             ask(worker.address, Stranger(pair()))
-    assert cluster.launch.processes["a"].poll() is None
+    assert cluster.processes["a"].poll() is None
     ask(worker.address, ExpertChannels(tls))
     assert dispatch_is_right(client, seed=1)
 
@@ -110,8 +110,8 @@ def test_workers_without_tls_or_of_others_are_refused(cluster: Cluster, tmp_path
 def test_a_dead_worker_is_not_blamed_on_tls(cluster: Cluster, tmp_path: Path) -> None:
     tls = OURS.issue(tmp_path / "ours")
     worker = cluster.start("a", ALL, tls=tls)
-    cluster.launch.processes["a"].kill()
-    cluster.launch.processes["a"].wait()
+    cluster.processes["a"].kill()
+    cluster.processes["a"].wait()
     with pytest.raises(WorkerLost, match=r"^expert worker \S+: UNAVAILABLE"):
         ask(worker.address, ExpertChannels(tls))
 
@@ -174,7 +174,7 @@ def test_rotation_under_traffic_fails_no_dispatch(cluster: Cluster, tmp_path: Pa
             cluster.start(f"w{number + 1}", ALL, tls=tls)
             cluster.publish(f"w{number}", f"w{number + 1}")  # a new connection to each new worker
             passes(20)
-            cluster.launch.processes[f"w{number}"].kill()
+            cluster.processes[f"w{number}"].kill()
             passes(20)
             cluster.publish(f"w{number + 1}")
             passes(20)
