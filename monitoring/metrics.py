@@ -82,14 +82,14 @@ class GatewayMetrics:
             "deepsplit_ttft_prediction_error_seconds", "Predicted minus actual time to first token.", by_class,
             buckets=ERROR_SECONDS, registry=registry,
         )  # fmt: skip
-        self.objectives = Counter(
-            "deepsplit_objective_requests",
+        self.slo_requests = Counter(
+            "deepsplit_slo_requests",
             "Requests that had a first token (ttft) or several (tpot), by whether their class's objective was met.",
-            ["class", "objective", "met"], registry=registry,
+            ["class", "slo", "met"], registry=registry,
         )  # fmt: skip
-        self.objective = Gauge(
-            "deepsplit_objective_seconds", "What a priority class is promised (admission.CLASS.ttft_s, tpot_s).",
-            ["class", "objective"], registry=registry,
+        self.slo_threshold = Gauge(
+            "deepsplit_slo_threshold_seconds", "What a priority class is promised (admission.CLASS.ttft_s, tpot_s).",
+            ["class", "slo"], registry=registry,
         )  # fmt: skip
         self.refusals = Counter(
             "deepsplit_refusals", "Requests refused, by the plane that limits and the reason.",
@@ -145,8 +145,9 @@ class EngineMetrics:
                              registry=registry)  # fmt: skip
         self.waiting = Gauge("deepsplit_engine_waiting_sequences", "Sequences in the engine's queue.",
                              registry=registry)  # fmt: skip
-        self.slots = Gauge("deepsplit_engine_slots", "Most sequences in one step (attention.max_num_seqs).",
-                           registry=registry)  # fmt: skip
+        self.decode_slots = Gauge(
+            "deepsplit_engine_decode_slots", "Most sequences in one step (attention.max_num_seqs).", registry=registry
+        )
         self.experts_queue = Gauge(
             "deepsplit_engine_experts_queue_seconds", "Time per step that rows wait in expert workers' queues, summed "
             "over the layers; what admission reads.", registry=registry,

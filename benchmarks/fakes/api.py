@@ -24,7 +24,7 @@ class StreamOptions(msgspec.Struct):
     continuous_usage_stats: bool = False
 
 
-class Asked(msgspec.Struct):
+class FakeRequest(msgspec.Struct):
     """What the fake reads of a request; all else is ignored."""
 
     model: str | None = None
@@ -64,10 +64,10 @@ class Asked(msgspec.Struct):
         return max(1, asked if asked is not None else _CHAT_TOKENS if self.chat else 16)
 
 
-class Answer:
+class FakeAnswer:
     """Builds one request's answer, chunk by chunk or whole."""
 
-    def __init__(self, asked: Asked, model: str, request_id: str, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, asked: FakeRequest, model: str, request_id: str, prompts: Sequence[Sequence[int]]) -> None:
         self._asked = asked
         self._prompts = prompts
         self._generated = [0] * len(prompts) * asked.n

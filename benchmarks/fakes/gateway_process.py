@@ -30,7 +30,7 @@ START_S = 60.0
 
 
 @dataclass(frozen=True)
-class Task:
+class GatewayTask:
     """What the process is told on stdin, before any Updates."""
 
     config: str  # Config as JSON
@@ -57,7 +57,7 @@ class GatewayProcess:
         admission: AdmissionEndpoint | None = None,
         token: str | None = None,
     ) -> None:
-        task = Task(config.model_dump_json(), tuple(endpoints), admission, token)
+        task = GatewayTask(config.model_dump_json(), tuple(endpoints), admission, token)
         command = [sys.executable, "-m", "benchmarks.fakes.gateway_process"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdin is not None
@@ -97,7 +97,7 @@ class GatewayProcess:
             assert stream is not None
             stream.close()
 
-    def _tell(self, what: Task | Update) -> None:
+    def _tell(self, what: GatewayTask | Update) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(msgspec.json.encode(what).decode() + "\n")
         self.process.stdin.flush()
@@ -116,7 +116,7 @@ class _Told:
         self._stop.set()
 
 
-async def _gateway(task: Task, told: _Told, stop: asyncio.Event) -> None:
+async def _gateway(task: GatewayTask, told: _Told, stop: asyncio.Event) -> None:
     config = Config.model_validate_json(task.config)
 
     async def status() -> dict[str, object]:
@@ -143,7 +143,7 @@ async def _gateway(task: Task, told: _Told, stop: asyncio.Event) -> None:
     await server.stop(config.gateway.drain_timeout_s)
 
 
-async def _admission(task: Task, told: _Told, stop: asyncio.Event) -> None:
+async def _admission(task: GatewayTask, told: _Told, stop: asyncio.Event) -> None:
     config = Config.model_validate_json(task.config)
     assert task.token is not None
     server = AdmissionServer(config.admission, time.monotonic, task.token, config.internal_tls)
@@ -161,7 +161,7 @@ async def _admission(task: Task, told: _Told, stop: asyncio.Event) -> None:
 async def _main() -> None:
     loop, lines, stop = asyncio.get_running_loop(), asyncio.StreamReader(), asyncio.Event()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-    task = msgspec.json.decode(await lines.readline(), type=Task)
+    task = msgspec.json.decode(await lines.readline(), type=GatewayTask)
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
     loop.add_signal_handler(signal.SIGUSR1, ctypes.CDLL(None).malloc_trim, 0)

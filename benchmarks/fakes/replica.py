@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from benchmarks.fakes.api import Answer, Asked, error
-from benchmarks.fakes.service_model import Engine, Job, ServiceModel
-from benchmarks.fakes.tokens import Continuation, block_hashes
+from benchmarks.fakes.api import FakeAnswer, FakeRequest, error
+from benchmarks.fakes.service_model import ServiceModel, SimulatedEngine, SimulatedSequence
+from benchmarks.fakes.tokens import NextTokens, block_hashes
 from deployments.directory.members import ReplicaEndpoint
 from deployments.hosting.http_server import HttpServer
 from routing.requests.request import ReplicaLoad
@@ -30,14 +30,16 @@ from routing.requests.request import ReplicaLoad
 LOAD_INTERVAL_S = 0.1
 MODEL = "fake"
 
+TokenQueue = asyncio.Queue[tuple[int, int, str | None]]  # choice, token, finish reason
+
 
 @dataclass
 class _Sequence:
     """One choice of one request."""
 
     index: int
-    continuation: Continuation
-    tokens: asyncio.Queue[tuple[int, int, str | None]]  # choice, token, finish reason; shared by the request's choices
+    next_tokens: NextTokens
+    tokens: TokenQueue  # shared by the request's choices
     ignore_eos: bool
 
 
@@ -47,13 +49,13 @@ class FakeReplicaApp:
     def __init__(self, replica_id: str, service: ServiceModel, name: str = MODEL, eos_every: int | None = None) -> None:
         """`eos_every`: one token in so many ends its sequence; None: each runs to its bound."""
         self.replica_id = replica_id
-        self.engine = Engine(service)
+        self.engine = SimulatedEngine(service)
         self.token = secrets.token_urlsafe(16)
         self.generated_tokens = 0
         self._name = name
         self._eos_every = eos_every
         self._work = asyncio.Event()
-        self._sequences: dict[Job, _Sequence] = {}
+        self._sequences: dict[SimulatedSequence, _Sequence] = {}
         self._server = HttpServer(self)
         self._stepping: asyncio.Task[None] | None = None
 
@@ -97,9 +99,9 @@ class FakeReplicaApp:
             for job in self.engine.end_step():
                 self._emit(job)
 
-    def _emit(self, job: Job) -> None:
+    def _emit(self, job: SimulatedSequence) -> None:
         sequence = self._sequences[job]
-        token = sequence.continuation.next()
+        token = sequence.next_tokens.next()
         finish = "length" if job.generated >= job.new_tokens else None
         if self._eos_every and not sequence.ignore_eos and token % self._eos_every == 0:
             if finish is None:
@@ -138,25 +140,25 @@ class FakeReplicaApp:
 
     async def _generate(self, body: bytes, request_id: str, receive: Receive, send: Send) -> None:
         try:
-            asked = msgspec.json.decode(body, type=Asked)
+            asked = msgspec.json.decode(body, type=FakeRequest)
             prompts = asked.prompts()
             blocks = [block_hashes(prompt) for prompt in prompts]
         except (msgspec.DecodeError, ValueError, OverflowError) as wrong:
             await _whole(send, 400, error(400, str(wrong)))
             return
-        tokens: asyncio.Queue[tuple[int, int, str | None]] = asyncio.Queue()
+        tokens: TokenQueue = asyncio.Queue()
         jobs = [
-            (Job(own, len(prompt), asked.new_tokens()), Continuation(prompt))
+            (SimulatedSequence(own, len(prompt), asked.new_tokens()), NextTokens(prompt))
             for prompt, own in zip(prompts, blocks, strict=True)
             for _ in range(asked.n)
         ]
         if not all(self.engine.fits(job) for job, _ in jobs):
             await _whole(send, 400, error(400, "prompt and completion are longer than the KV cache"))
             return
-        answer = Answer(asked, self._name, request_id, prompts)
+        answer = FakeAnswer(asked, self._name, request_id, prompts)
         try:
-            for index, (job, continuation) in enumerate(jobs):
-                self._sequences[job] = _Sequence(index, continuation, tokens, asked.ignore_eos)
+            for index, (job, next_tokens) in enumerate(jobs):
+                self._sequences[job] = _Sequence(index, next_tokens, tokens, asked.ignore_eos)
                 self.engine.add(job)
             self._work.set()
             await _until_disconnect((_stream if asked.stream else _collect)(answer, tokens, len(jobs), send), receive)
@@ -166,7 +168,7 @@ class FakeReplicaApp:
                 del self._sequences[job]
 
 
-async def _stream(answer: Answer, tokens: asyncio.Queue[tuple[int, int, str | None]], left: int, send: Send) -> None:
+async def _stream(answer: FakeAnswer, tokens: TokenQueue, left: int, send: Send) -> None:
     await _head(send, 200, b"text/event-stream; charset=utf-8")
     while left:
         index, token, finish = await tokens.get()
@@ -175,7 +177,7 @@ async def _stream(answer: Answer, tokens: asyncio.Queue[tuple[int, int, str | No
     await _part(send, answer.end(), last=True)
 
 
-async def _collect(answer: Answer, tokens: asyncio.Queue[tuple[int, int, str | None]], left: int, send: Send) -> None:
+async def _collect(answer: FakeAnswer, tokens: TokenQueue, left: int, send: Send) -> None:
     found: list[list[int]] = [[] for _ in range(left)]
     reasons = [""] * left
     while left:

@@ -36,7 +36,7 @@ class ServiceModel:
 
 
 @dataclass(eq=False)
-class Job:
+class SimulatedSequence:
     """One sequence."""
 
     blocks: Sequence[int]  # hash of each full block of the prompt, covering all before it
@@ -63,7 +63,7 @@ class KvCache:
         """Share of the blocks that jobs hold."""
         return 1 - (self._free + len(self._unused)) / self._total
 
-    def start(self, job: Job) -> bool:
+    def start(self, job: SimulatedSequence) -> bool:
         """Give the job what it needs to run to its end. False: there is no room."""
         hits = 0
         for block in job.blocks[: (job.prompt_tokens - 1) // BLOCK_TOKENS]:  # the last token is always computed
@@ -85,7 +85,7 @@ class KvCache:
         job.cached_tokens = job.computed_tokens = hits * BLOCK_TOKENS
         return True
 
-    def publish(self, job: Job) -> None:
+    def publish(self, job: SimulatedSequence) -> None:
         """Others may use what the job has computed of its prompt."""
         for block in job.blocks[len(job.shared) : job.computed_tokens // BLOCK_TOKENS]:
             job.private_blocks -= 1
@@ -94,7 +94,7 @@ class KvCache:
             self._use(block)
             job.shared.append(block)
 
-    def end(self, job: Job) -> None:
+    def end(self, job: SimulatedSequence) -> None:
         """The job is over; the ends of its prompt are evicted before their beginnings."""
         self._free += job.private_blocks
         for block in reversed(job.shared):
@@ -109,25 +109,25 @@ class KvCache:
         self._users[block] = self._users.get(block, 0) + 1
 
 
-class Engine:
+class SimulatedEngine:
     """One replica's scheduler. `begin_step`, wait as long as it says, `end_step`."""
 
     def __init__(self, model: ServiceModel) -> None:
         self.model = model
         self.cache = KvCache(model.kv_cache_tokens // BLOCK_TOKENS)
-        self.waiting: deque[Job] = deque()
-        self.running: list[Job] = []
-        self._planned: list[tuple[Job, int]] = []  # job, prompt tokens computed in this step (0: it decodes)
+        self.waiting: deque[SimulatedSequence] = deque()
+        self.running: list[SimulatedSequence] = []
+        self._planned: list[tuple[SimulatedSequence, int]] = []  # with prompt tokens of this step; 0: it decodes
 
-    def add(self, job: Job) -> None:
+    def add(self, job: SimulatedSequence) -> None:
         """Queue it. One that can never fit must not be added."""
         self.waiting.append(job)
 
-    def fits(self, job: Job) -> bool:
+    def fits(self, job: SimulatedSequence) -> bool:
         """Whether an idle replica could run it."""
         return job.prompt_tokens + job.new_tokens <= self.model.kv_cache_tokens // BLOCK_TOKENS * BLOCK_TOKENS
 
-    def abort(self, job: Job) -> None:
+    def abort(self, job: SimulatedSequence) -> None:
         """Drop it, wherever it is. Harmless for one that ended."""
         if job in self.running:
             self.running.remove(job)
@@ -153,7 +153,7 @@ class Engine:
         model, prefilled = self.model, sum(chunk for _, chunk in prefill)
         return model.base_s + model.sequence_s * len(decoding) + prefilled / model.prefill_tokens_per_s
 
-    def end_step(self) -> list[Job]:
+    def end_step(self) -> list[SimulatedSequence]:
         """The jobs that have one more token now; those that have them all are over."""
         emitted = []
         for job, chunk in self._planned:
@@ -169,7 +169,7 @@ class Engine:
                     self.finish(job)
         return emitted
 
-    def finish(self, job: Job) -> None:
+    def finish(self, job: SimulatedSequence) -> None:
         """The job stops here (at its bound, or because it said its last word)."""
         self.running.remove(job)
         self.cache.end(job)

@@ -26,7 +26,7 @@ def word(token: int) -> str:
     return f" {token:x}"
 
 
-class Continuation:
+class NextTokens:
     """A prompt being continued, deterministically."""
 
     def __init__(self, prompt: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from enum import Enum
 
 from benchmarks.fakes.service_model import ServiceModel
 from benchmarks.faults.cluster import FaultCluster
-from benchmarks.faults.load import Load, Shape, Tally
+from benchmarks.faults.load import FaultLoad, RequestShape, Tally
 
 _ROOM = {"slots": 64, "kv_cache_tokens": 2**18}
 # A tenth of a second of prefill for each prompt, and one token: every request is hit before its first token.
@@ -38,7 +38,7 @@ class Fault(Enum):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FaultOutcome:
     """One fault, several times under one load."""
 
     fault: Fault
@@ -50,15 +50,16 @@ class Outcome:
     explained: int  # failed requests whose own connection ended with the gateway that was killed
 
 
-async def strike(fault: Fault, times: int, clients: int, pause_s: float = 0.7) -> Outcome:
+async def strike(fault: Fault, times: int, clients: int, pause_s: float = 0.7) -> FaultOutcome:
     """Do it `times` times, each after a while of calm with everything replaced, under `clients` streams."""
     early = fault is Fault.ATTENTION_KILLED_EARLY
-    shape = Shape("fake", prompt_bytes=256, tokens=1) if early else Shape("fake", prompt_bytes=64, tokens=100)
+    prompt_bytes, tokens = (256, 1) if early else (64, 100)
+    shape = RequestShape("fake", prompt_bytes, tokens)
     struck = begun = in_flight = 0
     ended: list[tuple[int, float]] = []
     cluster = await asyncio.to_thread(FaultCluster, PREFILLING if early else STREAMING)
     try:
-        async with Load(cluster.urls, shape, clients) as load:
+        async with FaultLoad(cluster.urls, shape, clients) as load:
             for _ in range(times):
                 await asyncio.sleep(pause_s * (1 + random.random()))
                 in_flight += len(load.in_flight)
@@ -83,10 +84,10 @@ async def strike(fault: Fault, times: int, clients: int, pause_s: float = 0.7) -
         any(gateway == victim and at_s < failed_s < at_s + 1 for victim, at_s in ended)
         for gateway, failed_s in load.tally.failed_at
     )
-    return Outcome(fault, times, struck, begun, in_flight, load.tally, explained)
+    return FaultOutcome(fault, times, struck, begun, in_flight, load.tally, explained)
 
 
-def report(outcomes: Sequence[Outcome]) -> None:
+def report(outcomes: Sequence[FaultOutcome]) -> None:
     """The table. `begun`: share of the requests at hand of which the client had read something."""
     print(f"{'fault':48}{'times':>6}{'requests':>9}{'struck':>8}{'failed':>8}{'begun':>7}  what clients saw")
     for one in outcomes:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.fakes.fleet import FakeReplica, FakeReplicas
 from benchmarks.fakes.gateway_process import GatewayProcess
 from benchmarks.fakes.model import write_model
+from benchmarks.fakes.replica_process import FakeReplica, FakeReplicas
 from benchmarks.fakes.service_model import ServiceModel
 from cluster.config import Config
 from deployments.directory.members import AdmissionEndpoint, ReplicaEndpoint
@@ -121,7 +121,7 @@ class FaultCluster:
         self._replicas[name] = FakeReplicas([FakeReplica(name, self._service, MODEL, None)])
 
     def _endpoints(self) -> list[ReplicaEndpoint]:
-        return [endpoint for fleet in self._replicas.values() for endpoint in fleet.endpoints]
+        return [endpoint for process in self._replicas.values() for endpoint in process.endpoints]
 
     def _admission_endpoint(self) -> AdmissionEndpoint:
         assert self._admission is not None

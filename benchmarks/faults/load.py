@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from benchmarks.fakes.api import Asked
-from benchmarks.fakes.tokens import Continuation, word
+from benchmarks.fakes.api import FakeRequest
+from benchmarks.fakes.tokens import NextTokens, word
 from benchmarks.measuring.sse_client import Connection, ConnectionLost, Reply, connect
 
 _GIVE_UP_S = 60.0
 
 
 @dataclass(frozen=True)
-class Shape:
+class RequestShape:
     """What the clients ask for."""
 
     model: str
@@ -30,7 +30,7 @@ class Shape:
 
 
 @dataclass(eq=False)
-class InFlight:
+class ClientRequest:
     """A request on its way, at one gateway."""
 
     gateway: int
@@ -52,13 +52,13 @@ class Tally:
     failed_at: list[tuple[int, float]] = field(default_factory=list)  # gateway, `time.monotonic` seconds
 
 
-class Load:
+class FaultLoad:
     """`clients` loops over the gateways in turn. Use as an async context manager; leaving it ends all of them."""
 
-    def __init__(self, gateways: Sequence[str], shape: Shape, clients: int) -> None:
+    def __init__(self, gateways: Sequence[str], shape: RequestShape, clients: int) -> None:
         """`gateways`: URLs; one that does not listen is passed over, as a load balancer does."""
         self.tally = Tally()
-        self.in_flight: set[InFlight] = set()
+        self.in_flight: set[ClientRequest] = set()
         self._gateways = gateways
         self._turn = itertools.cycle(range(len(gateways)))
         self._shape = shape
@@ -66,7 +66,7 @@ class Load:
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def __aenter__(self) -> Load:
+    async def __aenter__(self) -> FaultLoad:
         self._tasks = [asyncio.create_task(self._client()) for _ in range(self._clients)]
         return self
 
@@ -92,7 +92,7 @@ class Load:
             except OSError:
                 await asyncio.sleep(0.02)
                 continue
-            flight = InFlight(gateway, connection)
+            flight = ClientRequest(gateway, connection)
             self.in_flight.add(flight)
             try:
                 async with connection:
@@ -115,7 +115,7 @@ class Load:
         return f"not answered within {_GIVE_UP_S:.0f} s"
 
 
-def _request(shape: Shape) -> tuple[str, bytes, str]:
+def _request(shape: RequestShape) -> tuple[str, bytes, str]:
     """Path, body and the right answer's text. Every prompt is another one: nothing is cached."""
     text = random.randbytes(shape.prompt_bytes // 2).hex()
     fields: dict[str, object] = {"model": shape.model, "max_tokens": shape.tokens, "stream": True}
@@ -123,8 +123,8 @@ def _request(shape: Shape) -> tuple[str, bytes, str]:
         path, fields = "/v1/completions", fields | {"prompt": text}
     else:
         path, fields = "/v1/chat/completions", fields | {"messages": [{"role": "user", "content": text}]}
-    (prompt,) = msgspec.convert(fields, Asked).prompts()
-    right = Continuation(prompt)
+    (prompt,) = msgspec.convert(fields, FakeRequest).prompts()
+    right = NextTokens(prompt)
     return path, json.dumps(fields).encode(), "".join(word(right.next()) for _ in range(shape.tokens))
 
 

@@ -16,8 +16,8 @@ from contextlib import AsyncExitStack, ExitStack
 
 import psutil
 
-from benchmarks.fakes.fleet import FakeReplica, FakeReplicas
 from benchmarks.fakes.gateway_process import GatewayProcess
+from benchmarks.fakes.replica_process import FakeReplica, FakeReplicas
 from benchmarks.fakes.service_model import ServiceModel
 from benchmarks.measuring.free_port import free_port
 from benchmarks.measuring.paired import Added, Asked, Server, compare, short_requests, spread

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.fakes.fleet import FakeReplica, FakeReplicas
 from benchmarks.fakes.gateway_process import GatewayProcess
+from benchmarks.fakes.replica_process import FakeReplica, FakeReplicas
 from benchmarks.measuring.free_port import free_port
 from benchmarks.overload import demo as overload_demo
 from benchmarks.overload.load import Client, closed_loop, open_loop

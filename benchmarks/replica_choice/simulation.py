@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
 
-from benchmarks.fakes.service_model import Engine, Job, ServiceModel
+from benchmarks.fakes.service_model import ServiceModel, SimulatedEngine, SimulatedSequence
 from benchmarks.fakes.tokens import block_hashes, tokenize
 from routing.requests.prefix_index import prefix_hashes
 from routing.requests.replica_choice import Candidate, ReplicaChoice
@@ -37,7 +37,7 @@ class Running:
     """A request in a replica."""
 
     request: Request
-    job: Job
+    job: SimulatedSequence
     uncached_tokens: int  # as the policy believed
     first_s: float | None = None
     ended_s: float = 0.0
@@ -48,9 +48,9 @@ class Replica:
     """One engine, and what a gateway knows of it."""
 
     name: str
-    engine: Engine
+    engine: SimulatedEngine
     load: ReplicaLoad
-    running: dict[Job, Running] = field(default_factory=dict)
+    running: dict[SimulatedSequence, Running] = field(default_factory=dict)
     busy: bool = False
 
     def candidate(self) -> Candidate:
@@ -132,7 +132,7 @@ class Simulation:
     def __init__(self, policy: Policy, model: ServiceModel, replicas: int) -> None:
         self._policy = policy
         self._replicas = [
-            Replica(f"r{number}", Engine(model), ReplicaLoad(f"r{number}", model.slots, model.kv_cache_tokens))
+            Replica(f"r{number}", SimulatedEngine(model), ReplicaLoad(f"r{number}", model.slots, model.kv_cache_tokens))
             for number in range(replicas)
         ]
         self._events: list[tuple[float, int, Replica | Request | None]] = []
@@ -210,7 +210,7 @@ class Simulation:
             if isinstance(self._policy, Ours):
                 uncached -= self._policy.choice.cached_tokens(request.ask, replica.name)
                 self._policy.choice.placed(request.ask, replica.name)
-            job = Job(request.blocks, request.ask.prompt_tokens, request.ask.max_new_tokens)
+            job = SimulatedSequence(request.blocks, request.ask.prompt_tokens, request.ask.max_new_tokens)
             replica.running[job] = Running(request, job, uncached)
             replica.engine.add(job)
             self._begin_step(replica, now_s)

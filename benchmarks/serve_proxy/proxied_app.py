@@ -32,7 +32,7 @@ Send = Callable[[str, str, bytes, str], AsyncGenerator[Head | bytes, None]]
 _DEPLOY = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 1000}
 
 
-def relay_app(send: Send) -> Starlette:
+def forwarding_app(send: Send) -> Starlette:
     """Passes requests on, bytes untouched, without any policy."""
 
     async def handle(request: Request) -> Response:
@@ -123,7 +123,7 @@ class Ingress:
         self._send = OverHttp(source).send if isinstance(source, str) else OverHandle(source).send
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
-        return relay_app(self._send)
+        return forwarding_app(self._send)
 
 
 @serve.deployment(**_DEPLOY)
@@ -131,7 +131,7 @@ class OwnPort:
     """Listens itself, sends on over HTTP. Serve only starts, checks and stops it."""
 
     async def __init__(self, source: str) -> None:
-        self._server = HttpServer(relay_app(OverHttp(source).send))
+        self._server = HttpServer(forwarding_app(OverHttp(source).send))
         self._port = await self._server.start("127.0.0.1", 0, "the benchmark's port")
 
     def port(self) -> int:

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from deployments.hosting.http_server import HttpServer
 
 
-class Asked(TypedDict):
+class TokenRequest(TypedDict):
     """A request's body."""
 
     max_tokens: int
@@ -40,11 +40,11 @@ class TokenSource:
             ]
         )
 
-    def whole(self, asked: Asked) -> dict[str, object]:
+    def whole(self, asked: TokenRequest) -> dict[str, object]:
         """The answer in one piece, at once."""
         return {"choices": [{"index": 0, "text": " token" * asked["max_tokens"]}]}
 
-    async def stream(self, asked: Asked, request_id: str) -> AsyncGenerator[bytes, None]:
+    async def stream(self, asked: TokenRequest, request_id: str) -> AsyncGenerator[bytes, None]:
         """The answer as events, at the pace that was asked for."""
         loop = asyncio.get_running_loop()
         begun_s = loop.time()
@@ -65,7 +65,7 @@ class TokenSource:
         return self._left_s.get(request_id)
 
     async def _complete(self, request: Request) -> Response:
-        asked: Asked = json.loads(await request.body())
+        asked: TokenRequest = json.loads(await request.body())
         if not asked["stream"]:
             return JSONResponse(self.whole(asked))
         events = self.stream(asked, request.headers.get("x-request-id", ""))

@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.config import Config
 from deployments.admission.replica_loads import ReplicaLoads
 from deployments.admission.server import AdmissionServer
-from deployments.directory.members import AdmissionEndpoint, FleetView
+from deployments.directory.members import AdmissionEndpoint, ClusterView
 from deployments.hosting.background import BackgroundTasks
 from deployments.hosting.scrape import scrape_process
 from deployments.hosting.serve_logs import start_logging
@@ -58,7 +58,7 @@ class AdmissionService:
         version = -1
         while True:
             try:
-                view: FleetView | None = await self._directory.admission.remote(
+                view: ClusterView | None = await self._directory.register_admission.remote(
                     self._endpoint, self._scrape.target, version
                 )
                 if view is not None:

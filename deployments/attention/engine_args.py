@@ -19,7 +19,7 @@ from cluster.errors import CheckpointError
 REMOTE_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
 
 MLA_BACKEND = "CPU_MLA"
-WORKER = "deployments.attention.engine_worker.TracedWorker"
+WORKER = "deployments.attention.engine_worker.RequestIdsWorker"
 
 
 def engine_args(

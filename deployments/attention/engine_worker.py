@@ -1,4 +1,4 @@
-"""vLLM's worker, which also sets `routing.tokens.request_ids.STEP`: whose step the dispatches of its layers belong to.
+"""vLLM's worker, which also tells the dispatches of its layers which requests a step is for (STEP_REQUEST_IDS).
 
 vLLM imports it by the name in `engine_args.WORKER`, in the process that runs the model.
 """
@@ -11,7 +11,7 @@ from typing import Any
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from routing.tokens.request_ids import STEP, joined
+from routing.tokens.request_ids import STEP_REQUEST_IDS, join_request_ids
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -22,15 +22,15 @@ else:
 logger = logging.getLogger(__name__)
 
 
-class TracedWorker(Worker):
+class RequestIdsWorker(Worker):
     """Nothing else differs, but for a debug line per step."""
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """See vLLM's. The ids stay until the next step: MTP drafts later, on the same thread, in `sample_tokens`."""
         tokens = scheduler_output.num_scheduled_tokens
-        trace = joined(tokens)
-        STEP.set(trace)
+        request_ids = join_request_ids(tokens)
+        STEP_REQUEST_IDS.set(request_ids)
         if logger.isEnabledFor(logging.DEBUG):
-            fields = {"request_id": trace, "requests": len(tokens), "tokens": sum(tokens.values())}
+            fields = {"request_id": request_ids, "requests": len(tokens), "tokens": sum(tokens.values())}
             logger.debug("step", extra={"fields": fields})
         return super().execute_model(scheduler_output)

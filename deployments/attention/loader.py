@@ -27,8 +27,8 @@ from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import DispatchMetrics
 from routing.tokens.channel import model_id
 from routing.tokens.client import ExpertClient, ExpertShape
-from routing.tokens.expert_load import ExpertLoadFile
 from routing.tokens.placement import UNCOVERED, PlacementFile
+from routing.tokens.plane_state import ExpertPlaneFile
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _client(settings: RemoteExpertsSettings, model_dtype: torch.dtype) -> Expert
         getattr(torch, settings.dispatch.dispatch_dtype, model_dtype),  # `auto`: the model's
         getattr(torch, settings.dispatch.combine_dtype, model_dtype),
         settings.internal_tls,
-        ExpertLoadFile(settings.expert_load_file),
+        ExpertPlaneFile(settings.plane_file),
         meter,
     )
     assert monitoring.host is not None, "the replica fills it in"

@@ -43,7 +43,7 @@ class PlacementFollower:
         epoch = -1
         while not self._stop.is_set():
             try:
-                asked = self._directory.table.remote(epoch, self._member())
+                asked = self._directory.poll_table.remote(epoch, self._member())
                 text: str | None = asked.result(timeout_s=_ANSWER_TIMEOUT_S)
                 if text is not None and not self._stop.is_set():
                     table = PlacementTable.from_json(text)

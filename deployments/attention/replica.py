@@ -43,8 +43,8 @@ from deployments.hosting.serve_logs import start_logging, write_engine_logging
 from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import EngineMetrics
 from routing.requests.request import ReplicaLoad
-from routing.tokens.expert_load import ExpertLoadFile, ExpertPlane
 from routing.tokens.placement import PlacementFile
+from routing.tokens.plane_state import ExpertPlaneFile, ExpertPlaneState
 
 
 class LocalCheckpoint(CallbackBase):
@@ -101,12 +101,12 @@ class AttentionReplica(LLMServer):
         self._drain_timeout_s = config.gateway.drain_timeout_s
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._max_num_seqs = config.attention.max_num_seqs
-        self._expert_load: ExpertLoadFile | None = None
+        self._plane_file: ExpertPlaneFile | None = None
         self._measured: EngineStats | None = None  # at the last scrape
         node = ray.util.get_node_ip_address()
         registry = ProcessRegistry(REGISTRY)  # vLLM's
         self._metrics = EngineMetrics(registry)
-        self._metrics.slots.set(self._max_num_seqs)
+        self._metrics.decode_slots.set(self._max_num_seqs)
         self._scrape = scrape_process(registry, "attention", self._replica_id, node, config)
         registry.before_scrape(self._measure)
         self._member = AttentionMember(
@@ -129,10 +129,10 @@ class AttentionReplica(LLMServer):
                 start_timeout_s=config.ray.start_timeout_s,
             )
             additional, load_format = settings.as_additional_config(), LOAD_FORMAT
-            self._expert_load = ExpertLoadFile(settings.expert_load_file)
+            self._plane_file = ExpertPlaneFile(settings.plane_file)
             file = PlacementFile(settings.placement_file)
             self._engine_scrape_file = settings.scrape_file
-            self._follower = PlacementFollower(directory, file, self._introduction)
+            self._follower = PlacementFollower(directory, file, self._member_now)
         args = engine_args(config, additional, load_format, CompilationConfig._attention_ops)
         self._start_timeout_s = config.ray.start_timeout_s
         await super().__init__(llm_config(config, args), engine_cls=LocalEngine)
@@ -140,7 +140,7 @@ class AttentionReplica(LLMServer):
         url = await self._server.start(config.own_host(node))
         self._member = replace(self._member, state="ready", url=url, token=self._server.token)
         if directory is not None:
-            await directory.introduce.remote(self._member)  # the follower's next poll would do, but comes later
+            await directory.register_replica.remote(self._member)  # the follower's next poll would do, but comes later
 
     async def start(self) -> None:
         """Start the engine. Unlike the base class, sends no telemetry, which would start one more Ray actor."""
@@ -162,7 +162,7 @@ class AttentionReplica(LLMServer):
     async def _load(self) -> ReplicaLoad:
         """For the gateways. Raises if the engine is dead."""
         stats = await self.engine_stats()
-        plane = self._expert_plane()
+        plane = self._expert_plane_state()
         cache = self.engine._engine_client.vllm_config.cache_config
         return ReplicaLoad(
             self._replica_id,
@@ -196,15 +196,15 @@ class AttentionReplica(LLMServer):
         metrics.running.set(stats.running)
         metrics.waiting.set(stats.waiting)
         metrics.kv_cache_usage.set(stats.kv_cache_usage)
-        metrics.experts_queue.set(self._expert_plane().queue_s)
+        metrics.experts_queue.set(self._expert_plane_state().queue_s)
         metrics.mtp_drafted.inc(stats.spec_draft_tokens - (before.spec_draft_tokens if before else 0))
         metrics.mtp_accepted.inc(stats.spec_accepted_tokens - (before.spec_accepted_tokens if before else 0))
         self._measured = stats
 
-    def _expert_plane(self) -> ExpertPlane:
-        return ExpertPlane() if self._expert_load is None else self._expert_load.read(time.time())
+    def _expert_plane_state(self) -> ExpertPlaneState:
+        return ExpertPlaneState() if self._plane_file is None else self._plane_file.read(time.time())
 
-    def _introduction(self) -> AttentionMember:
+    def _member_now(self) -> AttentionMember:
         """What the directory is told: with the engine's scrape target, once that listens."""
         if len(self._member.scrape) == 1 and (engine := read_scrape_file(self._engine_scrape_file)) is not None:
             self._member = replace(self._member, scrape=(*self._member.scrape, engine))

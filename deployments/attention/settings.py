@@ -28,9 +28,9 @@ class RemoteExpertsSettings(BaseModel):
     start_timeout_s: float = 600.0  # longest wait for the first table
 
     @property
-    def expert_load_file(self) -> Path:
+    def plane_file(self) -> Path:
         """File in which the engine tells its Serve replica how long rows wait at the expert workers."""
-        return self.placement_file.with_name("expert_load")
+        return self.placement_file.with_name("expert_plane")
 
     @property
     def scrape_file(self) -> Path:

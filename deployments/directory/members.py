@@ -46,7 +46,7 @@ class ReplicaEndpoint:
 
 
 @dataclass(frozen=True)
-class FleetView:
+class ClusterView:
     """What gateways and the common admission need to know of all others."""
 
     version: int  # grows with every change

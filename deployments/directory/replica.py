@@ -22,14 +22,14 @@ from cluster.config import Config
 from cluster.model.spec import load_model_spec
 from cluster.plan.pools import with_copies
 from cluster.plan.shares import split_shares
-from deployments.directory.members import AdmissionEndpoint, FleetView, GatewayMember, ReplicaEndpoint
+from deployments.directory.members import AdmissionEndpoint, ClusterView, GatewayMember, ReplicaEndpoint
 from deployments.directory.ray_agents import RayAgents
 from deployments.hosting.scrape import scrape_process
 from deployments.hosting.serve_logs import start_logging
 from monitoring.discovery import ScrapeTarget
 from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import DirectoryMetrics
-from routing.tokens.membership import Member, Membership
+from routing.tokens.membership import Membership, WorkerMember
 
 NAME = "Directory"
 LONG_POLL_S = 2.0
@@ -60,7 +60,7 @@ class Assignment:
 
 
 @dataclass(frozen=True)
-class Standing:
+class HeartbeatReply:
     """Answer to a heartbeat: whether the directory knows the worker, the newest published epoch (0: none), and how busy
     the expert plane is.
     """
@@ -92,7 +92,7 @@ class Directory:
         self._going: set[str] = set()  # nodes that are about to go
         self._leaving: set[str] = set()  # those of them that take nothing new any more
         self._admission_scrape: ScrapeTarget | None = None
-        self._view = FleetView(time.time_ns(), (), None, False)  # never a version of an earlier directory
+        self._view = ClusterView(time.time_ns(), (), None, False)  # never a version of an earlier directory
         self._viewed = asyncio.Event()
         node = ray.util.get_node_ip_address()
         registry = ProcessRegistry()
@@ -116,15 +116,15 @@ class Directory:
         self._look()
         return Assignment(slot, self._slots[slot])
 
-    async def announce(self, member: Member, seen_epoch: int) -> bool:
-        """See `Membership.announce`."""
-        accepted = self._membership.announce(member, seen_epoch, time.monotonic())
+    async def register_worker(self, member: WorkerMember, seen_epoch: int) -> bool:
+        """See `Membership.register`."""
+        accepted = self._membership.register(member, seen_epoch, time.monotonic())
         if accepted and member.state == "ready":
             self._metrics.worker_events.labels("ready").inc()
         self._wake()
         return accepted
 
-    async def heartbeat(self, worker_id: str, busy: float) -> Standing:
+    async def heartbeat(self, worker_id: str, busy: float) -> HeartbeatReply:
         """A worker's sign of life, with the share of its time that it computes."""
         known = self._membership.heartbeat(worker_id, time.monotonic())
         table = self._membership.table(time.monotonic())
@@ -132,7 +132,7 @@ class Directory:
         ready = [member.worker_id for member in self._membership.members() if member.state == "ready"]
         self._busy = {one: self._busy[one] for one in ready if one in self._busy}
         plane_busy = sum(self._busy.values()) / len(self._busy) if self._busy else 0.0
-        return Standing(known, table.epoch if table else 0, plane_busy)
+        return HeartbeatReply(known, table.epoch if table else 0, plane_busy)
 
     async def leave(self, worker_id: str) -> None:
         """A worker that ends in good order."""
@@ -142,16 +142,16 @@ class Directory:
 
     # --- attention replicas and operators ---
 
-    async def introduce(self, member: AttentionMember) -> None:
+    async def register_replica(self, member: AttentionMember) -> None:
         """What an attention replica says of itself, with each poll and whenever it changes."""
         self._attention[member.replica_id] = (member, time.monotonic())
         self._look()
 
-    async def table(self, after_epoch: int, member: AttentionMember | None = None) -> str | None:
+    async def poll_table(self, after_epoch: int, member: AttentionMember | None = None) -> str | None:
         """The placement table as JSON once its epoch is above `after_epoch`; None after LONG_POLL_S (ask again)."""
-        self._membership.saw(after_epoch)
+        self._membership.observe_epoch(after_epoch)
         if member is not None:
-            await self.introduce(member)
+            await self.register_replica(member)
         deadline = time.monotonic() + LONG_POLL_S
         while True:
             now = time.monotonic()
@@ -190,7 +190,7 @@ class Directory:
 
     # --- gateways ---
 
-    async def gateway(self, member: GatewayMember, after_version: int) -> FleetView | None:
+    async def register_gateway(self, member: GatewayMember, after_version: int) -> ClusterView | None:
         """The fleet once its version is not `after_version`; None after LONG_POLL_S (ask again). While draining: at
         once, so that `drain` and `leave_node` see each gateway's progress.
         """
@@ -200,9 +200,9 @@ class Directory:
             return view if view is None or member.node not in self._leaving else replace(view, draining=True)
         return replace(self._view, draining=True)
 
-    async def admission(
+    async def register_admission(
         self, endpoint: AdmissionEndpoint, scrape: ScrapeTarget, after_version: int
-    ) -> FleetView | None:
+    ) -> ClusterView | None:
         """As `gateway`, for the common admission, which says where it listens."""
         self._admission, self._admission_scrape = endpoint, scrape
         self._look()
@@ -232,7 +232,7 @@ class Directory:
             return sum(m.in_flight.get(replica_id, 0) for m in gateways for replica_id in replicas)
         return _still_open([m for m in gateways if m.node in self._going])
 
-    async def _next_view(self, after_version: int) -> FleetView | None:
+    async def _next_view(self, after_version: int) -> ClusterView | None:
         deadline = time.monotonic() + LONG_POLL_S
         while self._look() == after_version:
             left_s = deadline - time.monotonic()
@@ -261,7 +261,7 @@ class Directory:
         ]
         if self._admission_scrape is not None:
             targets.append(self._admission_scrape)
-        view = FleetView(self._view.version, endpoints, self._admission, self._draining, tuple(targets))
+        view = ClusterView(self._view.version, endpoints, self._admission, self._draining, tuple(targets))
         if view != self._view:
             self._view = replace(view, version=view.version + 1)
             self._viewed.set()
@@ -278,7 +278,7 @@ class Directory:
         for state in ("loading", "ready"):
             slots = [m.slot for m in self._membership.members() if m.state == state]
             metrics.members.labels("experts", state).set(sum(slot < self._workers for slot in slots))
-            metrics.members.labels("spare_experts", state).set(sum(slot >= self._workers for slot in slots))
+            metrics.members.labels("redundant_experts", state).set(sum(slot >= self._workers for slot in slots))
         for state in ("starting", "ready", "draining"):
             metrics.members.labels("attention", state).set(sum(m.state == state for m in attention))
         for state, draining in (("ready", False), ("draining", True)):

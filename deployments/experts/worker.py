@@ -24,14 +24,14 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Config
 from cluster.plan.pools import Pool, expert_pools, spare_pools
-from deployments.directory.replica import Assignment, Standing
+from deployments.directory.replica import Assignment, HeartbeatReply
 from deployments.hosting.autoscaling import BUSY, spare_autoscaling
 from deployments.hosting.scrape import scrape_process
 from deployments.hosting.serve_logs import start_logging
 from monitoring.expert_meter import ExpertMeter
 from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import ExpertMetrics
-from routing.tokens.membership import Member
+from routing.tokens.membership import WorkerMember
 
 if TYPE_CHECKING:
     from deployments.experts.host import ExpertHost
@@ -84,11 +84,11 @@ class ExpertWorker:
         registry = ProcessRegistry()
         meter = ExpertMeter(ExpertMetrics(registry))
         self._scrape = scrape_process(registry, "experts", worker_id, node, config)
-        self._member = Member(
+        self._member = WorkerMember(
             worker_id, assignment.slot, os.getpid(), node, "", "loading", 0.0, self._scrape.target
         )  # fmt: skip
         with contextlib.suppress(*DIRECTORY_AWAY):
-            await self._announce()
+            await self._register()
         self._beating = asyncio.create_task(self._beat())
 
         self._host = await asyncio.to_thread(_load, config, assignment.experts, meter)
@@ -96,7 +96,7 @@ class ExpertWorker:
         address = self._host.start(config.experts.host or config.own_host(node))
         self._member = dataclasses.replace(self._member, address=address, state="ready")
         with contextlib.suppress(*DIRECTORY_AWAY):  # the next heartbeat will announce it
-            await self._announce()
+            await self._register()
         logger.info(
             "expert worker ready at %s after %.1f s: slot %d, %.1f MiB read", address, time.monotonic() - started,
             assignment.slot, self._host.bytes_read / 2**20,
@@ -111,8 +111,8 @@ class ExpertWorker:
                     return assignment
             await asyncio.sleep(JOIN_RETRY_S)
 
-    async def _announce(self) -> None:
-        answer = self._directory.announce.remote(self._member, self._seen_epoch)
+    async def _register(self) -> None:
+        answer = self._directory.register_worker.remote(self._member, self._seen_epoch)
         if not await asyncio.wait_for(answer, CALL_TIMEOUT_S):
             self._failure = f"slot {self._member.slot} was given to another worker while this one was not heard of"
 
@@ -124,11 +124,11 @@ class ExpertWorker:
             share = 0.0 if host is None else busy.since_last(host.busy_s(), time.monotonic())
             try:
                 answer = self._directory.heartbeat.remote(self._member.worker_id, share)
-                standing: Standing = await asyncio.wait_for(answer, CALL_TIMEOUT_S)
-                self._seen_epoch = max(self._seen_epoch, standing.epoch)
-                self._plane_busy = standing.plane_busy
-                if not standing.known:
-                    await self._announce()
+                reply: HeartbeatReply = await asyncio.wait_for(answer, CALL_TIMEOUT_S)
+                self._seen_epoch = max(self._seen_epoch, reply.epoch)
+                self._plane_busy = reply.plane_busy
+                if not reply.known:
+                    await self._register()
             except DIRECTORY_AWAY as error:
                 logger.warning("the directory is away (%s); serving goes on", type(error).__name__)
 

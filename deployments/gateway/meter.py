@@ -53,12 +53,12 @@ class RequestMeters:
             Priority.BATCH.label: objectives.batch,
         }
         for label, promised in self.objectives.items():
-            metrics.objective.labels(label, "ttft").set(promised.ttft_s)
-            metrics.objective.labels(label, "tpot").set(promised.tpot_s)
+            metrics.slo_threshold.labels(label, "ttft").set(promised.ttft_s)
+            metrics.slo_threshold.labels(label, "tpot").set(promised.tpot_s)
             for gauge in (metrics.waiting, metrics.running):
                 gauge.labels(label)
             for objective, met in product(("ttft", "tpot"), ("true", "false")):  # from 0 on, or rates miss the first
-                metrics.objectives.labels(label, objective, met)
+                metrics.slo_requests.labels(label, objective, met)
         self._tenants: set[str] = set()
 
     def request(self, head: Head, model: str, generates: bool) -> RequestMeter:
@@ -194,4 +194,4 @@ class RequestMeter:
     def _judge(self, objective: str, seconds: float) -> None:
         promised = self._meters.objectives[self._class]
         met = seconds <= (promised.ttft_s if objective == "ttft" else promised.tpot_s)
-        self._metrics.objectives.labels(self._class, objective, str(met).lower()).inc()
+        self._metrics.slo_requests.labels(self._class, objective, str(met).lower()).inc()

@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Config
 from cluster.errors import ReplicaUnavailable
-from deployments.directory.members import EngineStats, FleetView, GatewayMember
+from deployments.directory.members import ClusterView, EngineStats, GatewayMember
 from deployments.gateway.server import GatewayServer
 from deployments.hosting.scrape import scrape_process
 from deployments.hosting.serve_logs import start_logging
@@ -76,7 +76,7 @@ class Gateway:
             open_requests, in_flight = server.door.open_requests, server.in_flight()
             member = GatewayMember(self._id, os.getpid(), scrape.node, open_requests, in_flight, draining, scrape)
             try:
-                view: FleetView | None = await self._directory.gateway.remote(member, version)
+                view: ClusterView | None = await self._directory.register_gateway.remote(member, version)
                 if view is not None:
                     version = view.version
                     self._take(view)
@@ -86,7 +86,7 @@ class Gateway:
                 logger.warning("the directory is away (%s); serving goes on", type(error).__name__)
                 await asyncio.sleep(_RETRY_S)
 
-    def _take(self, view: FleetView) -> None:
+    def _take(self, view: ClusterView) -> None:
         self._server.set_endpoints(view.endpoints)
         self._server.set_targets(view.targets)
         if view.admission is not None:

@@ -6,7 +6,7 @@ import argparse
 
 import yaml
 
-from monitoring.alerts import attention, experts, objectives, targets
+from monitoring.alerts import attention, experts, slos, targets
 from monitoring.alerts.rule import Group
 from monitoring.links import RUNBOOKS
 
@@ -15,7 +15,7 @@ _HEAD = "# Generated from monitoring/alerts by `make rules`; do not edit.\n"
 
 def all_groups() -> list[Group]:
     """Every group of rules."""
-    return [*objectives.groups(), *experts.groups(), *attention.groups(), *targets.groups()]
+    return [*slos.groups(), *experts.groups(), *attention.groups(), *targets.groups()]
 
 
 def rules(runbooks: str = RUNBOOKS) -> str:

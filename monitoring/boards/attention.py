@@ -9,18 +9,19 @@ _ENGINES = f'{HERE},role=~"attention|engine"'
 BATCHES = Row("Batches", (
     Chart(
         "Sequences", "short",
-        "Running and waiting in all engines, against the slots there are. Waiting above 0 for long: admission lets "
-        "more in than fits.",
+        "Running and waiting in all engines, against the decode slots there are. Waiting above 0 for long: admission "
+        "lets more in than fits.",
         (
             Query(f"sum (deepsplit_engine_running_sequences{{{HERE}}})", "running"),
             Query(f"sum (deepsplit_engine_waiting_sequences{{{HERE}}})", "waiting"),
-            Query(f"sum (deepsplit_engine_slots{{{HERE}}})", "slots"),
+            Query(f"sum (deepsplit_engine_decode_slots{{{HERE}}})", "decode slots"),
         ),
     ),
     Chart(
         "Fullest replicas", "percentunit",
-        "Share of decode slots in use. One full and others empty: replica choice is off.",
-        (Query(top(f"deepsplit_engine_running_sequences{{{HERE}}} / deepsplit_engine_slots{{{HERE}}}"), "{{worker}}"),),
+        "Fraction of the decode slots in use. One full and others empty: replica choice is off.",
+        (Query(top(f"deepsplit_engine_running_sequences{{{HERE}}} / deepsplit_engine_decode_slots{{{HERE}}}"),
+               "{{worker}}"),),
         limits=Limits(0.9, 1),
     ),
     Chart(

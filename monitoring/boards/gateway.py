@@ -21,8 +21,8 @@ _GATEWAYS = f'{HERE},role="gateway"'
 _OK = total("deepsplit_requests_total", f'{TENANT},outcome="ok"')
 
 
-def _promise(objective: str) -> Query:
-    promised = f'deepsplit_objective_seconds{{{HERE},objective="{objective}"}}'
+def _promise(slo: str) -> Query:
+    promised = f'deepsplit_slo_threshold_seconds{{{HERE},slo="{slo}"}}'
     return Query(f"max by (class) ({promised})", "promised {{class}}")
 
 

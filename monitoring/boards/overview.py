@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from monitoring.alerts.objectives import OBJECTIVES, REMAINING, ratio
+from monitoring.alerts.slos import REMAINING, SLOS, ratio
 from monitoring.boards.board import (
     HERE,
     MODEL,
@@ -21,7 +21,7 @@ from monitoring.boards.board import (
 )  # fmt: skip
 
 _FIRING = 'alertname=~"Deepsplit.*",alertstate="firing"'
-_EACH = "{{class}} {{objective}}"
+_EACH = "{{class}} {{slo}}"
 _WAITING = total("deepsplit_dispatch_stage_seconds_sum", f'{HERE},stage="wait"')
 
 PROMISES = Row("Are the promises kept?", (
@@ -49,8 +49,8 @@ PROMISES = Row("Are the promises kept?", (
         "Burn rate", "suffix:x",
         "How many times faster than allowed the budget goes, over an hour. 1 just uses it up; 14.4 pages.",
         tuple(
-            Query(f'{ratio("1h")}{{{MODEL},objective="{name}"}} / {1 - share:g}', _EACH)
-            for name, share in OBJECTIVES.items()
+            Query(f'{ratio("1h")}{{{MODEL},slo="{name}"}} / {1 - share:g}', _EACH)
+            for name, share in SLOS.items()
         ),
         width=12, limits=Limits(1, 14.4), alert="DeepsplitErrorBudgetBurn",
     ),
@@ -90,7 +90,7 @@ PLANES = Row("Which plane limits?", (
         "The plane nearest to 100 % is the one that limits. Experts busy: time in which they compute. Waiting at "
         "experts: share of a dispatch that rows spend in workers' queues.",
         (
-            Query(f"sum (deepsplit_engine_running_sequences{{{HERE}}}) / sum (deepsplit_engine_slots{{{HERE}}})",
+            Query(f"sum (deepsplit_engine_running_sequences{{{HERE}}}) / sum (deepsplit_engine_decode_slots{{{HERE}}})",
                   "decode slots"),
             Query(f"avg (deepsplit_kv_cache_usage_ratio{{{HERE}}})", "KV caches"),
             Query(f"max (deepsplit_kv_cache_usage_ratio{{{HERE}}})", "fullest KV cache"),

@@ -20,13 +20,13 @@ from cluster.config import DispatchConfig, InternalTlsConfig
 from cluster.errors import DeepsplitError, DispatchTimeout, StalePlacement, UncoveredExperts, WorkerLost
 from cluster.tls.contexts import ExpertChannels
 from monitoring.dispatch_meter import DispatchMeter
-from routing.tokens.expert_load import FRESH_S, ExpertLoadFile, ExpertPlane, StepQueue
-from routing.tokens.in_flight import InFlight, Received, Sent
+from routing.tokens.in_flight import InFlight, ReceivedPart, SentPart
 from routing.tokens.link import WorkerLink
 from routing.tokens.placement import PlacementFile, PlacementTable, WorkerEndpoint
-from routing.tokens.request_ids import STEP
+from routing.tokens.plane_state import FRESH_S, ExpertPlaneFile, ExpertPlaneState, StepQueueTime
+from routing.tokens.request_ids import STEP_REQUEST_IDS
 from routing.tokens.split_combine import Part, Split, split
-from routing.tokens.wire import HEADER_BYTES, MAX_TRACE_BYTES, Request, encode_request, request_bytes
+from routing.tokens.wire import HEADER_BYTES, MAX_REQUEST_IDS_BYTES, DispatchRequest, encode_request, request_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +54,11 @@ class ExpertClient:
         dispatch_dtype: torch.dtype,
         combine_dtype: torch.dtype,
         tls: InternalTlsConfig | None = None,
-        load_file: ExpertLoadFile | None = None,
+        plane_file: ExpertPlaneFile | None = None,
         meter: DispatchMeter | None = None,
     ) -> None:
-        """`tls`: mutual TLS with the workers; plain TCP without. `load_file` is told how long rows wait at the workers,
-        `meter` how each dispatch went.
+        """`tls`: mutual TLS with the workers; plain TCP without. The client writes into `plane_file` how long rows wait
+        at the workers, and tells `meter` how each dispatch went.
 
         Raises StartupError when the files of `tls` cannot be used.
         """
@@ -68,9 +68,9 @@ class ExpertClient:
         self._dispatch_dtype = dispatch_dtype
         self._combine_dtype = combine_dtype
         self._channels = None if tls is None else ExpertChannels(tls)
-        self._load_file = load_file
+        self._plane_file = plane_file
         self.meter = meter
-        self._queue = StepQueue()
+        self._queue = StepQueueTime()
         self._ids = count(1)
         self._lock = threading.Lock()
         self._links: dict[str, WorkerLink] = {}  # worker_id -> live link
@@ -198,7 +198,7 @@ class ExpertClient:
     def _degraded(self, layer: int, rows: int) -> None:
         now = time.monotonic()
         if now - self._degraded_at > FRESH_S:
-            fields = {"request_id": STEP.get(), "layer": layer, "rows": rows}
+            fields = {"request_id": STEP_REQUEST_IDS.get(), "layer": layer, "rows": rows}
             logger.warning("degraded: some rows are computed without all of their experts", extra={"fields": fields})
         self._degraded_at = now
 
@@ -209,7 +209,7 @@ class ExpertClient:
             )
         return self._links[worker.worker_id]
 
-    def _send_part(self, dispatch: InFlight, part: Part, table: PlacementTable) -> Sent:
+    def _send_part(self, dispatch: InFlight, part: Part, table: PlacementTable) -> SentPart:
         worker, sample = table.workers[part.worker], dispatch.sample
         link = self._link(worker)
         began = time.monotonic()
@@ -218,12 +218,12 @@ class ExpertClient:
         hidden_RH = dispatch.hidden_TH if whole else dispatch.hidden_TH[rows_R]
         weights_RK = dispatch.weights_TK if whole else dispatch.weights_TK[rows_R]
         ids_RK = torch.from_numpy(part.expert_ids_RK)
-        deadline_ms, trace = int(self._settings.call_timeout_s * 1000), STEP.get()
+        deadline_ms, request_ids = int(self._settings.call_timeout_s * 1000), STEP_REQUEST_IDS.get()
         frames = []
         for rows in self._pieces(len(rows_R), hidden_RH.shape[1], ids_RK.shape[1]):
-            request = Request(
+            request = DispatchRequest(
                 next(self._ids), table.epoch, dispatch.layer, deadline_ms,
-                hidden_RH[rows], ids_RK[rows], weights_RK[rows], self._combine_dtype, trace,
+                hidden_RH[rows], ids_RK[rows], weights_RK[rows], self._combine_dtype, request_ids,
             )  # fmt: skip
             frame = encode_request(request)
             packed = time.monotonic()
@@ -232,14 +232,14 @@ class ExpertClient:
             sample.pack_s += packed - began
             began = time.monotonic()
             sample.send_s += began - packed
-            frames.append((request.request_id, rows))
-        return Sent(part, worker.worker_id, tuple(frames))
+            frames.append((request.frame_id, rows))
+        return SentPart(part, worker.worker_id, tuple(frames))
 
-    def _pieces(self, rows: int, hidden: int, slots: int) -> list[slice]:
+    def _pieces(self, rows: int, hidden: int, top_k: int) -> list[slice]:
         """Row ranges whose request and reply both stay under the message bound."""
         widest = max(self._dispatch_dtype, self._combine_dtype, key=lambda dtype: dtype.itemsize)
-        per_row = request_bytes(1, hidden, slots, widest) - HEADER_BYTES
-        most = max(1, ((self._settings.max_message_mib << 20) - HEADER_BYTES - MAX_TRACE_BYTES) // per_row)
+        per_row = request_bytes(1, hidden, top_k, widest) - HEADER_BYTES
+        most = max(1, ((self._settings.max_message_mib << 20) - HEADER_BYTES - MAX_REQUEST_IDS_BYTES) // per_row)
         return [slice(at, min(at + most, rows)) for at in range(0, rows, most)]
 
     # --- receiving ---
@@ -264,21 +264,21 @@ class ExpertClient:
         dispatch.all_taken()
         return lost
 
-    def _receive_part(self, sent: Sent, deadline: float) -> Received:
+    def _receive_part(self, sent: SentPart, deadline: float) -> ReceivedPart:
         link = self._links.get(sent.worker_id)
         if link is None:
             raise WorkerLost(f"expert worker {sent.worker_id} left the placement")
         pieces, queue_us, compute_us = [], 0, 0
-        for request_id, rows in sent.frames:
+        for frame_id, rows in sent.frames:
             timeout_s = min(self._settings.call_timeout_s, deadline - time.monotonic())
-            reply = link.receive(request_id, timeout_s)
+            reply = link.receive(frame_id, timeout_s)
             if reply.output_TH.shape != (rows.stop - rows.start, self._shape.hidden_size):
                 raise WorkerLost(f"expert worker {link.address} answered with shape {tuple(reply.output_TH.shape)}")
             pieces.append(reply.output_TH)
             queue_us += reply.queue_us
             compute_us += reply.compute_us
         output_RH = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return Received(output_RH, queue_us / 1e6, compute_us / 1e6)
+        return ReceivedPart(output_RH, queue_us / 1e6, compute_us / 1e6)
 
     # --- links ---
 
@@ -287,7 +287,7 @@ class ExpertClient:
         self._lost_at[worker_id] = time.monotonic()
         self._last_loss = f"; last lost: {error}"
         self._routes.clear()  # keys name the lost; keep only current ones
-        fields = {"worker_id": worker_id, "request_id": STEP.get()}
+        fields = {"worker_id": worker_id, "request_id": STEP_REQUEST_IDS.get()}
         logger.warning("expert worker lost, its rows go elsewhere: %s", error, extra={"fields": fields})
 
     def _drop(self, worker_id: str) -> None:
@@ -300,8 +300,8 @@ class ExpertClient:
         while not self._stop.wait(_WATCHDOG_S):
             for link in list(self._links.values()):
                 link.expire(time.monotonic())
-            if self._load_file is not None and self._queue.steps != written:
+            if self._plane_file is not None and self._queue.steps != written:
                 written = self._queue.steps
                 with contextlib.suppress(OSError):  # advice for admission; dispatches do not depend on it
                     degraded = time.monotonic() - self._degraded_at < FRESH_S
-                    self._load_file.write(ExpertPlane(self._queue.mean_s, degraded))
+                    self._plane_file.write(ExpertPlaneState(self._queue.mean_s, degraded))

@@ -20,16 +20,16 @@ _BLOCKED_S = 20e-6  # a reply that took no longer to read had come before
 
 
 @dataclass(frozen=True)
-class Sent:
+class SentPart:
     """One worker's part, in as many frames as the message bound asks for."""
 
     part: Part
     worker_id: str
-    frames: tuple[tuple[int, slice], ...]  # (request id, rows of the part)
+    frames: tuple[tuple[int, slice], ...]  # (frame id, rows of the part)
 
 
 @dataclass(frozen=True)
-class Received:
+class ReceivedPart:
     """What came back of it."""
 
     output_RH: torch.Tensor
@@ -51,12 +51,12 @@ class InFlight:
         self.remaining_TK = expert_ids_TK  # still to be computed; NO_EXPERT where done
         self.deadline = deadline
         self.uncovered_deadline = uncovered_deadline
-        self.sent: list[Sent] = []
+        self.sent: list[SentPart] = []
         self.sample = DispatchSample(len(hidden_TH))
         self._output_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32)
         self._dropped_T = np.zeros(len(hidden_TH), dtype=np.float32)  # weight of experts that a row goes without
         self._sent_at = self._meanwhile_at = 0.0  # monotonic seconds
-        self._received: list[tuple[float, Received]] = []  # with when it came
+        self._received: list[tuple[float, ReceivedPart]] = []  # with when it came
 
     @property
     def pending(self) -> bool:
@@ -72,7 +72,7 @@ class InFlight:
         self._meanwhile_at = time.monotonic()
         self.sample.shared_s = self._meanwhile_at - self._sent_at
 
-    def take(self, sent: Sent, received: Received) -> None:
+    def take(self, sent: SentPart, received: ReceivedPart) -> None:
         """Sum up one part's reply."""
         now, sample = time.monotonic(), self.sample
         self._received.append((now, received))

@@ -11,7 +11,7 @@ from cluster.config import DispatchConfig
 from cluster.errors import DeepsplitError, FrameError, WorkerLost
 from cluster.tls.contexts import ExpertChannels, handshake_hint
 from routing.tokens.channel import METHOD_PATH, MODEL_KEY, channel_options
-from routing.tokens.wire import ErrorReply, Reply, decode_reply
+from routing.tokens.wire import DispatchReply, ErrorReply, decode_reply
 
 
 class WorkerLink:
@@ -30,7 +30,7 @@ class WorkerLink:
         self._deadline = float("inf")  # monotonic seconds; read by the client's watchdog thread
         self._timed_out = False
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
-        self._replies: dict[int, Reply | ErrorReply] = {}
+        self._replies: dict[int, DispatchReply | ErrorReply] = {}
         if channels is None:
             self._channel = grpc.insecure_channel(address, options=channel_options(settings))
         else:
@@ -44,16 +44,16 @@ class WorkerLink:
         """Queue one frame; gRPC's own thread writes it."""
         self._outbox.put(frame)
 
-    def receive(self, request_id: int, timeout_s: float) -> Reply:
-        """The reply to `request_id`, whatever else arrives before it.
+    def receive(self, frame_id: int, timeout_s: float) -> DispatchReply:
+        """The reply to `frame_id`, whatever else arrives before it.
 
         Raises WorkerLost when the stream breaks or nothing comes in `timeout_s`, or the worker's own error.
         """
         self._deadline = time.monotonic() + timeout_s
         try:
-            while request_id not in self._replies:
+            while frame_id not in self._replies:
                 reply = decode_reply(next(self._call))
-                self._replies[reply.request_id] = reply
+                self._replies[reply.frame_id] = reply
         except StopIteration:
             raise WorkerLost(f"expert worker {self.address} closed the stream") from None
         except grpc.RpcError as error:
@@ -62,7 +62,7 @@ class WorkerLink:
             raise WorkerLost(f"expert worker {self.address} sent a broken reply: {error}") from None
         finally:
             self._deadline = float("inf")
-        reply = self._replies.pop(request_id)
+        reply = self._replies.pop(frame_id)
         if isinstance(reply, ErrorReply):
             raise reply.error
         return reply

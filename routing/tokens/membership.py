@@ -18,7 +18,7 @@ State = Literal["loading", "ready"]
 
 
 @dataclass(frozen=True)
-class Member:
+class WorkerMember:
     """One expert worker process."""
 
     worker_id: str  # new with every process
@@ -27,7 +27,7 @@ class Member:
     node: str
     address: str  # host:port; empty while loading
     state: State
-    heard_s: float  # clock of its last sign of life
+    last_heartbeat_s: float  # clock of its last sign of life
     scrape: ScrapeTarget | None = None  # None: not told yet
 
 
@@ -40,7 +40,7 @@ class Membership:
         self._slots = slots
         self._timeout_s = heartbeat_timeout_s
         self._started_s = now_s
-        self._members: dict[str, Member] = {}
+        self._members: dict[str, WorkerMember] = {}
         self._epoch = 0
         self._seen_epoch = 0  # newest epoch that a former directory published, by its workers' word
         self._published = False
@@ -56,10 +56,10 @@ class Membership:
         free = [slot for slot in slots or range(len(self._slots)) if slot not in taken]
         if not free:
             return None
-        self._members[worker_id] = Member(worker_id, free[0], pid, node, "", "loading", now_s)
+        self._members[worker_id] = WorkerMember(worker_id, free[0], pid, node, "", "loading", now_s)
         return free[0]
 
-    def announce(self, member: Member, seen_epoch: int, now_s: float) -> bool:
+    def register(self, member: WorkerMember, seen_epoch: int, now_s: float) -> bool:
         """A worker tells its state: `ready` once it holds its slot's experts and listens. Also how a new directory
         learns of old workers, whose `seen_epoch` (newest published epoch they know, 0 for none) keeps epochs growing.
 
@@ -67,18 +67,18 @@ class Membership:
         that only loads.
         """
         self.expire(now_s)
-        self.saw(seen_epoch)
+        self.observe_epoch(seen_epoch)
         rival = next((m for m in self._members.values() if m.slot == member.slot), None)
         if rival is not None and rival.worker_id != member.worker_id:
             if not (member.state == "ready" and rival.state == "loading"):
                 return False
             del self._members[rival.worker_id]
-        self._members[member.worker_id] = replace(member, heard_s=now_s)
+        self._members[member.worker_id] = replace(member, last_heartbeat_s=now_s)
         if member.state == "ready":
             self._epoch += 1
         return True
 
-    def saw(self, epoch: int) -> None:
+    def observe_epoch(self, epoch: int) -> None:
         """Somebody knows an epoch that a former directory published: ours go on from there."""
         if epoch > self._epoch:
             self._epoch = self._seen_epoch = epoch
@@ -88,7 +88,7 @@ class Membership:
         self.expire(now_s)
         if worker_id not in self._members:
             return False
-        self._members[worker_id] = replace(self._members[worker_id], heard_s=now_s)
+        self._members[worker_id] = replace(self._members[worker_id], last_heartbeat_s=now_s)
         return True
 
     def leave(self, worker_id: str) -> None:
@@ -97,14 +97,14 @@ class Membership:
         if member is not None and member.state == "ready":
             self._epoch += 1
 
-    def expire(self, now_s: float) -> list[Member]:
+    def expire(self, now_s: float) -> list[WorkerMember]:
         """Drop members that have been silent for too long; returns them."""
-        silent = [m for m in self._members.values() if now_s - m.heard_s > self._timeout_s]
+        silent = [m for m in self._members.values() if now_s - m.last_heartbeat_s > self._timeout_s]
         for member in silent:
             self.leave(member.worker_id)
         return silent
 
-    def members(self) -> list[Member]:
+    def members(self) -> list[WorkerMember]:
         """All members, by slot."""
         return sorted(self._members.values(), key=lambda member: member.slot)
 

@@ -1,4 +1,4 @@
-"""Whose step this is: the ids of the requests in it, for log lines on both ends of the expert plane."""
+"""The ids of the requests that an engine step computes, for log lines on both ends of the expert plane."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextvars import ContextVar
 MAX_BYTES = 255  # in UTF-8: a frame gives its length in one byte
 _MORE = "…"
 
-# Joined ids of the engine step that this thread computes; empty outside one.
-STEP: ContextVar[str] = ContextVar("STEP", default="")
+# Ids, as `join_request_ids` writes them, of the engine step that this thread computes; empty outside one.
+STEP_REQUEST_IDS: ContextVar[str] = ContextVar("STEP_REQUEST_IDS", default="")
 
 
-def joined(request_ids: Iterable[str]) -> str:
-    """The ids, joined by commas; an ellipsis stands for what is beyond MAX_BYTES. What could break a line becomes `?`,
-    because clients may choose their ids.
+def join_request_ids(request_ids: Iterable[str]) -> str:
+    """The ids joined by commas; an ellipsis stands for those beyond MAX_BYTES. Characters that could break a log line
+    become `?`, because clients may choose their ids.
     """
     whole = "".join(char if char.isprintable() else "?" for char in ",".join(request_ids))
     raw = whole.encode()

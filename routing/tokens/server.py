@@ -22,8 +22,16 @@ from cluster.errors import DeepsplitError, DispatchTimeout, StartupError, Worker
 from cluster.tls.contexts import expert_server_credentials, peer_is
 from monitoring.expert_meter import BatchSample, ExpertMeter
 from routing.tokens.channel import METHOD, MODEL_KEY, SERVICE, channel_options
-from routing.tokens.request_ids import joined
-from routing.tokens.wire import Reply, Request, decode_request, encode_error, encode_reply, peek_request_id, peek_trace
+from routing.tokens.request_ids import join_request_ids
+from routing.tokens.wire import (
+    DispatchReply,
+    DispatchRequest,
+    decode_request,
+    encode_error,
+    encode_reply,
+    peek_frame_id,
+    peek_request_ids,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +41,7 @@ Experts = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 
 @dataclass
 class _Work:
-    request: Request
+    request: DispatchRequest
     arrived: float  # monotonic seconds
     done: bool = False  # written and read under the batcher's lock
     output_TH: torch.Tensor | None = None
@@ -63,7 +71,7 @@ class LayerBatcher:
         self._computing = threading.Lock()
         self.busy_s = 0.0  # that the experts were computed, so far
 
-    def submit(self, request: Request) -> _Work:
+    def submit(self, request: DispatchRequest) -> _Work:
         """Compute one request, possibly together with others. Errors are in the result."""
         work = _Work(request, self._clock())
         self._waiting.append(work)
@@ -126,7 +134,7 @@ class LayerBatcher:
 
 def _say_batch(layer: int, group: list[_Work], compute_us: int) -> None:
     fields = {
-        "request_id": joined(dict.fromkeys(work.request.trace for work in group)),
+        "request_id": join_request_ids(dict.fromkeys(work.request.request_ids for work in group)),
         "layer": layer,
         "rows": sum(len(work.request.hidden_TH) for work in group),
         "requests": len(group),
@@ -217,24 +225,24 @@ class ExpertServer:
             yield
 
     def _answer(self, frame: bytes) -> bytes:
-        request_id = peek_request_id(frame)
+        frame_id = peek_frame_id(frame)
         try:
             return self._reply(decode_request(frame, self._hidden_size))
         except DeepsplitError as error:
             bug = error.__cause__
-            fields = {"request_id": peek_trace(frame)}
+            fields = {"request_id": peek_request_ids(frame)}
             level = logging.ERROR if bug else logging.WARNING
             logger.log(level, "request not computed: %s", error, exc_info=bug, extra={"fields": fields})
             if self._meter is not None:
                 self._meter.failed(error.outcome)
-            return encode_error(request_id, error)
+            return encode_error(frame_id, error)
 
-    def _reply(self, request: Request) -> bytes:
+    def _reply(self, request: DispatchRequest) -> bytes:
         work = self._batcher.submit(request)
         if work.error is not None:
             raise work.error
         assert work.output_TH is not None
         output_TH = work.output_TH.to(request.reply_dtype)
         return encode_reply(
-            Reply(request.request_id, request.epoch, request.layer, work.queue_us, work.compute_us, output_TH)
+            DispatchReply(request.frame_id, request.epoch, request.layer, work.queue_us, work.compute_us, output_TH)
         )

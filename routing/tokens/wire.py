@@ -1,6 +1,6 @@
 """The wire format between attention and expert workers (docs/wire-format.md is the same in words).
 
-Legend: T rows (tokens), H hidden size, K expert slots per row. Little endian, no padding beyond what is named.
+Legend: T rows (tokens), H hidden size, K experts per token (top-k). Little endian, no padding beyond what is named.
 
 One frame is one gRPC message: a 40-byte header, then the sections of its kind. Tensors travel as raw bytes; nothing
 is ever unpickled. Every length follows from the header, so a frame of any other length is refused.
@@ -16,14 +16,15 @@ import numpy as np
 import torch
 
 from cluster.errors import DeepsplitError, DispatchTimeout, FrameError, StalePlacement, WorkerLost
-from routing.tokens.request_ids import MAX_BYTES as MAX_TRACE_BYTES
+from routing.tokens.request_ids import MAX_BYTES as MAX_REQUEST_IDS_BYTES
 
 MAGIC = b"DSX1"
-# magic, kind, dtype, reply dtype, error or trace bytes, request id, epoch, layer, rows, hidden, slots or queue, extra
+# magic, kind, dtype, reply dtype, error code or bytes of request ids, frame id, epoch, layer, rows, hidden, top-k or
+# queue time, deadline or compute time
 _HEADER = struct.Struct("<4sBBBBQIIIIII")
 HEADER_BYTES = _HEADER.size
 _MAX_U32 = 2**32 - 1
-NO_EXPERT = -1  # an unused slot of a row: contributes nothing
+NO_EXPERT = -1  # one of a row's K entries that asks this worker for nothing
 
 
 class Kind(IntEnum):
@@ -41,10 +42,11 @@ _ERROR_CODES = {error: code for code, error in _ERRORS.items()}
 
 
 @dataclass(frozen=True)
-class Request:
-    """Rows of one layer for one worker: `expert_ids_TK` int16, global, NO_EXPERT if unused; `weights_TK` float32."""
+class DispatchRequest:
+    """Rows of one layer for one worker: `expert_ids_TK` int16, global, NO_EXPERT where an expert is another worker's;
+    `weights_TK` float32."""
 
-    request_id: int
+    frame_id: int
     epoch: int
     layer: int
     deadline_ms: int  # how long the caller will wait from now on; clocks are not compared
@@ -52,14 +54,14 @@ class Request:
     expert_ids_TK: torch.Tensor
     weights_TK: torch.Tensor
     reply_dtype: torch.dtype
-    trace: str = ""  # ids of the clients' requests whose rows these are (routing.tokens.request_ids.joined)
+    request_ids: str = ""  # of the clients' requests whose rows these are, as `join_request_ids` writes them
 
 
 @dataclass(frozen=True)
-class Reply:
+class DispatchReply:
     """`output_TH` = per row, the weighted sum over the experts that this worker was asked for."""
 
-    request_id: int
+    frame_id: int
     epoch: int
     layer: int
     queue_us: int  # from the request's arrival to the start of its computation
@@ -71,7 +73,7 @@ class Reply:
 class ErrorReply:
     """A worker's refusal of one request."""
 
-    request_id: int
+    frame_id: int
     error: DeepsplitError
 
 
@@ -79,40 +81,41 @@ def _raw(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().contiguous().view(torch.uint8).reshape(-1).numpy())  # type: ignore[arg-type]
 
 
-def request_bytes(rows: int, hidden: int, slots: int, dtype: torch.dtype, trace_bytes: int = 0) -> int:
-    """Size in bytes of a request frame: header + T*H activations + T*K (float32 weight + int16 id) + trace."""
-    return HEADER_BYTES + rows * (hidden * dtype.itemsize + slots * 6) + trace_bytes
+def request_bytes(rows: int, hidden: int, top_k: int, dtype: torch.dtype, request_ids_bytes: int = 0) -> int:
+    """Size in bytes of a request frame: header + T*H activations + T*K (float32 weight + int16 id) + request ids."""
+    return HEADER_BYTES + rows * (hidden * dtype.itemsize + top_k * 6) + request_ids_bytes
 
 
-def encode_request(request: Request) -> bytes:
-    """Header, weights_TK (float32), hidden_TH (its dtype), expert_ids_TK (int16), trace (UTF-8)."""
+def encode_request(request: DispatchRequest) -> bytes:
+    """Header, weights_TK (float32), hidden_TH (its dtype), expert_ids_TK (int16), request ids (UTF-8)."""
     rows, hidden = request.hidden_TH.shape
-    trace = request.trace.encode()
-    assert len(trace) <= MAX_TRACE_BYTES, "routing.tokens.request_ids.joined bounds it"
+    request_ids = request.request_ids.encode()
+    assert len(request_ids) <= MAX_REQUEST_IDS_BYTES, "join_request_ids bounds it"
     header = _HEADER.pack(
-        MAGIC, Kind.REQUEST, _CODES[request.hidden_TH.dtype], _CODES[request.reply_dtype], len(trace),
-        request.request_id, request.epoch, request.layer, rows, hidden, request.expert_ids_TK.shape[1],
+        MAGIC, Kind.REQUEST, _CODES[request.hidden_TH.dtype], _CODES[request.reply_dtype], len(request_ids),
+        request.frame_id, request.epoch, request.layer, rows, hidden, request.expert_ids_TK.shape[1],
         request.deadline_ms,
     )  # fmt: skip
-    return b"".join((header, _raw(request.weights_TK), _raw(request.hidden_TH), _raw(request.expert_ids_TK), trace))
+    sections = (_raw(request.weights_TK), _raw(request.hidden_TH), _raw(request.expert_ids_TK), request_ids)
+    return b"".join((header, *sections))
 
 
-def encode_reply(reply: Reply) -> bytes:
+def encode_reply(reply: DispatchReply) -> bytes:
     """Header, output_TH (its dtype)."""
     rows, hidden = reply.output_TH.shape
     code = _CODES[reply.output_TH.dtype]
     header = _HEADER.pack(
-        MAGIC, Kind.REPLY, code, code, 0, reply.request_id, reply.epoch, reply.layer, rows, hidden,
+        MAGIC, Kind.REPLY, code, code, 0, reply.frame_id, reply.epoch, reply.layer, rows, hidden,
         min(reply.queue_us, _MAX_U32), min(reply.compute_us, _MAX_U32),
     )  # fmt: skip
     return b"".join((header, _raw(reply.output_TH)))
 
 
-def encode_error(request_id: int, error: DeepsplitError) -> bytes:
+def encode_error(frame_id: int, error: DeepsplitError) -> bytes:
     """Header, the message in UTF-8 (at most 64 KiB)."""
     code = next((_ERROR_CODES[cls] for cls in type(error).__mro__ if cls in _ERROR_CODES), 1)
     message = str(error).encode()[:65536]
-    return _HEADER.pack(MAGIC, Kind.ERROR, 0, 0, code, request_id, 0, 0, len(message), 0, 0, 0) + message
+    return _HEADER.pack(MAGIC, Kind.ERROR, 0, 0, code, frame_id, 0, 0, len(message), 0, 0, 0) + message
 
 
 def _tensor(frame: bytes, offset: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -142,62 +145,62 @@ def _check_length(frame: bytes, expected: int, what: str) -> None:
         raise FrameError(f"{what} of {len(frame)} bytes should have {expected} by its header: truncated or corrupt")
 
 
-def peek_request_id(frame: bytes) -> int:
+def peek_frame_id(frame: bytes) -> int:
     """The id of a frame whose body may be broken; 0 where even that cannot be read."""
     return _HEADER.unpack_from(frame)[5] if len(frame) >= HEADER_BYTES else 0
 
 
-def peek_trace(frame: bytes) -> str:
+def peek_request_ids(frame: bytes) -> str:
     """The request ids of a frame whose body may be broken; empty where they cannot be read."""
     length = _HEADER.unpack_from(frame)[4] if len(frame) >= HEADER_BYTES else 0
     try:
-        return _trace(frame, max(HEADER_BYTES, len(frame) - length))
+        return _request_ids(frame, max(HEADER_BYTES, len(frame) - length))
     except FrameError:
         return ""
 
 
-def _trace(frame: bytes, at: int) -> str:
+def _request_ids(frame: bytes, at: int) -> str:
     # It goes into log lines, so nothing in it may end one or hide what follows.
     try:
-        trace = frame[at:].decode()
+        request_ids = frame[at:].decode()
     except UnicodeDecodeError:
-        raise FrameError("the trace of a request is not UTF-8") from None
-    if not trace.isprintable():
-        raise FrameError("the trace of a request has characters that cannot be printed")
-    return trace
+        raise FrameError("the request ids of a frame are not UTF-8") from None
+    if not request_ids.isprintable():
+        raise FrameError("the request ids of a frame have characters that cannot be printed")
+    return request_ids
 
 
-def decode_request(frame: bytes, hidden_size: int) -> Request:
+def decode_request(frame: bytes, hidden_size: int) -> DispatchRequest:
     """Raises FrameError for anything but a well-formed request of `hidden_size`. Tensors are views of `frame`."""
-    kind, dtype_code, reply_code, traced, request_id, epoch, layer, rows, hidden, slots, deadline_ms = _unpack(frame)
+    kind, dtype_code, reply_code, ids_bytes, frame_id, epoch, layer, rows, hidden, top_k, deadline_ms = _unpack(frame)
     if kind != Kind.REQUEST:
         raise FrameError(f"expected a request (kind {Kind.REQUEST.value}), got kind {kind}")
     dtype, reply_dtype = _dtype(dtype_code), _dtype(reply_code)
     if hidden != hidden_size:
         raise FrameError(f"hidden size {hidden} does not fit this model's {hidden_size}: different checkpoints?")
-    _check_length(frame, request_bytes(rows, hidden, slots, dtype, traced), "request")
-    hidden_at = HEADER_BYTES + rows * slots * 4
+    _check_length(frame, request_bytes(rows, hidden, top_k, dtype, ids_bytes), "request")
+    hidden_at = HEADER_BYTES + rows * top_k * 4
     ids_at = hidden_at + rows * hidden * dtype.itemsize
-    return Request(
-        request_id, epoch, layer, deadline_ms,
+    return DispatchRequest(
+        frame_id, epoch, layer, deadline_ms,
         hidden_TH=_tensor(frame, hidden_at, dtype, rows, hidden),
-        expert_ids_TK=_tensor(frame, ids_at, torch.int16, rows, slots),
-        weights_TK=_tensor(frame, HEADER_BYTES, torch.float32, rows, slots),
+        expert_ids_TK=_tensor(frame, ids_at, torch.int16, rows, top_k),
+        weights_TK=_tensor(frame, HEADER_BYTES, torch.float32, rows, top_k),
         reply_dtype=reply_dtype,
-        trace=_trace(frame, len(frame) - traced),
+        request_ids=_request_ids(frame, len(frame) - ids_bytes),
     )  # fmt: skip
 
 
-def decode_reply(frame: bytes) -> Reply | ErrorReply:
+def decode_reply(frame: bytes) -> DispatchReply | ErrorReply:
     """Raises FrameError for anything but a well-formed reply or error. Tensors are views of `frame`."""
-    kind, dtype_code, _, error_code, request_id, epoch, layer, rows, hidden, queue_us, compute_us = _unpack(frame)
+    kind, dtype_code, _, error_code, frame_id, epoch, layer, rows, hidden, queue_us, compute_us = _unpack(frame)
     if kind == Kind.ERROR:
         _check_length(frame, HEADER_BYTES + rows, "error reply")
         message = frame[HEADER_BYTES:].decode(errors="replace")
-        return ErrorReply(request_id, _ERRORS.get(error_code, FrameError)(message))
+        return ErrorReply(frame_id, _ERRORS.get(error_code, FrameError)(message))
     if kind != Kind.REPLY:
         raise FrameError(f"expected a reply, got kind {kind}")
     dtype = _dtype(dtype_code)
     _check_length(frame, HEADER_BYTES + rows * hidden * dtype.itemsize, "reply")
     output_TH = _tensor(frame, HEADER_BYTES, dtype, rows, hidden)
-    return Reply(request_id, epoch, layer, queue_us, compute_us, output_TH)
+    return DispatchReply(frame_id, epoch, layer, queue_us, compute_us, output_TH)

@@ -1,4 +1,4 @@
-"""The application behind its REST door, on a Ray cluster of its own: what `test_openai_rest` talks to.
+"""The application behind its REST gateway, on a Ray cluster of its own: what `test_openai_rest` talks to.
 
 The only place that says which application that is.
 """
@@ -65,9 +65,9 @@ def rest_server(checkpoint: Path, engine_args: Mapping[str, object] | None = Non
         while not gateway.ready.remote().result(timeout_s=READY_S):
             assert time.monotonic() < until_s, "the gateway finds no attention replica"
             time.sleep(0.1)
-        door = config.gateway
+        gateway = config.gateway
         logs = folder / "session_latest" / "logs" / "serve"
-        yield RestServer(f"http://{door.host}:{door.port}", MODEL, f"{door.host}:{door.grpc_port}", logs)
+        yield RestServer(f"http://{gateway.host}:{gateway.port}", MODEL, f"{gateway.host}:{gateway.grpc_port}", logs)
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -12,8 +12,8 @@ import httpx
 import psutil
 import pytest
 
-from benchmarks.fakes.fleet import FakeReplica, FakeReplicas
 from benchmarks.fakes.gateway_process import GatewayProcess
+from benchmarks.fakes.replica_process import FakeReplica, FakeReplicas
 from benchmarks.fakes.service_model import ServiceModel
 from cluster.config import Config
 from tests.cli import free_port
@@ -77,8 +77,8 @@ def gateway(no_leftovers: None) -> Iterator[Gateway]:
         }
     )
     with ExitStack() as stack:
-        fleet = stack.enter_context(FakeReplicas([FakeReplica("r0", SERVICE, MODEL, None)]))
-        yield Gateway(stack.enter_context(GatewayProcess(config, fleet.endpoints)), grpc_port)
+        replicas = stack.enter_context(FakeReplicas([FakeReplica("r0", SERVICE, MODEL, None)]))
+        yield Gateway(stack.enter_context(GatewayProcess(config, replicas.endpoints)), grpc_port)
 
 
 GRPC_ATTACKS = grpc_attacks.attacks("/deepsplit.v1.Inference/CompleteStream")

@@ -16,7 +16,7 @@ import torch
 from cluster.config import DispatchConfig, InternalTlsConfig
 from cluster.errors import WorkerLost
 from routing.tokens.link import WorkerLink
-from routing.tokens.wire import Request, encode_request
+from routing.tokens.wire import DispatchRequest, encode_request
 from tests.certificates import Authority, MountedSecret
 from tests.cli import Cli, complete, free_port, wait_until
 
@@ -86,7 +86,8 @@ def test_plain_clients_reach_no_expert(cli: Cli) -> None:
     for address in workers(cli).values():
         link = WorkerLink(address, "any-model", DispatchConfig())
         ids_TK = torch.zeros(1, 1, dtype=torch.int16)
-        link.send(encode_request(Request(1, 1, 1, 5000, torch.ones(1, 8), ids_TK, torch.ones(1, 1), torch.float32)))
+        request = DispatchRequest(1, 1, 1, 5000, torch.ones(1, 8), ids_TK, torch.ones(1, 1), torch.float32)
+        link.send(encode_request(request))
         with pytest.raises(WorkerLost, match="internal_tls must be set here too"):
             link.receive(1, 10)
         link.close()

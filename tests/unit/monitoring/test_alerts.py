@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from monitoring.alerts.__main__ import all_groups, prometheus_rule, rules
-from monitoring.alerts.objectives import OURS
 from monitoring.alerts.rule import Alert
+from monitoring.alerts.slos import OURS
 from monitoring.links import RUNBOOKS, board_path, runbook
 from tests.unit.monitoring.alert_case import Case, Firing
 from tests.unit.monitoring.alert_cases import cases

@@ -43,7 +43,7 @@ VALUES = {
     "class": CLASSES, "tenant": tuple(f"t{number}" for number in range(TENANTS)), "outcome": tuple(OUTCOMES),
     "path": ("/tokenize", "/detokenize", "/v1/messages/count_tokens", "/v1/models"),
     "reason": tuple(f"r{number}" for number in range(REASONS)), "plane": get_args(errors.Plane),
-    "objective": ("ttft", "tpot"), "met": ("true", "false"), "kind": ("again", "continued"),
+    "slo": ("ttft", "tpot"), "met": ("true", "false"), "kind": ("again", "continued"),
     "member": ("experts", "attention", "gateway"), "state": ("starting", "loading", "ready", "draining"),
     "event": ("joined", "ready", "left", "lost"), "stage": STAGES, "direction": ("in", "out"),
     "expert_worker": tuple(f"w{number}" for number in range(WORKERS)), "certificate": ("internal_tls", "gateway.tls"),

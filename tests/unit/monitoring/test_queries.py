@@ -42,7 +42,7 @@ def test_faults_are_found(query: str, fault: str) -> None:
     ("query", "labels"),
     [
         ("sum by (model, class) (rate(deepsplit_requests_total[5m]))", {"model", "class"}),
-        ("topk(5, deepsplit_engine_slots)", set(TARGET_LABELS)),
+        ("topk(5, deepsplit_engine_decode_slots)", set(TARGET_LABELS)),
         ("histogram_quantile(0.5, sum by (le) (rate(deepsplit_ttft_seconds_bucket[5m]))) > 3", set()),
         (f"sum by (model, expert_worker) ({REPLIES}) / on (model) group_left () sum by (model) ({REPLIES})",
          {"model", "expert_worker"}),

@@ -10,8 +10,8 @@ import pytest
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from deployments.attention.engine_args import WORKER
-from deployments.attention.engine_worker import TracedWorker
-from routing.tokens.request_ids import STEP
+from deployments.attention.engine_worker import RequestIdsWorker
+from routing.tokens.request_ids import STEP_REQUEST_IDS
 
 
 def step(**tokens: int) -> Any:
@@ -21,14 +21,14 @@ def step(**tokens: int) -> Any:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What vLLM's own worker would have dispatched with."""
-    traces: list[str] = []
-    monkeypatch.setattr(CPUWorker, "execute_model", lambda self, output: traces.append(STEP.get()))
-    monkeypatch.setattr(CPUWorker, "sample_tokens", lambda self, grammar: traces.append(STEP.get()))
-    return traces
+    seen: list[str] = []
+    monkeypatch.setattr(CPUWorker, "execute_model", lambda self, output: seen.append(STEP_REQUEST_IDS.get()))
+    monkeypatch.setattr(CPUWorker, "sample_tokens", lambda self, grammar: seen.append(STEP_REQUEST_IDS.get()))
+    return seen
 
 
 def test_each_step_has_its_own_ids_drafting_included(seen: list[str]) -> None:
-    worker = object.__new__(TracedWorker)
+    worker = object.__new__(RequestIdsWorker)
     worker.execute_model(step(a=5, b=1))
     worker.sample_tokens(None)
     worker.execute_model(step(b=1))
@@ -38,7 +38,7 @@ def test_each_step_has_its_own_ids_drafting_included(seen: list[str]) -> None:
 
 
 def test_at_debug_level_each_step_is_a_line(seen: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    worker = object.__new__(TracedWorker)
+    worker = object.__new__(RequestIdsWorker)
     worker.execute_model(step(a=5, b=1))
     assert caplog.records == []
     with caplog.at_level(logging.DEBUG, logger="deployments.attention.engine_worker"):
@@ -48,4 +48,4 @@ def test_at_debug_level_each_step_is_a_line(seen: list[str], caplog: pytest.LogC
 
 
 def test_it_is_what_the_engine_is_told_to_use() -> None:
-    assert f"{TracedWorker.__module__}.{TracedWorker.__name__}" == WORKER
+    assert f"{RequestIdsWorker.__module__}.{RequestIdsWorker.__name__}" == WORKER

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from cluster.config import Config
-from deployments.directory.members import FleetView, GatewayMember
+from deployments.directory.members import ClusterView, GatewayMember
 from deployments.directory.replica import AttentionMember, Directory
 from monitoring.discovery import ScrapeTarget
-from routing.tokens.membership import Member
+from routing.tokens.membership import WorkerMember
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def gateway(node: str, open_requests: int, draining: bool = False, **in_flight: 
     return GatewayMember(f"gateway-{node}", 1, node, open_requests, in_flight, draining, scrape)
 
 
-async def seen_by(directory: Directory, member: GatewayMember) -> FleetView:
-    view = await directory.gateway(member, -1)
+async def seen_by(directory: Directory, member: GatewayMember) -> ClusterView:
+    view = await directory.register_gateway(member, -1)
     assert view is not None
     return view
 
@@ -45,7 +45,8 @@ def test_only_the_gateways_of_a_leaving_node_drain(directory: Directory) -> None
         assert not (await seen_by(directory, gateway("b", 4))).draining
         # Draining ones answer at once, so that their progress is seen; the others wait for news.
         version = (await seen_by(directory, gateway("a", 1, draining=True))).version
-        assert (await asyncio.wait_for(directory.gateway(gateway("a", 0, draining=True), version), 0.5)) is not None
+        answer = directory.register_gateway(gateway("a", 0, draining=True), version)
+        assert await asyncio.wait_for(answer, 0.5) is not None
         assert await directory.leave_node("a", True) == 0
 
     asyncio.run(scenario())
@@ -64,7 +65,7 @@ def test_a_gateway_that_does_not_know_yet_counts(directory: Directory) -> None:
 def test_attention_replicas_of_a_leaving_node_end_what_they_have(directory: Directory) -> None:
     async def scenario() -> None:
         for name, node in (("x", "a"), ("y", "b")):
-            await directory.introduce(AttentionMember(name, 1, node, "ready", f"http://{name}", "t"))
+            await directory.register_replica(AttentionMember(name, 1, node, "ready", f"http://{name}", "t"))
         await seen_by(directory, gateway("c", 5, x=3, y=2))
         assert await directory.leave_node("a", True) == 3
         view = await seen_by(directory, gateway("c", 3, x=1, y=2))
@@ -105,7 +106,8 @@ def test_workers_hear_how_busy_all_of_them_are(demo_model: Path, outside_serve: 
             assert assignment is not None
             held[name] = assignment.experts
             if name != "loading":
-                await directory.announce(Member(name, assignment.slot, 1, "n", f"n:{assignment.slot}", "ready", 0.0), 0)
+                member = WorkerMember(name, assignment.slot, 1, "n", f"n:{assignment.slot}", "ready", 0.0)
+                await directory.register_worker(member, 0)
         assert held["spare"] == held["a"] != held["b"]  # a copy of the first worker's
         assert await directory.join("too many", 1, "n", range(2, 4)) is None
         await directory.heartbeat("a", 0.9)

@@ -76,10 +76,10 @@ def test_objectives_are_the_class_own(took_s: float, met: str) -> None:
     meter = world.running()
     world.now_s += took_s
     meter.progress(1)
-    labels = {"class": "interactive", "objective": "ttft"}
-    assert world.value("deepsplit_objective_requests_total", met=met, **labels) == 1
-    assert world.value("deepsplit_objective_requests_total", met="false" if met == "true" else "true", **labels) == 0
-    assert world.value("deepsplit_objective_seconds", **labels) == 5
+    labels = {"class": "interactive", "slo": "ttft"}
+    assert world.value("deepsplit_slo_requests_total", met=met, **labels) == 1
+    assert world.value("deepsplit_slo_requests_total", met="false" if met == "true" else "true", **labels) == 0
+    assert world.value("deepsplit_slo_threshold_seconds", **labels) == 5
 
 
 def test_a_refusal_names_plane_and_reason_and_holds_no_place() -> None:

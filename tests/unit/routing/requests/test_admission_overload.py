@@ -11,7 +11,7 @@ from itertools import count
 
 import pytest
 
-from benchmarks.fakes.service_model import Engine, Job, ServiceModel
+from benchmarks.fakes.service_model import ServiceModel, SimulatedEngine, SimulatedSequence
 from benchmarks.overload.report import jain, quantile
 from cluster.config import AdmissionConfig, ClassObjective
 from routing.requests.admission import Admission, Decision, Refused
@@ -42,7 +42,7 @@ class Call:
 
     ask: Ask
     due_s: float
-    job: Job
+    job: SimulatedSequence
     token_s: list[float] = field(default_factory=list)
     told_s: float = 0.0  # last progress
     refused_s: float | None = None
@@ -84,11 +84,11 @@ class Simulation:
         self._classes = classes
         config = AdmissionConfig.model_validate(OBJECTIVES)
         self.admission = Admission(config, ReplicaChoice(), random.Random(seed + 1))
-        self._engines = {f"r{number}": Engine(SERVICE) for number in range(REPLICAS)}
+        self._engines = {f"r{number}": SimulatedEngine(SERVICE) for number in range(REPLICAS)}
         self._busy = dict.fromkeys(self._engines, False)
         self._per_s = per_s
         self.calls: dict[str, Call] = {}
-        self._by_job: dict[Job, Call] = {}
+        self._by_job: dict[SimulatedSequence, Call] = {}
         self._events: list[tuple[float, int, str]] = []
         self._order = count()
         self._now_s = 0.0
@@ -125,7 +125,7 @@ class Simulation:
         prompt_tokens, most = rng.randint(80, 320), rng.randint(16, 64)
         length = min(most, 1 + int(rng.expovariate(1 / EOS_EVERY)))
         ask = Ask(ticket, tenant, priority, prompt_tokens, most, 1, (), None)
-        call = Call(ask, self._now_s, Job((), prompt_tokens, length))
+        call = Call(ask, self._now_s, SimulatedSequence((), prompt_tokens, length))
         self.calls[ticket] = self._by_job[call.job] = call
         self._take(self.admission.submit(ask, self._now_s))
 

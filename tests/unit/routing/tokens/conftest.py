@@ -12,8 +12,8 @@ import torch
 
 from cluster.config import DispatchConfig, InternalTlsConfig
 from routing.tokens.client import ExpertClient, ExpertShape
-from routing.tokens.expert_load import ExpertLoadFile
 from routing.tokens.placement import PlacementFile, PlacementTable, WorkerEndpoint
+from routing.tokens.plane_state import ExpertPlaneFile
 
 HIDDEN, EXPERTS, MODEL = 32, 8, "test-model"
 
@@ -48,13 +48,13 @@ class Cluster:
         self.placement.write(PlacementTable(self._epoch, tuple(self.endpoints[name] for name in names)))
 
     def client(
-        self, tls: InternalTlsConfig | None = None, load_file: ExpertLoadFile | None = None, **settings: object
+        self, tls: InternalTlsConfig | None = None, plane_file: ExpertPlaneFile | None = None, **settings: object
     ) -> ExpertClient:
         config = DispatchConfig.model_validate(
             {"keepalive_interval_s": 1.0, "keepalive_timeout_s": 1.0, "uncovered_timeout_s": 10} | settings
         )
         shape = ExpertShape(MODEL, HIDDEN, EXPERTS)
-        client = ExpertClient(config, shape, self.placement, torch.float32, torch.float32, tls, load_file)
+        client = ExpertClient(config, shape, self.placement, torch.float32, torch.float32, tls, plane_file)
         self._clients.append(client)
         return client
 

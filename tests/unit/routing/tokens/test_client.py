@@ -11,7 +11,7 @@ import torch
 
 from cluster.errors import DispatchTimeout, FrameError, UncoveredExperts
 from routing.tokens.client import ExpertClient
-from routing.tokens.request_ids import STEP
+from routing.tokens.request_ids import STEP_REQUEST_IDS
 from tests.unit.routing.tokens.conftest import Cluster, rows
 
 ALL = list(range(8))
@@ -54,7 +54,7 @@ def test_killed_worker_between_dispatches_goes_unnoticed(cluster: Cluster) -> No
 
 
 def test_worker_killed_while_it_computes_loses_no_row(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
-    step = STEP.set("cmpl-a,cmpl-b")
+    step = STEP_REQUEST_IDS.set("cmpl-a,cmpl-b")
     cluster.start("a", ALL, delay_s=5.0)
     cluster.start("b", ALL)
     cluster.publish("a", "b")
@@ -66,7 +66,7 @@ def test_worker_killed_while_it_computes_loses_no_row(cluster: Cluster, caplog: 
     assert time.monotonic() - started < 4.5
     lost = [r.fields for r in caplog.records if "its rows go elsewhere" in r.message]  # type: ignore[attr-defined]
     assert lost == [{"worker_id": "a", "request_id": "cmpl-a,cmpl-b"}]
-    STEP.reset(step)
+    STEP_REQUEST_IDS.reset(step)
 
 
 def test_hung_worker_is_found_by_keepalive(cluster: Cluster) -> None:

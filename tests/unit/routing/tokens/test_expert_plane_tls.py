@@ -16,7 +16,7 @@ from cluster.tls.contexts import ExpertChannels
 from routing.tokens.client import ExpertClient
 from routing.tokens.link import WorkerLink
 from routing.tokens.server import ExpertServer
-from routing.tokens.wire import Request, encode_request
+from routing.tokens.wire import DispatchRequest, encode_request
 from tests.certificates import DAY, Authority, MountedSecret
 from tests.unit.routing.tokens.conftest import HIDDEN, MODEL, Cluster, rows
 
@@ -33,7 +33,7 @@ def ask(address: str, channels: ExpertChannels | None) -> None:
     """One request over a connection of its own, without any of the client's retries."""
     link = WorkerLink(address, MODEL, DispatchConfig(), channels)
     hidden, ids, weights, _ = rows(1)
-    request = Request(1, 1, 1, 5000, hidden, ids.to(torch.int16), weights, torch.float32)
+    request = DispatchRequest(1, 1, 1, 5000, hidden, ids.to(torch.int16), weights, torch.float32)
     link.send(encode_request(request))
     try:
         assert link.receive(1, 10).output_TH.shape == (1, HIDDEN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from routing.tokens.membership import Member, Membership
+from routing.tokens.membership import Membership, WorkerMember
 
 SLOTS = [{1: (0, 1)}, {1: (2, 3)}]
 
@@ -13,11 +13,11 @@ def make(now_s: float = 0.0) -> Membership:
     return Membership(SLOTS, heartbeat_timeout_s=5.0, now_s=now_s)
 
 
-def start(membership: Membership, name: str, now_s: float, seen_epoch: int = 0) -> Member:
+def start(membership: Membership, name: str, now_s: float, seen_epoch: int = 0) -> WorkerMember:
     slot = membership.join(name, 100, "10.0.0.1", now_s)
     assert slot is not None
-    member = Member(name, slot, 100, "10.0.0.1", f"10.0.0.1:{slot}", "ready", now_s)
-    assert membership.announce(member, seen_epoch, now_s)
+    member = WorkerMember(name, slot, 100, "10.0.0.1", f"10.0.0.1:{slot}", "ready", now_s)
+    assert membership.register(member, seen_epoch, now_s)
     return member
 
 
@@ -75,18 +75,18 @@ def test_a_worker_that_was_given_up_too_early_comes_back_unless_replaced() -> No
     membership = make()
     member = start(membership, "a", 0.0)
     assert not membership.heartbeat("a", 9.0)
-    assert membership.announce(member, 1, 9.0)
+    assert membership.register(member, 1, 9.0)
     start(membership, "b", 9.0)
     assert not membership.heartbeat("a", 20.0)
     assert start(membership, "c", 20.0).slot == 0
-    assert not membership.announce(member, 2, 20.0)
+    assert not membership.register(member, 2, 20.0)
 
 
 def test_a_new_directory_learns_from_its_workers_and_epochs_keep_growing() -> None:
     membership = make(now_s=50.0)
-    member = Member("a", 1, 100, "n", "n:1", "ready", 0.0)
+    member = WorkerMember("a", 1, 100, "n", "n:1", "ready", 0.0)
     assert not membership.heartbeat("a", 50.0)
-    assert membership.announce(member, 17, 50.0)
+    assert membership.register(member, 17, 50.0)
     assert membership.table(50.0) is None  # the other worker may still be alive
     for now_s in (52.0, 54.0):
         assert membership.heartbeat("a", now_s)
@@ -112,15 +112,15 @@ def test_leaving_in_good_order_is_seen_at_once() -> None:
 def test_a_ready_worker_keeps_its_slot_from_one_that_only_loads() -> None:
     membership = make(now_s=50.0)  # a new directory: a joiner comes before the old worker is heard
     assert membership.join("new", 1, "n", 50.0) == 0
-    assert membership.announce(Member("old", 0, 2, "n", "n:1", "ready", 0.0), 7, 50.5)
+    assert membership.register(WorkerMember("old", 0, 2, "n", "n:1", "ready", 0.0), 7, 50.5)
     assert [member.worker_id for member in membership.members()] == ["old"]
     assert not membership.heartbeat("new", 51.0)
-    assert not membership.announce(Member("new", 0, 1, "n", "", "loading", 0.0), 7, 51.0)
+    assert not membership.register(WorkerMember("new", 0, 1, "n", "", "loading", 0.0), 7, 51.0)
 
 
 def test_epochs_go_on_from_what_attention_replicas_know() -> None:
     membership = make()
-    membership.saw(40)
+    membership.observe_epoch(40)
     start(membership, "a", 0.0)
     start(membership, "b", 0.0)
     table = membership.table(0.0)

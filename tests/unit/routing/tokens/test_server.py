@@ -15,12 +15,12 @@ import torch
 from cluster.config import DispatchConfig
 from cluster.errors import DispatchTimeout, FrameError
 from routing.tokens.server import Experts, ExpertServer, LayerBatcher, _Work
-from routing.tokens.wire import ErrorReply, Reply, Request, decode_reply, encode_request
+from routing.tokens.wire import DispatchReply, DispatchRequest, ErrorReply, decode_reply, encode_request
 
 
-def request(layer: int, deadline_ms: int = 60_000) -> Request:
+def request(layer: int, deadline_ms: int = 60_000) -> DispatchRequest:
     ids_TK = torch.zeros(2, 1, dtype=torch.int16)
-    return Request(1, 1, layer, deadline_ms, torch.ones(2, 4), ids_TK, torch.ones(2, 1), torch.float32)
+    return DispatchRequest(1, 1, layer, deadline_ms, torch.ones(2, 4), ids_TK, torch.ones(2, 1), torch.float32)
 
 
 class Gated:
@@ -42,14 +42,14 @@ class Gated:
         self.seconds += 1.0
         return hidden_TH
 
-    def submit(self, item: Request) -> threading.Thread:
+    def submit(self, item: DispatchRequest) -> threading.Thread:
         """In a thread of its own; the result goes to `done`."""
         thread = threading.Thread(target=lambda: self.done.append(self.batcher.submit(item)))
         thread.start()
         return thread
 
 
-def run(gated: Gated, *waiting: Request, meanwhile_s: float) -> dict[int, list[_Work]]:
+def run(gated: Gated, *waiting: DispatchRequest, meanwhile_s: float) -> dict[int, list[_Work]]:
     """One request of layer 1 computes; `waiting` come, wait for `meanwhile_s`, and then all are answered; by layer."""
     threads = [gated.submit(request(1))]
     assert gated.entered.wait(30)
@@ -85,8 +85,8 @@ def test_a_deadline_that_passed_in_the_queue_costs_no_computation() -> None:
     assert isinstance(done[2][0].error, DispatchTimeout)
 
 
-def frame(layer: int, trace: str, deadline_ms: int = 60_000) -> bytes:
-    return encode_request(replace(request(layer, deadline_ms), trace=trace))
+def frame(layer: int, request_ids: str, deadline_ms: int = 60_000) -> bytes:
+    return encode_request(replace(request(layer, deadline_ms), request_ids=request_ids))
 
 
 def server_of(experts: Experts) -> ExpertServer:
@@ -118,7 +118,7 @@ def test_what_is_refused_late_or_fails_is_logged_with_its_request_ids(caplog: py
 
 def test_at_debug_level_each_batch_names_its_requests(caplog: pytest.LogCaptureFixture) -> None:
     server = server_of(lambda layer, hidden_TH, ids_TK, weights_TK: hidden_TH)
-    assert isinstance(decode_reply(server._answer(frame(3, "cmpl-a,cmpl-b"))), Reply)
+    assert isinstance(decode_reply(server._answer(frame(3, "cmpl-a,cmpl-b"))), DispatchReply)
     assert caplog.records == []
     with caplog.at_level(logging.DEBUG, logger="routing.tokens.server"):
         server._answer(frame(3, "cmpl-a,cmpl-b"))

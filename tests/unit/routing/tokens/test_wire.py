@@ -8,41 +8,41 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import DeepsplitError, FrameError, StalePlacement
-from routing.tokens.request_ids import joined
+from routing.tokens.request_ids import join_request_ids
 from routing.tokens.wire import (
     HEADER_BYTES,
+    DispatchReply,
+    DispatchRequest,
     ErrorReply,
-    Reply,
-    Request,
     decode_reply,
     decode_request,
     encode_error,
     encode_reply,
     encode_request,
-    peek_trace,
+    peek_request_ids,
     request_bytes,
 )  # fmt: skip
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-TRACES = st.lists(st.text(max_size=60), max_size=9).map(joined)
+REQUEST_IDS = st.lists(st.text(max_size=60), max_size=9).map(join_request_ids)
 
 
-def make_request(rows: int, hidden: int, slots: int, dtype: torch.dtype, trace: str = "") -> Request:
-    return Request(
+def make_request(rows: int, hidden: int, top_k: int, dtype: torch.dtype, request_ids: str = "") -> DispatchRequest:
+    return DispatchRequest(
         7, 3, 60, 1500, torch.randn(rows, hidden).to(dtype),
-        torch.randint(-1, 256, (rows, slots), dtype=torch.int16), torch.rand(rows, slots), torch.bfloat16, trace,
+        torch.randint(-1, 256, (rows, top_k), dtype=torch.int16), torch.rand(rows, top_k), torch.bfloat16, request_ids,
     )  # fmt: skip
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(0, 9), st.integers(1, 40), st.integers(1, 9), DTYPES, TRACES)
-def test_request_round_trip(rows: int, hidden: int, slots: int, dtype: torch.dtype, trace: str) -> None:
-    sent = make_request(rows, hidden, slots, dtype, trace)
+@given(st.integers(0, 9), st.integers(1, 40), st.integers(1, 9), DTYPES, REQUEST_IDS)
+def test_request_round_trip(rows: int, hidden: int, top_k: int, dtype: torch.dtype, request_ids: str) -> None:
+    sent = make_request(rows, hidden, top_k, dtype, request_ids)
     frame = encode_request(sent)
-    assert len(frame) == request_bytes(rows, hidden, slots, dtype, len(trace.encode()))
+    assert len(frame) == request_bytes(rows, hidden, top_k, dtype, len(request_ids.encode()))
     got = decode_request(frame, hidden)
-    assert (got.request_id, got.epoch, got.layer, got.deadline_ms) == (7, 3, 60, 1500)
-    assert got.trace == peek_trace(frame) == trace
+    assert (got.frame_id, got.epoch, got.layer, got.deadline_ms) == (7, 3, 60, 1500)
+    assert got.request_ids == peek_request_ids(frame) == request_ids
     assert got.reply_dtype == torch.bfloat16
     for name in ("hidden_TH", "expert_ids_TK", "weights_TK"):
         assert torch.equal(getattr(got, name), getattr(sent, name))
@@ -51,9 +51,9 @@ def test_request_round_trip(rows: int, hidden: int, slots: int, dtype: torch.dty
 @given(st.integers(0, 9), st.integers(1, 40), DTYPES)
 @settings(max_examples=30, deadline=None)
 def test_reply_round_trip(rows: int, hidden: int, dtype: torch.dtype) -> None:
-    got = decode_reply(encode_reply(Reply(9, 2, 5, 4567, 123, torch.randn(rows, hidden).to(dtype))))
-    assert isinstance(got, Reply)
-    assert (got.request_id, got.epoch, got.layer, got.queue_us, got.compute_us) == (9, 2, 5, 4567, 123)
+    got = decode_reply(encode_reply(DispatchReply(9, 2, 5, 4567, 123, torch.randn(rows, hidden).to(dtype))))
+    assert isinstance(got, DispatchReply)
+    assert (got.frame_id, got.epoch, got.layer, got.queue_us, got.compute_us) == (9, 2, 5, 4567, 123)
     assert got.output_TH.shape == (rows, hidden)
     assert got.output_TH.dtype == dtype
 
@@ -61,7 +61,7 @@ def test_reply_round_trip(rows: int, hidden: int, dtype: torch.dtype) -> None:
 def test_error_round_trip_keeps_class_and_text() -> None:
     got = decode_reply(encode_error(5, StalePlacement("layer 3: expert 9 moved")))
     assert isinstance(got, ErrorReply)
-    assert got.request_id == 5
+    assert got.frame_id == 5
     assert type(got.error) is StalePlacement
     assert str(got.error) == "layer 3: expert 9 moved"
 
@@ -80,22 +80,22 @@ def test_a_flipped_header_byte_never_reads_out_of_bounds(data: st.DataObject) ->
     frame = bytearray(encode_request(make_request(2, 8, 3, torch.bfloat16, "cmpl-1,cmpl-2")))
     at = data.draw(st.integers(0, HEADER_BYTES - 1))
     frame[at] = data.draw(st.integers(0, 255))
-    assert peek_trace(bytes(frame)).isprintable()
+    assert peek_request_ids(bytes(frame)).isprintable()
     try:
         got = decode_request(bytes(frame), 8)
     except FrameError:
         return
     assert got.hidden_TH.shape == (2, 8)
-    assert got.trace == "cmpl-1,cmpl-2"
+    assert got.request_ids == "cmpl-1,cmpl-2"
 
 
-@pytest.mark.parametrize("trace", [b"cmpl-1\n{}", b"\x1b[2K", b"\xff\xfe", "\u202egnp".encode()])
-def test_a_trace_that_could_forge_a_log_line_is_refused(trace: bytes) -> None:
-    frame = bytearray(encode_request(make_request(2, 8, 3, torch.float32)) + trace)
-    frame[7] = len(trace)
-    with pytest.raises(FrameError, match="the trace of a request"):
+@pytest.mark.parametrize("request_ids", [b"cmpl-1\n{}", b"\x1b[2K", b"\xff\xfe", "\u202egnp".encode()])
+def test_request_ids_that_could_forge_a_log_line_are_refused(request_ids: bytes) -> None:
+    frame = bytearray(encode_request(make_request(2, 8, 3, torch.float32)) + request_ids)
+    frame[7] = len(request_ids)
+    with pytest.raises(FrameError, match="the request ids of a frame"):
         decode_request(bytes(frame), 8)
-    assert peek_trace(bytes(frame)) == ""
+    assert peek_request_ids(bytes(frame)) == ""
 
 
 @pytest.mark.parametrize("cut", [0, 10, HEADER_BYTES, HEADER_BYTES + 5])

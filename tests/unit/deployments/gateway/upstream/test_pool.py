@@ -16,7 +16,7 @@ import psutil
 import pytest
 import uvloop
 
-from benchmarks.fakes.fleet import FakeReplica, FakeReplicas
+from benchmarks.fakes.replica_process import FakeReplica, FakeReplicas
 from benchmarks.fakes.service_model import ServiceModel
 from cluster.errors import ReplicaUnavailable
 from deployments.admission import replica_loads

@@ -1,4 +1,4 @@
-"""Objectives and the alerts on how fast their error budgets burn.
+"""Service-level objectives (SLOs) and the alerts on how fast their error budgets burn.
 
 Multi-window, multi-burn-rate alerts, with the windows and factors of Google's "The Site Reliability Workbook", chapter
 5, table 5-8: https://sre.google/workbook/alerting-on-slos/. A budget is what may go wrong in 30 days; a burn rate of 1
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from monitoring.alerts.rule import Alert, Group, Record, Severity
 
 # Share of events that must be good.
-OBJECTIVES = {"ttft": 0.99, "tpot": 0.99, "errors": 0.999}
+SLOS = {"ttft": 0.99, "tpot": 0.99, "errors": 0.999}
 
 # Outcomes that are our fault. `request_timeout` is one: a hung engine shows in nothing else; a client that sets itself
 # an impossible deadline is one tenant, which the runbook tells apart. `overloaded` and `draining` are not: they were
@@ -21,7 +21,7 @@ OBJECTIVES = {"ttft": 0.99, "tpot": 0.99, "errors": 0.999}
 # like are the client's, `cancelled` is nobody's.
 OURS = ("internal_error", "engine_error", "replica_unavailable", "stream_lost", "no_capacity", "request_timeout")
 
-EVENTS, BAD = "model_class:deepsplit_objective_events:rate5m", "model_class:deepsplit_objective_bad:rate5m"
+EVENTS, BAD = "model_class:deepsplit_slo_events:rate5m", "model_class:deepsplit_slo_bad:rate5m"
 REMAINING = "model_class:deepsplit_error_budget:remaining30d"
 WINDOWS = ("5m", "30m", "1h", "6h", "3d")
 _LEAST_BAD = 10  # in the long window: one failure on a quiet night is no page
@@ -51,8 +51,8 @@ _WHAT = {
 
 
 def ratio(window: str) -> str:
-    """Name of the recorded share of bad events, by model, class and objective."""
-    return f"model_class:deepsplit_objective_bad:ratio_rate{window}"
+    """Name of the recorded share of bad events, by model, class and slo."""
+    return f"model_class:deepsplit_slo_bad:ratio_rate{window}"
 
 
 def groups() -> list[Group]:
@@ -60,34 +60,34 @@ def groups() -> list[Group]:
     records: list[Record] = []
     for window in WINDOWS:
         records.extend(_records(window))
-    for objective, promised in OBJECTIVES.items():
-        selector = f'{{objective="{objective}"}}'
+    for slo, promised in SLOS.items():
+        selector = f'{{slo="{slo}"}}'
         spent = f"sum_over_time({BAD}{selector}[30d]) / sum_over_time({EVENTS}{selector}[30d])"
-        records.append(Record(REMAINING, f"1 - ({spent}) / {1 - promised:g}", {"objective": objective}))
-    alerts = [alert for objective in OBJECTIVES for alert in _alerts(objective)]
+        records.append(Record(REMAINING, f"1 - ({spent}) / {1 - promised:g}", {"slo": slo}))
+    alerts = [alert for slo in SLOS for alert in _alerts(slo)]
     interval = f"{_INTERVAL_S}s"
-    return [Group("deepsplit-objectives", interval, records), Group("deepsplit-burn-rates", interval, alerts)]
+    return [Group("deepsplit-slos", interval, records), Group("deepsplit-burn-rates", interval, alerts)]
 
 
 def _records(window: str) -> Iterator[Record]:
-    """Latencies have their objective as a label already; errors get it. What never went wrong is 0, not missing."""
-    by_objective = "sum by (model, class, objective)"
-    judged = f"{by_objective} (rate(deepsplit_objective_requests_total[{window}]))"
-    missed = f'{by_objective} (rate(deepsplit_objective_requests_total{{met="false"}}[{window}])) or 0 * {judged}'
+    """Latencies have their slo as a label already; errors get it. What never went wrong is 0, not missing."""
+    by_slo = "sum by (model, class, slo)"
+    judged = f"{by_slo} (rate(deepsplit_slo_requests_total[{window}]))"
+    missed = f'{by_slo} (rate(deepsplit_slo_requests_total{{met="false"}}[{window}])) or 0 * {judged}'
     ours, by_class = "|".join(OURS), "sum by (model, class)"
     ended = f'{by_class} (rate(deepsplit_requests_total{{outcome=~"ok|{ours}"}}[{window}]))'
     failed = f'{by_class} (rate(deepsplit_requests_total{{outcome=~"{ours}"}}[{window}])) or 0 * {ended}'
-    for events, bad, labels in ((judged, missed, {}), (ended, failed, {"objective": "errors"})):
+    for events, bad, labels in ((judged, missed, {}), (ended, failed, {"slo": "errors"})):
         if window == "5m":
             yield Record(EVENTS, events, labels)
             yield Record(BAD, bad, labels)
         yield Record(ratio(window), f"({bad}) / {events}", labels)
 
 
-def _alerts(objective: str) -> Iterator[Alert]:
-    name, what, board = _WHAT[objective]
-    budget = 1 - OBJECTIVES[objective]
-    selector = f'{{objective="{objective}"}}'
+def _alerts(slo: str) -> Iterator[Alert]:
+    name, what, board = _WHAT[slo]
+    budget = 1 - SLOS[slo]
+    selector = f'{{slo="{slo}"}}'
     for burn in _BURNS:
         limit = f"{burn.factor * budget:g}"
         enough = f"sum_over_time({BAD}{selector}[{burn.long}]) * {_INTERVAL_S} >= {_LEAST_BAD}"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from routing.tokens.expert_load import ExpertLoadFile, ExpertPlane, StepQueue
+from routing.tokens.plane_state import ExpertPlaneFile, ExpertPlaneState, StepQueueTime
 from tests.unit.routing.tokens.conftest import Cluster, rows
 
 
-def add_steps(queue: StepQueue, layers: dict[int, float], now_s: float, count: int = 1) -> float:
+def add_steps(queue: StepQueueTime, layers: dict[int, float], now_s: float, count: int = 1) -> float:
     for _ in range(count):
         for layer, queue_s in layers.items():
             queue.add(layer, queue_s, now_s)
@@ -22,7 +22,7 @@ def add_steps(queue: StepQueue, layers: dict[int, float], now_s: float, count: i
 
 
 def test_a_step_is_the_sum_over_its_layers_once_it_is_over() -> None:
-    queue = StepQueue()
+    queue = StepQueueTime()
     add_steps(queue, {3: 0.1, 4: 0.2, 5: 0.3}, 100.0)
     assert (queue.steps, queue.mean_s) == (0, 0.0)
     queue.add(3, 7.0, 100.1)
@@ -31,7 +31,7 @@ def test_a_step_is_the_sum_over_its_layers_once_it_is_over() -> None:
 
 
 def test_steps_of_different_depth_begin_at_the_first_layer() -> None:
-    queue = StepQueue()
+    queue = StepQueueTime()
     for layer in (60, 61, 3, 4, 60, 61, 61, 61, 3):  # MTP layers come again, for each drafted token
         queue.add(layer, 1.0, 100.0)
     assert queue.steps == 1
@@ -39,7 +39,7 @@ def test_steps_of_different_depth_begin_at_the_first_layer() -> None:
 
 
 def test_newer_steps_count_more_and_old_ones_fade() -> None:
-    queue = StepQueue()
+    queue = StepQueueTime()
     now_s = add_steps(queue, {1: 1.0}, 100.0, count=50)
     assert queue.mean_s == pytest.approx(1.0)
     now_s = add_steps(queue, {1: 0.0}, now_s, count=5)
@@ -49,22 +49,22 @@ def test_newer_steps_count_more_and_old_ones_fade() -> None:
 
 
 def test_a_number_that_nobody_renews_is_nought(tmp_path: Path) -> None:
-    file = ExpertLoadFile(tmp_path / "expert_load")
-    assert file.read(time.time()) == ExpertPlane()
-    file.write(ExpertPlane(0.0123, degraded=True))
+    file = ExpertPlaneFile(tmp_path / "expert_plane")
+    assert file.read(time.time()) == ExpertPlaneState()
+    file.write(ExpertPlaneState(0.0123, degraded=True))
     os.utime(file.path, (1000.0, 1000.0))
-    assert file.read(1001.9) == ExpertPlane(0.0123, degraded=True)
-    assert file.read(1002.1) == ExpertPlane()
-    file.write(ExpertPlane(4.5))
-    assert ExpertLoadFile(file.path).read(file.path.stat().st_mtime) == ExpertPlane(4.5)
-    assert [path.name for path in tmp_path.iterdir()] == ["expert_load"]
+    assert file.read(1001.9) == ExpertPlaneState(0.0123, degraded=True)
+    assert file.read(1002.1) == ExpertPlaneState()
+    file.write(ExpertPlaneState(4.5))
+    assert ExpertPlaneFile(file.path).read(file.path.stat().st_mtime) == ExpertPlaneState(4.5)
+    assert [path.name for path in tmp_path.iterdir()] == ["expert_plane"]
 
 
 def test_a_client_beside_a_busy_one_reports_its_wait(cluster: Cluster, tmp_path: Path) -> None:
     cluster.start("a", list(range(8)), delay_s=0.05)
     cluster.publish("a")
-    file = ExpertLoadFile(tmp_path / "expert_load")
-    alone, beside = cluster.client(load_file=file), cluster.client()
+    file = ExpertPlaneFile(tmp_path / "expert_plane")
+    alone, beside = cluster.client(plane_file=file), cluster.client()
     hidden, ids, weights, _ = rows(1)
     stop = threading.Event()
 

@@ -14,7 +14,7 @@ FRESH_S = 2.0  # an engine that wrote nothing for this long is idle, and idle ex
 _MEMORY_S = 1.0  # about how long a step counts in the mean
 
 
-class StepQueue:
+class StepQueueTime:
     """Mean waiting time per engine step, from the layers' dispatches. Not thread-safe; the clock comes in."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class StepQueue:
 
 
 @dataclass(frozen=True)
-class ExpertPlane:
+class ExpertPlaneState:
     """What an engine says of its expert workers."""
 
     queue_s: float = 0.0  # that a step's rows wait there, summed over layers
@@ -45,23 +45,23 @@ class ExpertPlane:
 
 
 @dataclass(frozen=True)
-class ExpertLoadFile:
+class ExpertPlaneFile:
     """Replaced atomically by the engine's process and read by its Serve replica."""
 
     path: Path
 
-    def write(self, plane: ExpertPlane) -> None:
+    def write(self, plane: ExpertPlaneState) -> None:
         """Readers see the old state or the new one. Raises OSError."""
         partial = self.path.with_suffix(".partial")
         partial.write_text(f"{plane.queue_s!r} {int(plane.degraded)}")
         partial.replace(self.path)
 
-    def read(self, now_s: float) -> ExpertPlane:
+    def read(self, now_s: float) -> ExpertPlaneState:
         """Idle and whole if nothing was written lately. `now_s`: Unix time."""
         try:
             if now_s - self.path.stat().st_mtime > FRESH_S:
-                return ExpertPlane()
+                return ExpertPlaneState()
             queue_s, degraded = self.path.read_text().split()
-            return ExpertPlane(float(queue_s), degraded == "1")
+            return ExpertPlaneState(float(queue_s), degraded == "1")
         except FileNotFoundError:
-            return ExpertPlane()
+            return ExpertPlaneState()

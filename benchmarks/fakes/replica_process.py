@@ -32,7 +32,7 @@ class FakeReplicas:
     """Starts the process and waits until all its replicas listen. Use as a context manager."""
 
     def __init__(self, replicas: Sequence[FakeReplica]) -> None:
-        command = [sys.executable, "-m", "benchmarks.fakes.fleet"]
+        command = [sys.executable, "-m", "benchmarks.fakes.replica_process"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
