@@ -9,7 +9,7 @@ from google.protobuf.struct_pb2 import Struct
 
 from cluster.errors import RequestError
 from deployments.gateway.grpc.requests import chat_body, completion_body, detokenize_body, tokenize_body
-from deployments.gateway.outline import MAX_PARTS, parse, peek
+from deployments.gateway.outline import MAX_PARTS, outline
 from deployments.protos.deepsplit.v1 import inference_pb2 as pb
 
 HELLO = [pb.Message(role="user", content="hello")]
@@ -137,8 +137,8 @@ def test_extra_reaches_the_body_with_whole_numbers_as_integers() -> None:
 
 def test_token_ids_are_a_prompt() -> None:
     body = completion_body(pb.CompletionRequest(token_ids=pb.TokenIds(ids=[1, 2, 3])), stream=False)
-    outline = peek("/v1/completions", parse(body))
-    assert (outline.prompt_ids, outline.stream) == (3, False)
+    read = outline("/v1/completions", body)
+    assert (read.prompt_ids, read.stream) == (3, False)
 
 
 def test_tokenize_and_detokenize() -> None:

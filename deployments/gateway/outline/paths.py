@@ -1,0 +1,255 @@
+"""Outline of a request, by a schema of its path alone.
+
+The schemas repeat fields, types and defaults of the engine's own request classes, and the same library validates both
+in the same lax mode: `"n": "60"` is 60 here as there. Fields of other paths are ignored, as the engine ignores them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BaseModel, Field, ValidationError
+
+from cluster.errors import RequestError
+from deployments.gateway.outline.body import MAX_PARTS, Fields, parse, too_many_parts
+from deployments.gateway.outline.prompt import PromptText
+
+COMPLETIONS_NEW_TOKENS = 16  # the engine's default of max_tokens for /v1/completions, for null as well
+MAX_NEW_TOKENS = 2**31 - 1  # of one sequence; what is asked beyond it is as good as no bound
+_MAX_N = 2**31 - 1  # keeps arithmetic sane; what one request may ask for is the caller's to say
+_Truncation = Annotated[int, Field(ge=-1)]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What admission and routing need to know of one request. Never less than the engine will run of it.
+
+    The chat template's own text is not counted, nor what a template given with the request may make of it (engines
+    refuse such templates unless their operator trusts them). Media parts count as their JSON.
+    """
+
+    fields: Fields  # as parsed; not to be changed
+    model: str | None  # as named; None if absent or empty
+    stream: bool
+    prompt_text: bytes  # UTF-8, in the order of the prompt; for prompts of ids the ids as JSON, to hash their prefixes
+    prompt_ids: int  # token ids given as such, over all prompts; if there are any, they are the whole prompt
+    prompts: int  # 1 except for completions
+    sequences: int  # n times prompts; 0 for paths that generate nothing
+    max_new_tokens: int | None  # of one sequence; None: what is left of the context, or the engine's own default
+    echo: bool  # completions
+    truncate_prompt_tokens: int | None  # each prompt is cut to so many tokens; -1: to what fits into the context
+
+
+def outline(path: str, body: bytes) -> Outline:
+    """Outline of a request for one of the paths that have a body.
+
+    Raises RequestError for what `parse` refuses, for a field of a type that the engine refuses, and for a prompt of
+    more than MAX_PARTS pieces. Whatever else is wrong with the request is left to the engine.
+    """
+    fields = parse(body)
+    try:
+        return _SCHEMAS[path].model_validate(fields).outline(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise RequestError(f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}") from error
+
+
+class _Request(BaseModel):
+    """Fields of type `object` are read as prompt text only, whatever they hold."""
+
+    model: str | None = None
+    kv_transfer_params: object = None
+
+    def outline(self, fields: Fields) -> Outline:
+        """Of a request that generates nothing."""
+        ids, text = self._prompt()
+        return Outline(fields, self.model or None, False, text, ids, 1, 0, 0, False, None)
+
+    def _text(self) -> bytes:
+        raise NotImplementedError
+
+    def _prompt(self) -> tuple[int, bytes]:
+        """Token ids and text. Ids of an earlier prefill take the place of all text, in every chat-like request."""
+        transfer = self.kv_transfer_params
+        ids = transfer.get("prompt_token_ids") if isinstance(transfer, dict) else None
+        if not isinstance(ids, list) or not ids:
+            return 0, self._text()
+        prompt = PromptText()
+        prompt.add(ids)
+        return len(ids), prompt.joined()
+
+    def _generating(
+        self, fields: Fields, stream: bool | None, bound: int | None, n: int | None, truncation: int | None
+    ) -> Outline:
+        ids, text = self._prompt()
+        sequences = _count(n)
+        return Outline(
+            fields, self.model or None, bool(stream), text, ids, 1, sequences, _bound(bound), False, truncation
+        )
+
+
+class _Completion(_Request):
+    prompt: object = None
+    prompt_embeds: object = None
+    echo: bool | None = False
+    max_tokens: int | None = COMPLETIONS_NEW_TOKENS
+    n: int = 1
+    stream: bool | None = False
+    truncate_prompt_tokens: _Truncation | None = None
+
+    def outline(self, fields: Fields) -> Outline:
+        bound = COMPLETIONS_NEW_TOKENS if self.max_tokens is None else self.max_tokens
+        text = PromptText()
+        prompts, ids = _prompts(self.prompt)
+        if ids or not isinstance(self.prompt, list):
+            text.add(self.prompt)
+        else:
+            text.content(self.prompt)
+        embeddings = self.prompt_embeds if isinstance(self.prompt_embeds, list) else [self.prompt_embeds]
+        for one in embeddings[: MAX_PARTS + 1]:
+            if isinstance(one, str):
+                text.add(one, last=True)
+                prompts += 1
+                ids += len(one) if ids else 0  # far more than it has tokens
+        prompts = max(1, prompts)
+        return Outline(
+            fields, self.model or None, bool(self.stream), text.joined(), ids, prompts,
+            _count(self.n) * prompts, _bound(bound), bool(self.echo), self.truncate_prompt_tokens,
+        )  # fmt: skip
+
+
+class _Chat(_Request):
+    messages: object = None
+    tools: object = None
+    documents: object = None
+    chat_template: object = None
+    chat_template_kwargs: object = None
+    response_format: object = None
+    max_completion_tokens: int | None = None
+    max_tokens: int | None = None
+    n: int | None = 1
+    stream: bool | None = False
+    truncate_prompt_tokens: _Truncation | None = None
+
+    def outline(self, fields: Fields) -> Outline:
+        bound = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self._generating(fields, self.stream, bound, self.n, self.truncate_prompt_tokens)
+
+    def _text(self) -> bytes:
+        text = PromptText()
+        text.tools(self.tools)
+        for value in (self.documents, self.chat_template_kwargs, self.chat_template):
+            text.add(value)
+        text.messages(self.messages)
+        text.add(self.response_format, last=True)  # some models' templates show it
+        return text.joined()
+
+
+class _Responses(_Request):
+    input: object = None
+    instructions: object = None
+    previous_input_messages: object = None
+    tools: object = None
+    chat_template_kwargs: object = None
+    max_output_tokens: int | None = None
+    stream: bool | None = False
+    truncation: object = "disabled"
+
+    def outline(self, fields: Fields) -> Outline:
+        truncation = None if self.truncation == "disabled" else -1
+        return self._generating(fields, self.stream, self.max_output_tokens, 1, truncation)
+
+    def _text(self) -> bytes:
+        text = PromptText()
+        text.tools(self.tools)
+        for value in (self.chat_template_kwargs, self.instructions, self.previous_input_messages):
+            text.add(value)
+        if isinstance(self.input, str):
+            text.add(self.input)
+        text.messages(self.input)
+        return text.joined()
+
+
+class _CountTokens(_Request):
+    messages: object = None
+    system: object = None
+    tools: object = None
+    chat_template_kwargs: object = None
+    output_config: object = None
+
+    def _text(self) -> bytes:
+        text = PromptText()
+        text.tools(self.tools)
+        text.add(self.chat_template_kwargs)
+        text.blocks(self.system, "system")
+        text.conversation(self.messages)
+        text.add(self.output_config, last=True)  # its JSON schema is chat's response_format
+        return text.joined()
+
+
+class _Messages(_CountTokens):
+    max_tokens: int
+    stream: bool | None = False
+
+    def outline(self, fields: Fields) -> Outline:
+        return self._generating(fields, self.stream, self.max_tokens, 1, None)
+
+
+class _Tokenize(_Request):
+    prompt: object = None
+    messages: object = None
+    tools: object = None
+    chat_template: object = None
+    chat_template_kwargs: object = None
+
+    def _text(self) -> bytes:
+        text = PromptText()
+        text.tools(self.tools)
+        for value in (self.chat_template_kwargs, self.chat_template, self.prompt):
+            text.add(value)
+        text.messages(self.messages)
+        return text.joined()
+
+
+class _Detokenize(_Request):
+    tokens: object = None
+
+    def _prompt(self) -> tuple[int, bytes]:
+        return len(self.tokens) if isinstance(self.tokens, list) else 0, b""
+
+
+_SCHEMAS: dict[str, type[_Request]] = {
+    "/v1/completions": _Completion,
+    "/v1/chat/completions": _Chat,
+    "/v1/responses": _Responses,
+    "/v1/messages": _Messages,
+    "/v1/messages/count_tokens": _CountTokens,
+    "/tokenize": _Tokenize,
+    "/detokenize": _Detokenize,
+}
+
+
+def _count(n: int | None) -> int:
+    return 1 if n is None else min(max(n, 1), _MAX_N)
+
+
+def _bound(tokens: int | None) -> int | None:
+    """What is below 1 is refused, or makes one token: an echo alone, say."""
+    return None if tokens is None else min(max(tokens, 1), MAX_NEW_TOKENS)
+
+
+def _prompts(prompt: object) -> tuple[int, int]:
+    """Number of prompts of a completion, and of token ids in them."""
+    if not isinstance(prompt, list):
+        return (0 if prompt is None else 1), 0
+    if not prompt:
+        return 0, 0
+    if isinstance(prompt[0], list):
+        return len(prompt), sum(len(one) for one in prompt if isinstance(one, list))
+    if isinstance(prompt[0], str):
+        if len(prompt) > MAX_PARTS:
+            raise too_many_parts()
+        if all(isinstance(one, str) for one in prompt):
+            return len(prompt), 0
+    return 1, len(prompt)  # numbers, or texts of numbers among numbers

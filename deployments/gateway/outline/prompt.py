@@ -1,0 +1,154 @@
+"""The texts of a request that the engine puts into its prompt, in their order, without the chat template's own."""
+
+from __future__ import annotations
+
+import msgspec
+
+from cluster.errors import RequestError
+from deployments.gateway.outline.body import MAX_PARTS, Fields, nested_too_deeply, too_many_parts
+
+# Which field of a content part is its text. Other parts are media, which engines of text models refuse.
+_TEXT_OF_PART = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "reasoning_text": "text",
+    "summary_text": "text",
+    "refusal": "refusal",
+    "thinking": "thinking",
+    "tool_reference": "name",
+}
+_FIELDS_WITH_PARTS = frozenset(("content", "output", "summary"))
+_FIELDS_OF_MESSAGE = frozenset(
+    (
+        "role", "name", "task", "reasoning", "tool_calls", "tool_call_id", "tools",  # chat
+        "namespace", "arguments", "call_id",  # items of the responses API
+    )
+)  # fmt: skip
+# What the engine reads of a block of the messages API; it drops signatures, redacted thinking and cache marks.
+_FIELDS_OF_BLOCK = {
+    "text": ("text",),
+    "thinking": ("thinking",),
+    "tool_use": ("id", "name", "input"),
+    "tool_result": ("tool_use_id", "content"),
+    "image": ("source",),
+}
+_BILLING_HEADER = "x-anthropic-billing-header"  # differs in every request: the engine drops it, for its prefix cache
+_MAX_REPEATED_BYTES = 2**23
+
+
+class PromptText:
+    """Collects the pieces of one prompt. Its methods raise RequestError for more pieces than MAX_PARTS."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._last: list[bytes] = []
+
+    def joined(self) -> bytes:
+        """All pieces, one a line, as UTF-8."""
+        return b"\n".join(self._pieces + self._last)
+
+    def add(self, value: object, last: bool = False) -> None:
+        """A text as it is, anything else as JSON. `last`: behind all else, so that equal prefixes stay equal."""
+        if value is None or value == "":
+            return
+        pieces = self._last if last else self._pieces
+        if len(pieces) >= MAX_PARTS:
+            raise too_many_parts()
+        pieces.append(value.encode() if isinstance(value, str) else _json(value))
+
+    def messages(self, messages: object) -> None:
+        """Chat messages, or items of the responses API, which become chat messages."""
+        for message in _list(messages):
+            if isinstance(message, dict):
+                self._message(message)
+
+    def conversation(self, messages: object) -> None:
+        """Messages of the messages API."""
+        for message in _list(messages):
+            if isinstance(message, dict):
+                self.add(message.get("role"))
+                self.blocks(message.get("content"), message.get("role"))
+
+    def content(self, content: object) -> None:
+        """A text, or a list of parts. Fields of a part that the engine does not know reach some chat templates."""
+        if not isinstance(content, list):
+            self.add(content)
+            return
+        for part in _list(content):
+            kind = part.get("type") if isinstance(part, dict) else None
+            text = _TEXT_OF_PART.get(kind) if isinstance(kind, str) else None
+            if text is None or not isinstance(part, dict):
+                self.add(part)
+                continue
+            self.add(part.get(text))
+            if len(part) > 2:
+                self.add({name: value for name, value in part.items() if name not in ("type", text)}, last=True)
+
+    def blocks(self, blocks: object, role: object) -> None:
+        """Content of the messages API, or its `system`."""
+        if not isinstance(blocks, list):
+            self.add(blocks)
+            return
+        for block in _list(blocks):
+            kind = block.get("type") if isinstance(block, dict) else None
+            if not isinstance(kind, str) or not isinstance(block, dict):
+                continue
+            if role == "system" and str(block.get("text", "")).startswith(_BILLING_HEADER):
+                continue
+            for name in _FIELDS_OF_BLOCK.get(kind, ()):
+                if name == "content" and role == "user":
+                    self._tool_result(block.get(name))
+                else:
+                    self.add(block.get(name))
+
+    def tools(self, tools: object) -> None:
+        """Tool definitions. The responses API puts the name of a namespace before each name in it."""
+        self.add(tools or None)
+        for tool in tools if isinstance(tools, list) else ():
+            if isinstance(tool, dict) and tool.get("type") == "namespace":
+                name, inner = tool.get("name"), tool.get("tools")
+                if isinstance(name, str) and isinstance(inner, list):
+                    if len(name) * len(inner) > _MAX_REPEATED_BYTES:
+                        raise RequestError("a namespace in `tools` has too long a name for so many tools: shorten it")
+                    self.add(name * len(inner))
+
+    def _message(self, message: Fields) -> None:
+        for name, value in message.items():
+            if name in _FIELDS_WITH_PARTS:
+                if name != "summary" or not message.get("content"):  # which stands in for a missing content
+                    self.content(value)
+            elif name in _FIELDS_OF_MESSAGE:
+                self.add(value or None)
+            elif name == "reasoning_content" and message.get("reasoning") is None:  # its old name
+                self.add(value)
+
+    def _tool_result(self, content: object) -> None:
+        if not isinstance(content, list):
+            self.add(content)
+            return
+        for item in _list(content):
+            match item:
+                case {"type": "text", "text": text}:
+                    self.add(text)
+                case {"type": "tool_reference", "tool_name": name} if name:
+                    self.add(name)
+                case {"type": "tool_reference", "name": name}:
+                    self.add(name)
+                case {"type": "image"}:
+                    self.add(item)
+
+
+def _list(value: object) -> list[object]:
+    if not isinstance(value, list):
+        return []
+    if len(value) > MAX_PARTS:
+        raise too_many_parts()
+    return value
+
+
+def _json(value: object) -> bytes:
+    try:
+        return msgspec.json.encode(value)
+    except RecursionError as error:
+        raise nested_too_deeply() from error
