@@ -26,7 +26,8 @@ async def read_body(lease: Lease, chunks: AsyncIterator[bytes], encoding: str, l
         size += len(part)
         if size > limit_bytes:
             raise RequestTooLarge(
-                f"the request body is larger than {limit_bytes // 2**20} MiB, this server's limit (gateway.max_body_mib)"
+                f"the request body is larger than {limit_bytes // 2**20} MiB, this server's limit "
+                "(gateway.max_body_mib)"
             )
         lease.hold(len(part))
         parts.append(part)

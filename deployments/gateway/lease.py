@@ -7,7 +7,6 @@ settled in `Lease.end`, once.
 from __future__ import annotations
 
 import asyncio
-
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

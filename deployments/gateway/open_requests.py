@@ -38,7 +38,7 @@ class Session:
                 return await request
         except TimeoutError as error:
             if self._evicted:
-                raise _full("the gateway needed this call's place for a request, and nothing was asked on it") from error
+                raise _full("the gateway needed this call's place: nothing was asked on it") from error
             raise RequestTimeout(
                 f"nothing was asked on this call for {self._idle_timeout_s:g} s (gateway.stream_idle_timeout_s)"
             ) from error

@@ -23,8 +23,8 @@ from deployments.gateway.open_requests import OpenRequests, Session
 from deployments.gateway.outline import Outline, outline
 from deployments.gateway.upstream.attempts import Attempts
 from deployments.gateway.upstream.pool import ReplicaPool
-from routing.requests.prefix_index import prefix_hashes
 from routing.requests.prediction.prompt_size import PromptSize
+from routing.requests.prefix_index import prefix_hashes
 from routing.requests.request import Ask, Grant, Priority, Tenant
 from routing.requests.tenants import TenantsFile
 
@@ -58,7 +58,9 @@ class Pipeline:
         meters: RequestMeters,
         log_bodies: bool = False,
     ) -> None:
-        """`models`: the model's name, then its further ones. `log_bodies`: request bodies go to the log, as debug lines."""
+        """`models`: the model's name, then its further ones. `log_bodies`: request bodies go to the log, as debug
+        lines.
+        """
         self._models = models
         self._config = config
         self._tenants = tenants

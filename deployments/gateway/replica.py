@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import logging
@@ -22,6 +21,7 @@ from cluster.config import Config
 from cluster.errors import ReplicaUnavailable
 from deployments.directory.members import ClusterView, EngineStats, GatewayMember
 from deployments.gateway.server import GatewayServer
+from deployments.hosting.background import BackgroundTasks
 from deployments.hosting.scrape import scrape_process
 from deployments.hosting.serve_logs import start_logging
 from monitoring.exporter import ProcessRegistry
@@ -57,23 +57,24 @@ class Gateway:
         node = ray.util.get_node_ip_address()
         self._id = f"gateway-{uuid.uuid4().hex[:8]}"
         self._scrape = scrape_process(registry, "gateway", self._id, node, config)
-        self._following = asyncio.create_task(self._follow())
+        self._background = BackgroundTasks(logger)
+        self._background.start("following the directory", self._follow())
 
     async def ready(self) -> bool:
         """Whether a request would find an attention replica."""
-        return all(self._server.door.ready().values())
+        return all(self._server.pipeline.ready().values())
 
     async def check_health(self) -> None:
         """Serve replaces a gateway whose check raises."""
-        if self._following.done():
-            raise RuntimeError(f"the gateway no longer follows the directory: {self._following.exception()!r}")
+        self._background.check()
+        self._server.check()
 
     async def _follow(self) -> None:
         """Keeps up with the directory, by long poll; one that is away leaves everything as it is."""
         version = -1
         while True:
             server, draining, scrape = self._server, self._draining is not None, self._scrape.target
-            open_requests, in_flight = server.door.open_requests, server.in_flight()
+            open_requests, in_flight = len(server.pipeline.open_requests), server.in_flight()
             member = GatewayMember(self._id, os.getpid(), scrape.node, open_requests, in_flight, draining, scrape)
             try:
                 view: ClusterView | None = await self._directory.register_gateway.remote(member, version)
@@ -92,7 +93,7 @@ class Gateway:
         if view.admission is not None:
             self._server.set_admission(view.admission)
         if view.draining and self._draining is None:
-            self._draining = asyncio.create_task(self._server.door.drain(self._drain_timeout_s))
+            self._draining = asyncio.create_task(self._server.drain(self._drain_timeout_s))
 
     async def _cluster_status(self) -> Mapping[str, object]:
         """What the directory knows of both planes, and the counters of one attention replica's engine."""
@@ -106,11 +107,9 @@ class Gateway:
         return {**cluster, "engine": dataclasses.asdict(stats) | {"spec_acceptance": stats.spec_acceptance}}
 
     async def __del__(self) -> None:
-        following = getattr(self, "_following", None)  # absent if the constructor failed early
-        if following is not None:
-            following.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await following
+        background = getattr(self, "_background", None)  # absent if the constructor failed early
+        if background is not None:
+            await background.cancel()
         server = getattr(self, "_server", None)
         if server is not None:
             await server.stop(self._drain_timeout_s)

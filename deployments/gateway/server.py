@@ -1,4 +1,4 @@
-"""Everything of a gateway replica but Ray: servers, door, admission, connections to the attention replicas.
+"""Everything of a gateway replica but Ray: servers, pipeline, admission, connections to the attention replicas.
 
 One event loop holds it all. `deployments.gateway.replica` wraps it in a Serve replica.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from cluster.config import Config
 from cluster.errors import NoCapacity, Plane, Reason, ReplicaUnavailable
@@ -19,14 +21,16 @@ from deployments.admission.local import LocalAdmission
 from deployments.admission.replica_loads import ReplicaLoads
 from deployments.admission.waiting_room import TICK_S, WaitingRoom
 from deployments.directory.members import AdmissionEndpoint, ReplicaEndpoint, ResponseHead
-from deployments.gateway.detokenizer import ModelTokens
+from deployments.gateway.detokenizer import ModelTokenizer
 from deployments.gateway.grpc.server import GrpcServer
 from deployments.gateway.meter import RequestMeters
+from deployments.gateway.models import ModelPages
 from deployments.gateway.openapi import gateway_document
 from deployments.gateway.operator_pages import OperatorPages
-from deployments.gateway.pipeline import GatewayDoor
+from deployments.gateway.pipeline import Pipeline
 from deployments.gateway.rest.api import GET_PATHS, POST_PATHS, RestApi
 from deployments.gateway.upstream.pool import ReplicaPool
+from deployments.hosting.background import BackgroundTasks
 from deployments.hosting.http_server import HttpServer
 from monitoring.discovery import ScrapeTarget, discovery_document
 from monitoring.exporter import ProcessRegistry
@@ -42,6 +46,8 @@ _OWN_PATHS = {
     "/v1/deepsplit/status": "State of both planes, of the engine and of admission.",
 }
 
+logger = logging.getLogger(__name__)
+
 ClusterStatus = Callable[[], Awaitable[Mapping[str, object]]]
 
 
@@ -51,17 +57,21 @@ class GatewayServer:
     def __init__(self, config: Config, cluster_status: ClusterStatus, registry: ProcessRegistry) -> None:
         """Must be made inside the event loop that it will run on."""
         gateway = config.gateway
-        self.model = config.model.name or config.model.path.name
         self._config = config
         self._cluster_status = cluster_status
-        self._tenants = TenantsFile(gateway.keys_file)
-        self.gate = WaitingRoom(time.monotonic)
+        self._registry = registry
+        self._models = (config.model.name or config.model.path.name, *config.model.aliases)
+        self._metrics = GatewayMetrics(registry)
+        self._background = BackgroundTasks(logger)
+        self._targets: Sequence[ScrapeTarget] = ()
+        self._document: bytes | None = None
+        self.room = WaitingRoom(time.monotonic)
         self._local = self._decide_alone()
-        self._fleet: AdmissionClient | None = None
+        self._common: AdmissionClient | None = None
         if gateway.replicas > 1:
-            self._fleet = AdmissionClient(self.gate, self._decide_alone, config.internal_tls)
+            self._common = AdmissionClient(self.room, self._decide_alone, config.internal_tls)
         else:
-            self.gate.decide_by(self._local)
+            self.room.decide_by(self._local)
         self._replicas = ReplicaLoads(
             config.internal_tls,
             gateway.replica_timeout_s,
@@ -69,19 +79,27 @@ class GatewayServer:
             on_lost=lambda replica_id: self._pool.abort(replica_id),
         )
         self._pool = ReplicaPool(config.internal_tls, self._replicas)
-        tokens = ModelTokens(config.model.path)
-        self._metrics = GatewayMetrics(registry)
-        meters = RequestMeters(self._metrics, config.admission, time.monotonic)
-        self.door = GatewayDoor(
-            self.model, gateway, self._tenants, self.gate, self._pool, tokens, meters, config.logging.prompts
-        )
-        self._targets: Sequence[ScrapeTarget] = ()
-        pages = OperatorPages(registry, lambda: discovery_document(self._targets, self.model), self._status)
-        rest = RestApi(self.door, gateway.max_body_mib * 2**20, pages, self._openapi)
+        self.pipeline = self._pipeline()
+        models = ModelPages(self._models, _created(config.model.path), self._pool.loads)
+        pages = OperatorPages(registry, lambda: discovery_document(self._targets, self._models[0]), self._status)
+        rest = RestApi(self.pipeline, gateway, models, pages, self._openapi)
         self._http = HttpServer(rest.app, server_ssl_context(gateway.tls) if gateway.tls else None)
-        self._grpc = None if gateway.grpc_port is None else GrpcServer(gateway, self.model, self.door)
-        self._document: bytes | None = None
-        self._ticking: asyncio.Task[None] | None = None
+        self._grpc: GrpcServer | None = None
+        if gateway.grpc_port is not None:
+            self._grpc = GrpcServer(gateway, self._models[0], self.pipeline, models)
+
+    def _pipeline(self) -> Pipeline:
+        config = self._config
+        return Pipeline(
+            self._models,
+            config.gateway,
+            TenantsFile(config.gateway.keys_file),
+            self.room,
+            self._pool,
+            ModelTokenizer(config.model.path),
+            RequestMeters(self._metrics, config.admission, time.monotonic),
+            config.logging.prompts,
+        )
 
     async def start(self) -> None:
         """Listen on both ports, which replicas on one node share."""
@@ -89,7 +107,13 @@ class GatewayServer:
         await self._http.start(gateway.host, gateway.port, "gateway.port", share_port=True)
         if self._grpc is not None:
             await self._grpc.start()
-        self._ticking = asyncio.create_task(self._tick())
+        self._background.start("the tick of admission", self._tick())
+
+    def check(self) -> None:
+        """Raises RuntimeError when something that must run has ended."""
+        self._background.check()
+        if self._common is not None:
+            self._common.check()
 
     def in_flight(self) -> dict[str, int]:
         """Requests that attention replicas have, by replica id."""
@@ -105,33 +129,41 @@ class GatewayServer:
 
     def set_admission(self, endpoint: AdmissionEndpoint) -> None:
         """Where the common admission of several gateways listens."""
-        if self._fleet is not None:
-            self._fleet.set_server(endpoint.address, endpoint.token)
+        if self._common is not None:
+            self._common.set_server(endpoint.address, endpoint.token)
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse what is new, let what runs end within the grace, end the rest with an error.
+
+        Where there are other gateways, new connections reach those at once: this one no longer accepts any.
+        """
+        if self._config.gateway.replicas > 1:
+            self._http.close_listener()
+            if self._grpc is not None:
+                self._grpc.drain(grace_s)
+        await self.pipeline.open_requests.drain(grace_s)
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse what is new, let what runs end within the grace, end the rest with an error, close everything."""
-        await self.door.drain(grace_s)
+        """Drain, and close everything."""
+        await self.drain(grace_s)
         if self._grpc is not None:
             await self._grpc.stop(1.0)
         await self._http.stop(1.0)
-        if self._ticking is not None:
-            self._ticking.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._ticking
-        if self._fleet is not None:
-            await self._fleet.close()
+        await self._background.cancel()
+        if self._common is not None:
+            await self._common.close()
         await self._replicas.close()
         await self._pool.close()
 
     def _decide_alone(self) -> LocalAdmission:
         share = 1 / self._config.gateway.replicas
-        self._local = LocalAdmission(self._config.admission, time.monotonic, self.gate.decided, share)
+        self._local = LocalAdmission(self._config.admission, time.monotonic, self.room.decided, share)
         return self._local
 
     def _on_loads(self) -> None:
         loads = self._replicas.current()
         self._metrics.replicas.set(len(loads))
-        self.gate.set_loads(loads)
+        self.room.set_loads(loads)
 
     async def _tick(self) -> None:
         while True:
@@ -148,11 +180,12 @@ class GatewayServer:
         ]  # fmt: skip
         cluster = await self._cluster_status()
         gateway = {
-            "open_requests": self.door.open_requests, "tickets": self.gate.open_tickets(), "replicas": replicas,
+            "open_requests": len(self.pipeline.open_requests), "tickets": self.room.open_tickets(),
+            "replicas": replicas,
             # None: there is one gateway, which needs none. False: this gateway decides alone for now.
-            "common_admission": None if self._fleet is None else self._fleet.connected,
+            "common_admission": None if self._common is None else self._common.connected,
         }  # fmt: skip
-        return {"model": self.model, **cluster, "gateway": gateway}
+        return {"model": self._models[0], **cluster, "gateway": gateway}
 
     async def _openapi(self) -> bytes:
         if self._document is None:
@@ -163,9 +196,17 @@ class GatewayServer:
     async def _get(self, path: str) -> bytes:
         for load in self._replicas.current():
             with contextlib.suppress(ReplicaUnavailable):
-                items = [item async for item in self._pool.send(load.replica_id, "GET", path, b"", "openapi")]
+                items = [item async for item in self._pool.send(load.replica_id, "GET", path, b"", {})]
                 if isinstance(items[0], ResponseHead) and items[0].status == 200:
                     return b"".join(item for item in items if isinstance(item, bytes))
         raise NoCapacity(
             "no attention replica is ready", retry_after_s=5.0, plane=Plane.ATTENTION, reason=Reason.NO_REPLICA
         )
+
+
+def _created(model: Path) -> int:
+    """When the checkpoint was made, as far as its files say: the same at every gateway."""
+    try:
+        return int((model / "config.json").stat().st_mtime)
+    except OSError:
+        return 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 
 import grpc
 from google.protobuf.message import Message
@@ -13,11 +13,12 @@ from cluster.errors import RequestTimeout
 from deployments.gateway.grpc.errors import replica_error
 from deployments.gateway.head import REQUEST_ID, Head, read_head
 from deployments.gateway.lease import Lease
+from deployments.gateway.open_requests import Session
 from deployments.gateway.pipeline import AnswerHead, Pipeline
 from deployments.gateway.upstream import sse
 
 
-class GrpcCall:
+class CallContext:
     """A gRPC call: its metadata, and how its answers are written."""
 
     def __init__(self, context: grpc.aio.ServicerContext, write_stall_s: float) -> None:
@@ -51,10 +52,10 @@ class GrpcCall:
             raise RequestTimeout(f"the client read nothing for {self._write_stall_s:g} s") from error
 
 
-class GrpcRequest:
+class RequestContext:
     """One request on a call, with its lease."""
 
-    def __init__(self, pipeline: Pipeline, call: GrpcCall, lease: Lease) -> None:
+    def __init__(self, pipeline: Pipeline, call: CallContext, lease: Lease) -> None:
         self._pipeline = pipeline
         self.call = call
         self.lease = lease
@@ -94,3 +95,21 @@ class GrpcRequest:
             async for chunk in items:
                 assert isinstance(chunk, bytes), "an answer has one head"
                 yield chunk
+
+
+class SessionContext:
+    """A call that brings one request after another."""
+
+    def __init__(self, pipeline: Pipeline, call: CallContext, session: Session, path: str) -> None:
+        """`path`: what each of its requests asks for."""
+        self._pipeline = pipeline
+        self.call = call
+        self._session = session
+        self._path = path
+
+    @asynccontextmanager
+    async def request(self, request_id: str, size: int) -> AsyncIterator[RequestContext]:
+        """One of its requests, of so many bytes, with a lease of its own."""
+        async with self._pipeline.open(self.call.head(self._path, request_id), self._session) as lease:
+            lease.hold(size)
+            yield RequestContext(self._pipeline, self.call, lease)

@@ -13,7 +13,7 @@ from deployments.gateway.grpc.answers import (
     models_response,
     tokenize_response,
 )
-from deployments.gateway.grpc.call import GrpcRequest
+from deployments.gateway.grpc.call import RequestContext
 from deployments.gateway.grpc.requests import chat_body, completion_body, detokenize_body, tokenize_body
 from deployments.gateway.models import ModelPages
 from deployments.protos.deepsplit.v1 import inference_pb2 as pb
@@ -38,28 +38,28 @@ class Inference(inference_pb2_grpc.InferenceServicer):
     def __init__(self, models: ModelPages) -> None:
         self._models = models
 
-    async def Chat(self, message: pb.ChatRequest, request: GrpcRequest) -> pb.ChatResponse:
-        return chat_response(await request.ask(chat_body(message, stream=False)))
+    async def Chat(self, request: pb.ChatRequest, context: RequestContext) -> pb.ChatResponse:
+        return chat_response(await context.ask(chat_body(request, stream=False)))
 
-    async def ChatStream(self, message: pb.ChatRequest, request: GrpcRequest) -> None:
-        async with aclosing(request.stream(chat_body(message, stream=True))) as events:
+    async def ChatStream(self, request: pb.ChatRequest, context: RequestContext) -> None:
+        async with aclosing(context.stream(chat_body(request, stream=True))) as events:
             async for data in events:
-                await request.call.write(chat_chunk(data))
+                await context.call.write(chat_chunk(data))
 
-    async def Complete(self, message: pb.CompletionRequest, request: GrpcRequest) -> pb.CompletionResponse:
-        return completion_response(await request.ask(completion_body(message, stream=False)))
+    async def Complete(self, request: pb.CompletionRequest, context: RequestContext) -> pb.CompletionResponse:
+        return completion_response(await context.ask(completion_body(request, stream=False)))
 
-    async def CompleteStream(self, message: pb.CompletionRequest, request: GrpcRequest) -> None:
-        async with aclosing(request.stream(completion_body(message, stream=True))) as events:
+    async def CompleteStream(self, request: pb.CompletionRequest, context: RequestContext) -> None:
+        async with aclosing(context.stream(completion_body(request, stream=True))) as events:
             async for data in events:
-                await request.call.write(completion_chunk(data))
+                await context.call.write(completion_chunk(data))
 
-    async def Tokenize(self, message: pb.TokenizeRequest, request: GrpcRequest) -> pb.TokenizeResponse:
-        return tokenize_response(await request.ask(tokenize_body(message)))
+    async def Tokenize(self, request: pb.TokenizeRequest, context: RequestContext) -> pb.TokenizeResponse:
+        return tokenize_response(await context.ask(tokenize_body(request)))
 
-    async def Detokenize(self, message: pb.DetokenizeRequest, request: GrpcRequest) -> pb.DetokenizeResponse:
-        return detokenize_response(await request.ask(detokenize_body(message)))
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: RequestContext) -> pb.DetokenizeResponse:
+        return detokenize_response(await context.ask(detokenize_body(request)))
 
-    async def ListModels(self, message: pb.ListModelsRequest, request: GrpcRequest) -> pb.ListModelsResponse:
-        request.lease.status = 200
-        return models_response(self._models.visible(request.lease.tenant))
+    async def ListModels(self, request: pb.ListModelsRequest, context: RequestContext) -> pb.ListModelsResponse:
+        context.lease.status = 200
+        return models_response(self._models.visible(context.lease.tenant))

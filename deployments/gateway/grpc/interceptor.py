@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 from cluster.errors import DeepsplitError, Overloaded, Plane, Reason, RequestError, RequestTimeout
 from deployments.gateway.body import READ_TIMEOUT_S
-from deployments.gateway.grpc.call import GrpcCall, GrpcRequest
+from deployments.gateway.grpc.call import CallContext, RequestContext, SessionContext
 from deployments.gateway.grpc.errors import BUG, Failure, failure
 from deployments.gateway.head import api_key
 from deployments.gateway.open_requests import Session
@@ -36,13 +36,13 @@ class Interceptor(grpc.aio.ServerInterceptor):
         self,
         pipeline: Pipeline,
         paths: Mapping[str, str],
-        sessions: frozenset[str],
+        sessions: Mapping[str, str],
         write_stall_s: float,
         read_timeout_s: float = READ_TIMEOUT_S,
         side_calls: int = SIDE_CALLS,
     ) -> None:
-        """`paths`: method -> path that its request asks for; `sessions`: methods that bring one request after another;
-        all others need no key. `read_timeout_s`: for the one message of a request.
+        """`paths`: method -> path that its request asks for; `sessions`: the same for methods that bring one request
+        after another; all others need no key. `read_timeout_s`: for the one message of a request.
         """
         self._pipeline = pipeline
         self._paths = paths
@@ -72,20 +72,23 @@ class Interceptor(grpc.aio.ServerInterceptor):
         parse, streams = handler.request_deserializer, handler.response_streaming
 
         async def request(_: object, context: grpc.aio.ServicerContext) -> Message | None:
-            call = GrpcCall(context, self._write_stall_s)
+            call = CallContext(context, self._write_stall_s)
             async with _failing_well(context), self._pipeline.open(call.head(self._paths[method])) as lease:
                 raw = await self._read(context)
                 lease.hold(len(raw))
                 answer: Message | None = await behaviour(
-                    _parsed(raw, parse), GrpcRequest(self._pipeline, call, lease)
+                    _parsed(raw, parse), RequestContext(self._pipeline, call, lease)
                 )
                 return answer
 
         async def session(_: object, context: grpc.aio.ServicerContext) -> None:
-            call = GrpcCall(context, self._write_stall_s)
-            async with _failing_well(context), self._pipeline.session(api_key(call.metadata)) as opened:
-                async with aclosing(_messages(context, parse, opened)) as messages:
-                    await behaviour(messages, call, opened)
+            call = CallContext(context, self._write_stall_s)
+            async with (
+                _failing_well(context),
+                self._pipeline.session(api_key(call.metadata)) as opened,
+                aclosing(_messages(context, parse, opened)) as messages,
+            ):
+                await behaviour(messages, SessionContext(self._pipeline, call, opened, self._sessions[method]))
 
         async def side_call(_: object, context: grpc.aio.ServicerContext) -> Message | None:
             async with _failing_well(context):
@@ -99,6 +102,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
                     async with aclosing(_messages(context, parse, None)) as messages:
                         await self._answer(behaviour, messages, context, streams)
 
+        wrapped: Callable[[object, grpc.aio.ServicerContext], Awaitable[Message | None]]
         if method in self._sessions:
             wrapped = session
         elif method in self._paths:
@@ -122,7 +126,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         if not isinstance(answer, AsyncGenerator):
             return await answer
         assert streams, "one message for a unary method"
-        call = GrpcCall(context, self._write_stall_s)
+        call = CallContext(context, self._write_stall_s)
         async with aclosing(answer) as messages:
             async for message in messages:
                 await call.write(message)

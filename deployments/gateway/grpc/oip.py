@@ -10,10 +10,9 @@ import grpc
 
 from cluster.errors import DeepsplitError, ModelNotFound, RequestError
 from deployments.gateway.grpc.answers import completion
-from deployments.gateway.grpc.call import GrpcCall, GrpcRequest
+from deployments.gateway.grpc.call import RequestContext, SessionContext
 from deployments.gateway.grpc.errors import failure
 from deployments.gateway.grpc.oip_text import DATATYPES, TEXT_INPUT, TEXT_OUTPUT, VERSION, TextRequest, read
-from deployments.gateway.open_requests import Session
 from deployments.gateway.pipeline import Pipeline
 from deployments.protos.inference import open_inference_pb2 as pb
 from deployments.protos.inference import open_inference_pb2_grpc
@@ -21,7 +20,7 @@ from deployments.protos.inference import open_inference_pb2_grpc
 PLATFORM = "vllm"
 _COMPLETIONS = "/v1/completions"
 PATHS = {"/inference.GRPCInferenceService/ModelInfer": _COMPLETIONS}
-SESSIONS = frozenset({"/inference.GRPCInferenceService/ModelStreamInfer"})
+SESSIONS = {"/inference.GRPCInferenceService/ModelStreamInfer": _COMPLETIONS}
 _EXTENSIONS = ("model_stream_infer", "binary_tensor_data")
 
 
@@ -66,27 +65,25 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         response.outputs.add(name=TEXT_OUTPUT, datatype="BYTES", shape=[-1])
         return response
 
-    async def ModelInfer(self, message: pb.ModelInferRequest, request: GrpcRequest) -> pb.ModelInferResponse:
-        asked = read(message)
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: RequestContext) -> pb.ModelInferResponse:
+        asked = read(request)
         if asked.stream:
             raise RequestError("ModelInfer answers once: use ModelStreamInfer to stream")
-        return await self._whole(asked, request)
+        return await self._whole(asked, context)
 
     async def ModelStreamInfer(
-        self, messages: AsyncGenerator[pb.ModelInferRequest, None], call: GrpcCall, session: Session
+        self, request_iterator: AsyncGenerator[pb.ModelInferRequest, None], context: SessionContext
     ) -> None:
-        async for message in messages:
+        async for message in request_iterator:
             try:
-                head = call.head(_COMPLETIONS, message.id)
-                async with self._pipeline.open(head, session) as lease:
-                    lease.hold(message.ByteSize())
-                    await self._stream(read(message), GrpcRequest(self._pipeline, call, lease))
+                async with context.request(message.id, message.ByteSize()) as request:
+                    await self._stream(read(message), request)
             except DeepsplitError as error:
                 about = pb.ModelInferResponse(model_name=message.model_name, id=message.id)
                 how = failure(error)
-                await call.write(pb.ModelStreamInferResponse(error_message=how.message, infer_response=about))
+                await context.call.write(pb.ModelStreamInferResponse(error_message=how.message, infer_response=about))
 
-    async def _stream(self, asked: TextRequest, request: GrpcRequest) -> None:
+    async def _stream(self, asked: TextRequest, request: RequestContext) -> None:
         if asked.stream is False:
             whole = await self._whole(asked, request)
             await request.call.write(pb.ModelStreamInferResponse(infer_response=whole))
@@ -105,6 +102,6 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             final.parameters["triton_final_response"].bool_param = True
             await request.call.write(pb.ModelStreamInferResponse(infer_response=final))
 
-    async def _whole(self, asked: TextRequest, request: GrpcRequest) -> pb.ModelInferResponse:
+    async def _whole(self, asked: TextRequest, request: RequestContext) -> pb.ModelInferResponse:
         answer = completion(await request.ask(asked.body(stream=False)))
         return asked.response([choice.text for choice in sorted(answer.choices, key=lambda choice: choice.index)])

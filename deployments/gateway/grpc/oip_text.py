@@ -11,7 +11,6 @@ import msgspec
 
 from cluster.errors import ModelNotFound, RequestError
 from deployments.gateway.grpc.requests import Body, Json
-from deployments.gateway.outline import MAX_SEQUENCES
 from deployments.protos.inference import open_inference_pb2 as pb
 
 VERSION = "1"
@@ -21,6 +20,7 @@ DATATYPES = {TEXT_INPUT: "BYTES", PARAMETERS_INPUT: "BYTES", STREAM_INPUT: "BOOL
 _EMPTY_FINAL = "triton_enable_empty_final_response"
 _IGNORED_PREFIXES = ("triton_", "sequence_")
 _IGNORED = ("priority", "timeout", "binary_data_output")
+MAX_SEQUENCES = 1024  # prompts in one message; gateway.max_sequences bounds them further
 _OWN_FIELDS = ("model", "prompt", "stream", "echo")
 _LENGTH = struct.Struct("<I")
 

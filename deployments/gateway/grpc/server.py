@@ -40,6 +40,7 @@ class GrpcServer:
         self._interceptor = Interceptor(pipeline, paths, oip.SESSIONS, config.write_stall_s)
         self._health: Health | None = None
         self._server: grpc.aio.Server | None = None
+        self._draining: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
         """Listen; returns the port. Gateways on one node share it. Raises StartupError."""
@@ -64,6 +65,12 @@ class GrpcServer:
         await server.start()
         self._server = server
         return bound
+
+    def drain(self, grace_s: float) -> None:
+        """Tell clients to go elsewhere: no new connection, no new call; running ones may end within the grace."""
+        if self._server is not None and self._health is not None:
+            self._health.close()
+            self._draining = asyncio.create_task(self._server.stop(grace_s))
 
     async def stop(self, grace_s: float) -> None:
         """Not serving, for health watchers, from now on; running calls end within the grace or are cancelled."""

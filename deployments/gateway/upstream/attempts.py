@@ -89,7 +89,7 @@ class Attempts:
             raise error
         self._resends_left -= 1
         self._lease.resent(self._begun)
-        fields = {"request_id": self._lease.head.request_id, "continued": self._begun}
+        fields: dict[str, object] = {"request_id": self._lease.head.request_id, "continued": self._begun}
         logger.warning("a request goes on elsewhere: %s", error, extra={"fields": fields})
 
     async def _attempt(self, path: str, body: bytes) -> AsyncGenerator[ResponseHead | bytes, None]:

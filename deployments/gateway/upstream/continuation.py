@@ -14,6 +14,7 @@ import msgspec
 from cluster.errors import StreamLost
 from deployments.gateway.outline import Fields, Outline
 from deployments.gateway.upstream.events import CHAT, COMPLETIONS, AnswerEvents
+from deployments.gateway.upstream.sse import EventSplitter
 
 # (token ids, skip special tokens) -> text
 Decode = Callable[[list[int], bool], Awaitable[str]]

@@ -45,7 +45,7 @@ class AnswerEvents:
         self.head: dict[str, Any] = {}  # id, created, model, object of the stream's first chunk
         self._body = body
         self._split = EventSplitter()
-        self._wants_ids = outlined.return_token_ids
+        self._wants_ids = outlined.fields.get("return_token_ids") is True
         self._asks_ids = path in (COMPLETIONS, CHAT) and outlined.stream and not outlined.echo
         self._seen_prompts: set[int] = set()
         self._per_prompt = max(1, outlined.sequences // max(1, outlined.prompts))

@@ -8,8 +8,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from setuptools import find_packages
 from google.protobuf.descriptor import Descriptor
+from setuptools import find_packages
 
 from deployments.protos.inference import open_inference_pb2 as oip
 
