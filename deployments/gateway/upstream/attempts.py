@@ -74,8 +74,8 @@ class Attempts:
         if isinstance(error, ReplicaLost):
             self._losses += 1
             if self._losses >= _MOST_LOSSES:
-                fields = {"request_id": self._lease.head.request_id}
-                logger.error("two replicas were lost with this request; it is refused", extra={"fields": fields})
+                about = {"request_id": self._lease.head.request_id}
+                logger.error("two replicas were lost with this request; it is refused", extra={"fields": about})
                 raise EngineKilled(
                     f"two attention replicas were lost while they computed this request ({error}); it is not sent to "
                     "a third: the request itself may be what kills them"
@@ -89,7 +89,7 @@ class Attempts:
             raise error
         self._resends_left -= 1
         self._lease.resent(self._begun)
-        fields: dict[str, object] = {"request_id": self._lease.head.request_id, "continued": self._begun}
+        fields = {"request_id": self._lease.head.request_id, "continued": self._begun}
         logger.warning("a request goes on elsewhere: %s", error, extra={"fields": fields})
 
     async def _attempt(self, path: str, body: bytes) -> AsyncGenerator[ResponseHead | bytes, None]:
