@@ -10,7 +10,6 @@ from pathlib import Path
 
 import click
 
-from cluster.config import Config
 from cluster.config.file import load_config
 from cluster.errors import DeepsplitError, StartupError
 from cluster.keys.api_keys import key_hash, new_key

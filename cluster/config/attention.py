@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from cluster.config.section import NodeSelector, Section, conflict
-
-# The plan and the split read these from their own keys, so there must be one place to set them.
-_ENGINE_ARGS_WITH_A_KEY = {
-    "model": "use model.path",
-    "served_model_name": "use model.name",
-    "tensor_parallel_size": "use attention.tensor_parallel_size",
-    "load_format": "deepsplit's own loader leaves the routed experts out",
-}
+from cluster.config.engine_args import refusals
+from cluster.config.section import NodeSelector, Section, conflict, conflicts
+from cluster.config.vllm_arguments import VLLM_VERSION, EngineArguments
 
 
 class AttentionAutoscaling(Section):
@@ -50,12 +44,15 @@ class AttentionConfig(Section):
     threads: int | None = Field(None, ge=1, description="Compute threads of one CPU replica; all cores if not set.")
     speculative_tokens: int = Field(0, ge=0, description="Tokens drafted per step by the checkpoint's own Multi-Token "
                                                          "Prediction layer; 0 turns speculative decoding off.")
-    engine_args: dict[str, Any] = Field(default_factory=dict, description="Passed to vLLM's engine as they are.")
+    engine_args: EngineArguments = Field(
+        default_factory=EngineArguments,
+        description=f"More arguments of vLLM {VLLM_VERSION}'s engine and of its OpenAI application, such as "
+                    "`gpu_memory_utilization`; the last section below lists those that are refused.")
     placement: NodeSelector = Field(default_factory=NodeSelector, description="Which nodes attention replicas run on.")
 
     @model_validator(mode="after")
-    def _engine_args_set_nothing_that_has_its_own_key(self) -> Self:
-        for name, ours in _ENGINE_ARGS_WITH_A_KEY.items():
-            if name in self.engine_args:
-                raise conflict("engine_args", f"{name} cannot be set here: {ours}")
+    def _engine_args_can_work(self) -> Self:
+        found = list(refusals(self.engine_args, self.device, self.speculative_tokens))
+        if found:
+            raise conflicts(self, [(("engine_args", *path), message) for path, message in found])
         return self

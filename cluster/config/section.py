@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 AutoDtype = Literal["auto", "float32", "bfloat16", "float16"]
+FieldPath = tuple[str | int, ...]
 
 
 class Section(BaseModel):
@@ -23,9 +25,15 @@ def section_type(annotation: Any) -> type[BaseModel] | None:
     return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
 
 
-def conflict(field: str | tuple[str | int, ...], message: str) -> PydanticCustomError:
+def conflict(field: str | FieldPath, message: str) -> PydanticCustomError:
     """Error about `field` (or the path to it) of the section that is being validated, because of another key."""
     return PydanticCustomError("conflict", "{message}", {"field": field, "message": message})
+
+
+def conflicts(section: Section, found: Sequence[tuple[FieldPath, str]]) -> ValidationError:
+    """Several errors as `conflict` makes them, about fields of `section`, for messages that list all of them."""
+    details = [InitErrorDetails(type=conflict(path, message), input=section) for path, message in found]
+    return ValidationError.from_exception_data(type(section).__name__, details)
 
 
 class NodeSelector(Section):

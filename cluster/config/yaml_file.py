@@ -5,17 +5,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar, get_args, get_origin
+from typing import TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from typing_extensions import is_typeddict
 
 from cluster.config import section_type
 from cluster.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
 Problem = tuple[int, str]  # line (0: the whole file) and message
+
+_MOST_LISTED = 40  # of a section's keys, in a message about an unknown one
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -154,27 +157,25 @@ def _wording(detail: ErrorDetails, location: KeyPath, model: type[BaseModel], hi
 
 def _example_list(location: KeyPath, model: type[BaseModel]) -> str:
     *parents, key = location
-    section = _section(model, *parents)
-    field = section.model_fields.get(str(key)) if section else None
-    return "[3, 1]" if field is None or float in _parts(field.annotation) else "[a, b]"
+    return "[3, 1]" if _parts(_keys_in(model, *parents).get(str(key))) & {int, float} else "[a, b]"
 
 
-def _parts(annotation: object) -> Iterator[object]:
-    yield annotation
-    for part in get_args(annotation):
-        yield from _parts(part)
+def _parts(annotation: object) -> set[object]:
+    return {annotation}.union(*(_parts(part) for part in get_args(annotation)))
 
 
 def _unknown(location: KeyPath, model: type[BaseModel]) -> str:
     """What an unknown key was most likely meant to be."""
     *parents, key = location
-    section = _section(model, *parents)
-    siblings = sorted(section.model_fields) if section else []
-    close = difflib.get_close_matches(str(key), siblings, n=1)
-    if close:
-        return f"unknown key; did you mean {_dotted((*parents, close[0]))}?"
+    siblings = sorted(_keys_in(model, *parents))
     everywhere = {".".join(path): path[-1] for path in _all_keys(model, ())}
     same = [dotted for dotted, last in everywhere.items() if last == key]
+    close = [_dotted((*parents, name)) for name in difflib.get_close_matches(str(key), siblings, n=1)]
+    if len(siblings) > _MOST_LISTED:
+        near = same or close
+        return f"unknown key; did you mean {' or '.join(near)}?" if near else "unknown key; no valid one is like it"
+    if close:
+        return f"unknown key; did you mean {close[0]}?"
     near = same or difflib.get_close_matches(_dotted(location), list(everywhere), n=1)
     valid = f"valid here: {', '.join(siblings)}"
     return f"unknown key; did you mean {' or '.join(near)}?" if near else f"unknown key; {valid}"
@@ -188,18 +189,22 @@ def _all_keys(section: type[BaseModel], prefix: tuple[str, ...]) -> Iterator[tup
             yield from _all_keys(inner, (*prefix, name))
 
 
-def _section(model: type[BaseModel], *path: str | int) -> type[BaseModel] | None:
-    """The section at `path`; a position in a list of sections is that list's kind of section."""
-    section = model
+def _keys_in(model: type[BaseModel], *path: str | int) -> Mapping[str, object]:
+    """Keys of the section at `path` with their types; a position in a list of sections is that list's kind of section.
+    Empty if there is no section at `path`.
+    """
+    kind: object = model
     for name in path:
-        if isinstance(name, int):
-            continue
-        field = section.model_fields.get(name)
-        inner = section_type(field.annotation) if field else None
-        if inner is None:
-            return None
-        section = inner
-    return section
+        if isinstance(name, str):
+            kind = _members(kind).get(name)
+    return _members(kind)
+
+
+def _members(kind: object) -> Mapping[str, object]:
+    if is_typeddict(kind):
+        return get_type_hints(kind)
+    section = section_type(kind)
+    return {} if section is None else {name: field.annotation for name, field in section.model_fields.items()}
 
 
 def _line(location: KeyPath, lines: Mapping[KeyPath, int]) -> int:

@@ -71,7 +71,7 @@ workers: 3
         ("experts: {shares: 3}", "experts.shares: must be a list, such as [3, 1], but is 3"),
         ("experts: {replicas_per_expert: 3}", "experts.replicas_per_expert: 3 copies of each expert need as many"),
         ("experts: {heartbeat_timeout_s: 0.1}", "experts.heartbeat_timeout_s: must be above experts.heartbeat_int"),
-        ("attention: {engine_args: {load_format: dummy}}", "attention.engine_args: load_format cannot be set here"),
+        ("attention: {engine_args: {load_format: dummy}}", "attention.engine_args.load_format: cannot be set here"),
         ("attention: {max_num_seqs: 0}", "attention.max_num_seqs: must be at least 1, but is 0"),
         ("gateway: {port: 70000}", "gateway.port: must be at most 65535, but is 70000"),
         ("gateway: {host: [a]}", "gateway.host: must be text, but is a list"),
