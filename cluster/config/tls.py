@@ -15,6 +15,11 @@ class ServerTls(Section):
     cert_file: Path = Field(description="Certificate chain, PEM.")
     key_file: Path = Field(description="Private key, PEM.")
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files, for whoever watches them."""
+        return self.cert_file, self.key_file
+
 
 class InternalTlsConfig(Section):
     """Mutual TLS between gateway, attention replicas and expert workers. Changed files serve new connections."""
@@ -24,3 +29,8 @@ class InternalTlsConfig(Section):
     key_file: Path = Field(description="Its private key, PEM.")
     ca_file: Path = Field(description="Authorities that peers' certificates must come from, PEM.")
     server_name: str = Field("deepsplit", description="DNS name in the certificate, which every peer must show.")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files, for whoever watches them."""
+        return self.cert_file, self.key_file, self.ca_file

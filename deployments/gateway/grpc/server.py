@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from cluster.config import GatewayConfig
 from cluster.errors import StartupError
-from cluster.tls.contexts import public_server_credentials
+from cluster.tls.grpc_credentials import public_server_credentials
 from deployments.gateway.door import Door
 from deployments.gateway.grpc.answers import (
     chat_chunk,
