@@ -5,9 +5,10 @@ What vLLM or the split would refuse minutes later, when the engine starts, is re
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 
-from cluster.config.vllm_arguments import EngineArguments
+from cluster.config.vllm_arguments import REASONING_PARSERS, TOOL_PARSERS, VLLM_VERSION, EngineArguments
 
 _NO_RANKS = "the experts are on workers of their own, so there is no data or expert parallelism; use attention.replicas"
 _ONE_NODE = "a replica is one node; use attention.tensor_parallel_size, or attention.replicas"
@@ -66,6 +67,9 @@ CONDITIONS: tuple[str, ...] = (
     "`compilation_config.cudagraph_mode` with full graphs on CUDA",
     "`speculative_config` with `method: mtp`, or with `num_speculative_tokens` beside attention.speculative_tokens",
     "`additional_config.deepsplit`",
+    "`tool_call_parser` and `reasoning_parser` with a name that vLLM has no parser for, unless a plugin is set",
+    "`enable_auto_tool_choice` without `tool_call_parser`",
+    "`logits_processors` beside attention.speculative_tokens",
 )
 
 
@@ -73,6 +77,14 @@ def refusals(args: EngineArguments, device: str, speculative_tokens: int) -> Ite
     """What is refused of `args`: the path to it, and a message that names the reason and the fix."""
     for fix, names in REFUSED.items():
         yield from (((name,), f"cannot be set here: {fix}") for name in names if name in args)
+    yield from _for_the_device(args, device)
+    yield from _while_drafting(args, speculative_tokens)
+    yield from _parsers(args)
+    if "deepsplit" in args.get("additional_config", {}):
+        yield ("additional_config", "deepsplit"), "is what deepsplit tells its own plugin: leave it out"
+
+
+def _for_the_device(args: EngineArguments, device: str) -> Iterator[tuple[tuple[str, ...], str]]:
     if device == "cpu":
         if args.get("enforce_eager") is False:
             yield ("enforce_eager",), (
@@ -85,12 +97,34 @@ def refusals(args: EngineArguments, device: str, speculative_tokens: int) -> Ite
         yield ("compilation_config", "cudagraph_mode"), (
             "a full graph would span the calls to the expert workers: set PIECEWISE or NONE, or leave it out"
         )
+
+
+def _while_drafting(args: EngineArguments, speculative_tokens: int) -> Iterator[tuple[tuple[str, ...], str]]:
     drafting = args.get("speculative_config") or {}
     if drafting.get("method") == "mtp":
         yield ("speculative_config", "method"), "cannot be set here: use attention.speculative_tokens"
-    if speculative_tokens and "num_speculative_tokens" in drafting:
+    if not speculative_tokens:
+        return
+    if "num_speculative_tokens" in drafting:
         yield ("speculative_config", "num_speculative_tokens"), (
             f"is set by attention.speculative_tokens ({speculative_tokens}): leave one of the two out"
         )
-    if "deepsplit" in args.get("additional_config", {}):
-        yield ("additional_config", "deepsplit"), "is what deepsplit tells its own plugin: leave it out"
+    if args.get("logits_processors"):
+        yield ("logits_processors",), "cannot run while tokens are drafted: set attention.speculative_tokens to 0"
+
+
+def _parsers(args: EngineArguments) -> Iterator[tuple[tuple[str, ...], str]]:
+    tools, reasoning = args.get("tool_call_parser"), args.get("reasoning_parser")
+    if tools and not args.get("tool_parser_plugin"):
+        yield from _unknown_parser("tool_call_parser", tools, TOOL_PARSERS)
+    if reasoning and not args.get("reasoning_parser_plugin"):
+        yield from _unknown_parser("reasoning_parser", reasoning, REASONING_PARSERS)
+    if args.get("enable_auto_tool_choice") and not tools:
+        yield ("enable_auto_tool_choice",), "needs tool_call_parser too (docs/operations.md says which)"
+
+
+def _unknown_parser(key: str, name: str, known: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        meant = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}"
+        yield (key,), f"vLLM {VLLM_VERSION} has no parser {name!r}; {meant}"

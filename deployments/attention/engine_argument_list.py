@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import textwrap
 import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -15,6 +16,8 @@ import vllm
 from pydantic import BaseModel
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import FrontendArgs
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
 
 import cluster.config
 
@@ -31,6 +34,12 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict  # pydantic does not take typing's before Python 3.12
 
 VLLM_VERSION = "{version}"
+TOOL_PARSERS = (
+    {tool_parsers},
+)  # fmt: skip
+REASONING_PARSERS = (
+    {reasoning_parsers},
+)  # fmt: skip
 
 
 @with_config(ConfigDict(extra="forbid", strict=True))
@@ -44,7 +53,17 @@ def listing() -> str:
     """The whole module, as text."""
     fields = (*dataclasses.fields(FrontendArgs), *dataclasses.fields(AsyncEngineArgs))
     kinds = {field.name: _written(field.type) for field in fields if not field.name.startswith("_")}
-    return _HEAD.format(version=vllm.__version__) + "".join(map(_line, *zip(*sorted(kinds.items()), strict=True)))
+    head = _HEAD.format(
+        version=vllm.__version__,
+        tool_parsers=_filled(ToolParserManager.list_registered()),
+        reasoning_parsers=_filled(ReasoningParserManager.list_registered()),
+    )
+    return head + "".join(map(_line, *zip(*sorted(kinds.items()), strict=True)))
+
+
+def _filled(names: list[str]) -> str:
+    quoted = ", ".join(map(_quoted, sorted(names)))
+    return textwrap.fill(quoted, 115, break_on_hyphens=False, subsequent_indent="    ")
 
 
 def _line(name: str, kind: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.config import Config
 from cluster.config.engine_args import REFUSED
-from cluster.config.vllm_arguments import EngineArguments
+from cluster.config.vllm_arguments import VLLM_VERSION, EngineArguments
 from tests.unit.cluster.config.test_file import problems
 
 ARGS = "attention.engine_args"
@@ -57,6 +57,10 @@ def test_names_and_types_are_known(tmp_path: Path, engine_args: str, expected: s
         ("device: cuda", "speculative_config: {method: mtp}", "speculative_config.method: cannot be set here: use att"),
         ("speculative_tokens: 1", "speculative_config: {num_speculative_tokens: 2}",
          "speculative_config.num_speculative_tokens: is set by attention.speculative_tokens (1)"),
+        ("device: cuda", "tool_call_parser: deepseekv3", f"tool_call_parser: vLLM {VLLM_VERSION} has no parser"),
+        ("device: cuda", "reasoning_parser: xyz", f"reasoning_parser: vLLM {VLLM_VERSION} has no parser"),
+        ("device: cuda", "enable_auto_tool_choice: true", "enable_auto_tool_choice: needs tool_call_parser too"),
+        ("speculative_tokens: 1", "logits_processors: [a.B]", "logits_processors: cannot run while tokens are drafted"),
         ("device: cuda", "additional_config: {deepsplit: {}}", "additional_config.deepsplit: is what deepsplit tells"),
     ],
 )  # fmt: skip
@@ -81,6 +85,8 @@ def test_what_can_work_is_passed_on_as_it_is() -> None:
     config = Config.model_validate({"model": {"path": "m"}, "attention": {"engine_args": given}})
     assert config.attention.engine_args == given
     assert Config.model_validate_json(config.model_dump_json()) == config
+    plugin = {"tool_call_parser": "mine", "tool_parser_plugin": "/mine.py", "enable_auto_tool_choice": True}
+    Config.model_validate({"model": {"path": "m"}, "attention": {"engine_args": plugin}})
     cuda = {"device": "cuda", "engine_args": {"enforce_eager": False, "gpu_memory_utilization": 0.9}}
     Config.model_validate({"model": {"path": "m"}, "attention": cuda})
 
