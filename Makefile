@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONFIG ?= examples/local.yaml
 
-.PHONY: help serve test lint env docs rules dashboards observe protos chart clean
+.PHONY: help serve test lint env docs engine-args rules dashboards observe protos chart clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 env: $(READY) ## build the environment from the lock files
 
@@ -35,6 +35,9 @@ test: lint ## lint and every test
 docs: $(READY) ## regenerate docs/configuration.md and docs/metrics.md
 	$(BIN)/python -m cluster.config.reference > docs/configuration.md
 	$(BIN)/python -m monitoring.catalogue > docs/metrics.md
+
+engine-args: $(READY) ## regenerate the list of vLLM's arguments after a change of its version
+	$(BIN)/python -m deployments.attention.engine_argument_list
 
 rules: $(READY) ## regenerate the alerting rules; RUNBOOKS=URL of docs/runbooks where you serve it
 	$(BIN)/python -m monitoring.alerts $(if $(RUNBOOKS),--runbooks $(RUNBOOKS)) > monitoring/rules/deepsplit.yaml

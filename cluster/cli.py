@@ -10,7 +10,6 @@ from pathlib import Path
 
 import click
 
-from cluster.config import Config
 from cluster.config.file import load_config
 from cluster.errors import DeepsplitError, StartupError
 from cluster.keys.api_keys import key_hash, new_key
@@ -123,7 +122,7 @@ def _announce(state: ClusterState) -> None:
     """What the user needs once all is ready; on stdout."""
     config = state.parsed_config()
     url = rest_url(config)
-    body = {"model": model_name(config), "prompt": "def fibonacci(n):", "max_tokens": 48, "temperature": 0}
+    body = {"model": config.model.served_name, "prompt": "def fibonacci(n):", "max_tokens": 48, "temperature": 0}
     click.echo(f"\nREST      {url}/v1")
     if (target := grpc_target(config)) is not None:
         click.echo(f"gRPC      {target}")
@@ -134,11 +133,6 @@ def _announce(state: ClusterState) -> None:
     json_type = "-H 'Content-Type: application/json'"
     click.echo(f"\n  curl -s {url}/v1/completions{key} {json_type} -d {shlex.quote(json.dumps(body))}\n")
     sys.stdout.flush()
-
-
-def model_name(config: Config) -> str:
-    """The name that requests use."""
-    return config.model.name or config.model.path.name
 
 
 def _table(report: dict[str, object]) -> str:

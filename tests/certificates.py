@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -98,3 +100,24 @@ class MountedSecret:
         fresh = self.folder / "..data_tmp"
         fresh.symlink_to(version.name)
         fresh.replace(self.folder / "..data")
+
+
+def shown_serial(address: str) -> int:
+    """Serial number of the certificate that a server shows now."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    host, port = address.split(":")
+
+    async def fetch() -> int:
+        _, writer = await asyncio.open_connection(host, int(port), ssl=context)
+        der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        writer.close()
+        return x509.load_der_x509_certificate(der).serial_number
+
+    return asyncio.run(fetch())
+
+
+def serial_in(cert_file: Path) -> int:
+    """Serial number of the first certificate in a file."""
+    return x509.load_pem_x509_certificate(cert_file.read_bytes()).serial_number

@@ -10,8 +10,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from typing_extensions import is_typeddict
 
 from cluster.config import Config, section_type
+from cluster.config.engine_args import CONDITIONS, REFUSED
+from cluster.config.vllm_arguments import VLLM_VERSION
 
 _HEAD = """# Configuration
 
@@ -25,7 +28,7 @@ would run. The files in `examples/` are complete.
 
 def reference() -> str:
     """The whole page, as Markdown."""
-    return "\n".join([_HEAD, *_sections()])
+    return "\n".join([_HEAD, *_sections(), *_refused_engine_args()])
 
 
 def _sections() -> Iterator[str]:
@@ -33,25 +36,50 @@ def _sections() -> Iterator[str]:
         section = section_type(field.annotation)
         assert section is not None
         yield f"## `{name}`\n"
-        yield f"{section.__doc__}{'' if field.default_factory or field.is_required() else ' Off if not set.'}\n"
+        yield f"{section.__doc__}{' Off if not set.' if _may_be_left_out(field) else ''}\n"
         yield "| key | type | default | meaning |"
         yield "|---|---|---|---|"
-        yield from _rows(section, name)
+        yield from _rows(section, name, optional=_may_be_left_out(field))
         yield ""
 
 
-def _nested_defaults(field: FieldInfo, inner: type[BaseModel]) -> BaseModel | None:
-    return field.default if isinstance(field.default, inner) else None
-
-
-def _rows(section: type[BaseModel], prefix: str, defaults: BaseModel | None = None) -> Iterator[str]:
+def _rows(section: type[BaseModel], prefix: str, optional: bool, defaults: BaseModel | None = None) -> Iterator[str]:
+    """One row per key and per nested section. `optional`: whether the section around them may be left out; `defaults`:
+    what its keys are if it is.
+    """
     for name, field in section.model_fields.items():
-        inner = section_type(field.annotation)
-        if inner is not None:
-            yield from _rows(inner, f"{prefix}.{name}", _nested_defaults(field, inner))
-        else:
-            cells = (f"`{prefix}.{name}`", _type(field), _default(field, name, defaults), field.description or "")
-            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        inner, dotted = section_type(field.annotation), f"{prefix}.{name}"
+        if inner is None:
+            yield _row(f"`{dotted}`", _type(field), _default(field, name, optional, defaults), field.description)
+            continue
+        listed = get_origin(field.annotation) is tuple
+        kind, default = ("list of sections", "`[]`") if listed else ("section", _section_default(field))
+        yield _row(f"`{dotted}`", kind, default, field.description or inner.__doc__)
+        nested = field.default if isinstance(field.default, inner) else None
+        yield from _rows(inner, f"{dotted}[]" if listed else dotted, listed or _may_be_left_out(field), nested)
+
+
+def _row(*cells: str | None) -> str:
+    return "| " + " | ".join((cell or "").replace("|", "\\|") for cell in cells) + " |"
+
+
+def _may_be_left_out(field: FieldInfo) -> bool:
+    return type(None) in get_args(field.annotation)
+
+
+def _section_default(field: FieldInfo) -> str:
+    return "not set" if _may_be_left_out(field) else "as below"
+
+
+def _refused_engine_args() -> Iterator[str]:
+    yield "## What `attention.engine_args` may not hold\n"
+    yield f"`deepsplit validate` knows the names and types of vLLM {VLLM_VERSION}'s arguments, and refuses these:\n"
+    yield "| argument | why, or what to set instead |"
+    yield "|---|---|"
+    for fix, names in REFUSED.items():
+        yield _row(", ".join(f"`{name}`" for name in names), fix)
+    yield f"\nRefused in some cases only: {'; '.join(CONDITIONS)}."
+    yield ""
 
 
 def _type(field: FieldInfo) -> str:
@@ -70,7 +98,7 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(f"`{value}`" for value in arguments)
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(_type_name(part) for part in arguments if part is not type(None))
-    if get_origin(annotation) is dict:
+    if get_origin(annotation) is dict or is_typeddict(annotation):
         return "mapping"
     if get_origin(annotation) is tuple:
         return "list of texts" if arguments[0] is str else "list of numbers"
@@ -79,11 +107,11 @@ def _type_name(annotation: Any) -> str:
     return {int: "whole number", float: "number", bool: "true or false", str: "text", Path: "path"}[annotation]
 
 
-def _default(field: FieldInfo, name: str, defaults: BaseModel | None) -> str:
+def _default(field: FieldInfo, name: str, optional: bool, defaults: BaseModel | None) -> str:
     if defaults is not None:
         return f"`{json.dumps(getattr(defaults, name))}`"
     if field.is_required():
-        return "**required**"
+        return "required with the section" if optional else "**required**"
     value = field.get_default(call_default_factory=True, validated_data={})
     return "not set" if value is None else f"`{json.dumps(value)}`"
 

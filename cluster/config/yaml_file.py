@@ -5,17 +5,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar, get_args, get_origin
+from typing import TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from typing_extensions import is_typeddict
 
 from cluster.config import section_type
 from cluster.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
 Problem = tuple[int, str]  # line (0: the whole file) and message
+
+# The loader in C, where PyYAML was built with it, reads a long file several times as fast.
+_FASTEST: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_MOST_LISTED = 40  # of a section's keys, in a message about an unknown one
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -56,19 +61,10 @@ def _parse(
     path: Path, text: str, model: type[BaseModel], least: str
 ) -> tuple[dict[str, object], dict[KeyPath, int], list[Problem]]:
     """The file's mapping, the line of every key, and duplicate keys."""
-    loader = yaml.SafeLoader(text)
     try:
-        node = loader.get_single_node()
-        data = None if node is None else loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        hint = " (indent with spaces)" if "\\t" in str(error.problem) else ""
-        raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}{hint}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    finally:
-        loader.dispose()
+        node, data = _composed(text, _FASTEST)
+    except yaml.YAMLError:
+        node, data = _composed_or_refused(path, text)
     if node is None or data is None:
         raise ConfigError(f"{path} is empty: it needs at least\n{least}")
     if not isinstance(data, dict):
@@ -85,6 +81,29 @@ def _parse(
     sections = {name for name, field in model.model_fields.items() if _is_section(field.annotation)}
     filled = {str(key): {} if value is None and key in sections else value for key, value in data.items()}
     return filled, lines, problems
+
+
+def _composed(text: str, loader_class: type[yaml.SafeLoader]) -> tuple[yaml.Node | None, object]:
+    """The document's nodes, which know their lines, and the Python objects that they stand for."""
+    loader = loader_class(text)
+    try:
+        node = loader.get_single_node()
+        return node, None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _composed_or_refused(path: Path, text: str) -> tuple[yaml.Node | None, object]:
+    """With the loader whose messages are clearer. Raises ConfigError."""
+    try:
+        return _composed(text, yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        hint = " (indent with spaces)" if "\\t" in str(error.problem) else ""
+        raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}{hint}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
 
 
 def _is_section(annotation: object) -> bool:
@@ -154,27 +173,25 @@ def _wording(detail: ErrorDetails, location: KeyPath, model: type[BaseModel], hi
 
 def _example_list(location: KeyPath, model: type[BaseModel]) -> str:
     *parents, key = location
-    section = _section(model, *parents)
-    field = section.model_fields.get(str(key)) if section else None
-    return "[3, 1]" if field is None or float in _parts(field.annotation) else "[a, b]"
+    return "[3, 1]" if _parts(_keys_in(model, *parents).get(str(key))) & {int, float} else "[a, b]"
 
 
-def _parts(annotation: object) -> Iterator[object]:
-    yield annotation
-    for part in get_args(annotation):
-        yield from _parts(part)
+def _parts(annotation: object) -> set[object]:
+    return {annotation}.union(*(_parts(part) for part in get_args(annotation)))
 
 
 def _unknown(location: KeyPath, model: type[BaseModel]) -> str:
     """What an unknown key was most likely meant to be."""
     *parents, key = location
-    section = _section(model, *parents)
-    siblings = sorted(section.model_fields) if section else []
-    close = difflib.get_close_matches(str(key), siblings, n=1)
-    if close:
-        return f"unknown key; did you mean {_dotted((*parents, close[0]))}?"
+    siblings = sorted(_keys_in(model, *parents))
     everywhere = {".".join(path): path[-1] for path in _all_keys(model, ())}
     same = [dotted for dotted, last in everywhere.items() if last == key]
+    close = [_dotted((*parents, name)) for name in difflib.get_close_matches(str(key), siblings, n=1)]
+    if len(siblings) > _MOST_LISTED:
+        near = same or close
+        return f"unknown key; did you mean {' or '.join(near)}?" if near else "unknown key; no valid one is like it"
+    if close:
+        return f"unknown key; did you mean {close[0]}?"
     near = same or difflib.get_close_matches(_dotted(location), list(everywhere), n=1)
     valid = f"valid here: {', '.join(siblings)}"
     return f"unknown key; did you mean {' or '.join(near)}?" if near else f"unknown key; {valid}"
@@ -188,18 +205,22 @@ def _all_keys(section: type[BaseModel], prefix: tuple[str, ...]) -> Iterator[tup
             yield from _all_keys(inner, (*prefix, name))
 
 
-def _section(model: type[BaseModel], *path: str | int) -> type[BaseModel] | None:
-    """The section at `path`; a position in a list of sections is that list's kind of section."""
-    section = model
+def _keys_in(model: type[BaseModel], *path: str | int) -> Mapping[str, object]:
+    """Keys of the section at `path` with their types; a position in a list of sections is that list's kind of section.
+    Empty if there is no section at `path`.
+    """
+    kind: object = model
     for name in path:
-        if isinstance(name, int):
-            continue
-        field = section.model_fields.get(name)
-        inner = section_type(field.annotation) if field else None
-        if inner is None:
-            return None
-        section = inner
-    return section
+        if isinstance(name, str):
+            kind = _members(kind).get(name)
+    return _members(kind)
+
+
+def _members(kind: object) -> Mapping[str, object]:
+    if is_typeddict(kind):
+        return get_type_hints(kind)
+    section = section_type(kind)
+    return {} if section is None else {name: field.annotation for name, field in section.model_fields.items()}
 
 
 def _line(location: KeyPath, lines: Mapping[KeyPath, int]) -> int:

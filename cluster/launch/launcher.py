@@ -136,7 +136,7 @@ def status(folder: StateFolder) -> dict[str, object]:
     config = state.parsed_config()
     report: dict[str, object] = {
         "state": "ready" if state.ready else "starting",
-        "model": config.model.name or config.model.path.name,
+        "model": config.model.served_name,
         "gateway": {"rest": rest_url(config), "grpc": grpc_target(config)},
         "ray": {"address": state.address, "joined": state.joined},
         "supervisor": {"pid": state.supervisor or None},

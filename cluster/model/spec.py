@@ -110,6 +110,7 @@ def load_model_spec(path: Path | str) -> ModelSpec:
             f"has no n_routed_experts, num_experts or num_local_experts in config.json): nothing can be split; serve "
             f"it with plain vLLM, or set model.path to an MoE model"
         )
+    _check_activation(raw)
     decoder_layers = raw.first_int("num_hidden_layers")
     moe_layers = tuple(layer for layer in range(decoder_layers) if _is_moe(raw, layer))
     mtp = raw.first_int("num_nextn_predict_layers", "num_mtp_layers", default=0)
@@ -159,6 +160,16 @@ def check_experts(index: CheckpointIndex, spec: ModelSpec) -> None:
                     f"{index.path}: layer {layer}, expert {expert} has no {missing[0]} projection in the index: "
                     f"download the checkpoint again"
                 )
+
+
+def _check_activation(raw: _Keys) -> None:
+    activation = raw.values.get("hidden_act") or raw.values.get("hidden_activation") or "silu"
+    if activation not in ("silu", "swish") or raw.values.get("swiglu_limit") is not None:
+        limited = "" if raw.values.get("swiglu_limit") is None else " with a swiglu_limit"
+        raise CheckpointError(
+            f"{raw.file}: experts with activation {activation}{limited} cannot be split, as expert workers compute "
+            f"SwiGLU (silu) without a limit: serve this model with plain vLLM"
+        )
 
 
 def _cross_check(index: CheckpointIndex, moe_layers: tuple[int, ...], decoder_layers: int) -> None:

@@ -111,7 +111,7 @@ def model_facts(config: Config, spec: ModelSpec) -> ModelFacts:
     on_disk = spec.expert_bytes("fp8" if spec.expert_quant else spec.dtype)
     kv_layers = spec.num_hidden_layers + (spec.num_mtp_layers if drafting else 0)
     return ModelFacts(
-        name=config.model.name or config.model.path.name,
+        name=config.model.served_name,
         architecture=spec.architecture,
         dtype=dtype,
         moe_layers=len(spec.moe_layers),

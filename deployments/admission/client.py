@@ -10,7 +10,7 @@ import msgspec
 from grpc import aio
 
 from cluster.config import InternalTlsConfig
-from cluster.tls.contexts import ExpertChannels
+from cluster.tls.grpc_credentials import ExpertChannels
 from deployments.admission.messages import (
     CHANNEL_OPTIONS,
     METHOD,

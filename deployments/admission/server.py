@@ -18,7 +18,7 @@ import msgspec
 from grpc import aio
 
 from cluster.config import AdmissionConfig, InternalTlsConfig
-from cluster.tls.contexts import expert_server_credentials, peer_is
+from cluster.tls.grpc_credentials import expert_server_credentials, peer_is
 from deployments.admission.local import LocalAdmission
 from deployments.admission.messages import (
     CHANNEL_OPTIONS,

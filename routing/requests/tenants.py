@@ -9,7 +9,7 @@ from pathlib import Path
 from cluster.errors import Unauthenticated
 from cluster.keys.api_keys import key_hash
 from cluster.keys.file import TenantEntry, load_keys
-from cluster.tls.reloading import ReloadedFiles
+from cluster.tls.reloading import ReloadedFiles, in_thread
 from routing.requests.request import Priority, Tenant
 
 _HOW = "send it as `Authorization: Bearer KEY` (REST) or metadata `authorization: Bearer KEY` (gRPC)"
@@ -21,7 +21,7 @@ class Tenants:
 
     def __init__(self, keys: Sequence[tuple[str, Tenant]], anybody: Tenant | None = None) -> None:
         """`keys`: (hash, tenant). `anybody`: whoever comes, if keys are not asked for."""
-        self._keys = [(text.encode(), tenant) for text, tenant in keys]
+        self._keys = {text: (text.encode(), tenant) for text, tenant in keys}
         self._anybody = anybody
 
     @classmethod
@@ -41,28 +41,29 @@ class Tenants:
             return self._anybody
         if not key:
             raise Unauthenticated(f"no API key: {_HOW}")
-        found: Tenant | None = None
-        asked = key_hash(key).encode()
-        # All entries, each in constant time: how long this takes does not tell which one matched, or how nearly.
-        for text, tenant in self._keys:
-            if hmac.compare_digest(text, asked):
-                found = tenant
-        if found is None:
+        asked = key_hash(key)
+        # How far a look-up by hash gets tells nothing of a key: who could aim at a hash would have to invert SHA-256.
+        text, tenant = self._keys.get(asked, (b"", None))
+        if tenant is None or not hmac.compare_digest(text, asked.encode()):
             raise Unauthenticated(f"this API key is not known here: ask the operator for one, and {_HOW}")
-        return found
+        return tenant
 
 
 class TenantsFile:
     """The tenants of a keys file, which is read again when it changes."""
 
-    def __init__(self, path: Path | None) -> None:
-        """None: there are no keys, and everybody is one tenant. Raises ConfigError."""
+    def __init__(self, path: Path | None, run: Callable[[Callable[[], None]], None] = in_thread) -> None:
+        """None: there are no keys, and everybody is one tenant. The file is read before this returns, and by `run`
+        once it changed. Raises ConfigError.
+        """
         self._current: Callable[[], Tenants] = Tenants.anonymous
         if path is not None:
-            self._current = ReloadedFiles((path,), lambda: Tenants.load(path)).current
+            self._current = ReloadedFiles((path,), lambda: Tenants.load(path), run).current
 
     def current(self) -> Tenants:
-        """The newest usable content; a broken or deleted file leaves the former in force, with one warning."""
+        """The newest usable content. A broken or deleted file leaves the former in force, with one warning; a
+        changed one leaves it in force until it has been read.
+        """
         return self._current()
 
 

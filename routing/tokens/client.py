@@ -18,7 +18,7 @@ import torch
 
 from cluster.config import DispatchConfig, InternalTlsConfig
 from cluster.errors import DeepsplitError, DispatchTimeout, StalePlacement, UncoveredExperts, WorkerLost
-from cluster.tls.contexts import ExpertChannels
+from cluster.tls.grpc_credentials import ExpertChannels
 from monitoring.dispatch_meter import DispatchMeter
 from routing.tokens.in_flight import InFlight, ReceivedPart, SentPart
 from routing.tokens.link import WorkerLink

@@ -9,7 +9,7 @@ import grpc
 
 from cluster.config import DispatchConfig
 from cluster.errors import DeepsplitError, FrameError, WorkerLost
-from cluster.tls.contexts import ExpertChannels, handshake_hint
+from cluster.tls.grpc_credentials import ExpertChannels, handshake_hint
 from routing.tokens.channel import METHOD_PATH, MODEL_KEY, channel_options
 from routing.tokens.wire import DispatchReply, ErrorReply, decode_reply
 

@@ -19,7 +19,7 @@ import torch
 
 from cluster.config import DispatchConfig, InternalTlsConfig
 from cluster.errors import DeepsplitError, DispatchTimeout, StartupError, WorkerLost
-from cluster.tls.contexts import expert_server_credentials, peer_is
+from cluster.tls.grpc_credentials import expert_server_credentials, peer_is
 from monitoring.expert_meter import BatchSample, ExpertMeter
 from routing.tokens.channel import METHOD, MODEL_KEY, SERVICE, channel_options
 from routing.tokens.request_ids import join_request_ids

@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from cluster.config import GatewayConfig
 from cluster.errors import StartupError
-from cluster.tls.contexts import public_server_credentials
+from cluster.tls.grpc_credentials import public_server_credentials
 from deployments.gateway.grpc import inference, oip
 from deployments.gateway.grpc.health import Health
 from deployments.gateway.grpc.interceptor import SIDE_CALLS, Interceptor

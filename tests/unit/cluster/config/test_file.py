@@ -1,8 +1,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
-from cluster.config import Config
+from cluster.config import Config, yaml_file
 from cluster.config.file import load_config
 from cluster.errors import ConfigError
 
@@ -71,7 +72,7 @@ workers: 3
         ("experts: {shares: 3}", "experts.shares: must be a list, such as [3, 1], but is 3"),
         ("experts: {replicas_per_expert: 3}", "experts.replicas_per_expert: 3 copies of each expert need as many"),
         ("experts: {heartbeat_timeout_s: 0.1}", "experts.heartbeat_timeout_s: must be above experts.heartbeat_int"),
-        ("attention: {engine_args: {load_format: dummy}}", "attention.engine_args: load_format cannot be set here"),
+        ("attention: {engine_args: {load_format: dummy}}", "attention.engine_args.load_format: cannot be set here"),
         ("attention: {max_num_seqs: 0}", "attention.max_num_seqs: must be at least 1, but is 0"),
         ("gateway: {port: 70000}", "gateway.port: must be at most 65535, but is 70000"),
         ("gateway: {host: [a]}", "gateway.host: must be text, but is a list"),
@@ -187,3 +188,19 @@ def test_what_lists_of_names_and_origins_may_hold(tmp_path: Path) -> None:
     text = 'model: {path: m}\ngateway: {cors_origins: ["*"], sse_comment_interval_s: null}\n'
     config = load_config(write(tmp_path, text))
     assert (config.gateway.cors_origins, config.gateway.sse_comment_interval_s) == (("*",), None)
+
+
+@pytest.mark.parametrize("loader", [yaml.SafeLoader, yaml.CSafeLoader])
+def test_every_yaml_loader_tells_lines_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: type[yaml.SafeLoader]
+) -> None:
+    monkeypatch.setattr(yaml_file, "_FASTEST", loader)
+    text = "model: {path: m,\n  nme: x}\n# no\nexperts:\n  workers: &n 3\n  shares: [1, 2,\n    zero]\n"
+    text += "ray: {num_cpus: *n}\n"
+    assert problems(tmp_path, text) == [
+        "  line 2: model.nme: unknown key; did you mean model.name?",
+        "  line 7: experts.shares[2]: must be a number, but is 'zero'",
+    ]
+    tab = write(tmp_path, "model:\n\tpath: m\n")
+    with pytest.raises(ConfigError, match=r":2:1: not valid YAML: .*\(indent with spaces\)"):
+        load_config(tab)

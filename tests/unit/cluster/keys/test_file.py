@@ -67,7 +67,7 @@ tenant: 3
         "  line 5: tenants[1].name: missing; it must be set",
         "  line 6: tenants[1].max_streams: must be at least 1, but is 0",
         "  line 7: tenants[1].requests_per_minute: must be a whole number, but is '600'",
-        "  line 9: tenants[2].keys: must be a list, such as [3, 1]",
+        "  line 9: tenants[2].keys: must be a list, such as [a, b]",
         "  line 10: tenants[2].classes[0]: must be one of system, interactive or batch, but is 'urgent'",
         "  line 11: tenant: unknown key; did you mean tenants?",
     ]

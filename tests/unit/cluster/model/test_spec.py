@@ -172,6 +172,13 @@ def test_not_an_moe_model(tmp_path: Path) -> None:
         spec_of(tmp_path, architectures=["LlamaForCausalLM"])
 
 
+@pytest.mark.parametrize("keys", [{"hidden_act": "gelu"}, {"hidden_activation": "relu2"}, {"swiglu_limit": 7.0}])
+def test_experts_that_workers_cannot_compute_are_refused(tmp_path: Path, keys: Mapping[str, object]) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be split, as expert workers compute SwiGLU .*plain vLLM"):
+        spec_of(tmp_path, num_experts=4, **keys)
+    assert spec_of(tmp_path, num_experts=4, hidden_act="silu", swiglu_limit=None).num_experts == 4
+
+
 def test_a_key_missing_or_wrong(tmp_path: Path) -> None:
     with refuses("config.json has no hidden_size: download it again"):
         spec_of(tmp_path, num_experts=8, hidden_size=None)

@@ -14,7 +14,7 @@ from grpc import aio
 
 from cluster.config import AdmissionConfig, InternalTlsConfig
 from cluster.errors import QuotaExceeded
-from cluster.tls.contexts import ExpertChannels
+from cluster.tls.grpc_credentials import ExpertChannels
 from deployments.admission.client import AdmissionClient
 from deployments.admission.local import LocalAdmission
 from deployments.admission.messages import METHOD, SERVICE, TOKEN_KEY

@@ -70,10 +70,10 @@ def test_split_on_cuda_cuts_graphs_at_the_remote_experts(tmp_path: Path) -> None
 
 
 def test_engine_args_of_the_configuration_have_the_last_word(tmp_path: Path) -> None:
-    mine = {"enforce_eager": False, "seed": 3, "compilation_config": {"mode": 0}, "max_num_seqs": 2}
+    mine = {"block_size": 32, "seed": 3, "compilation_config": {"mode": 0}}
     args = engine_args(make(tmp_path, MLA, engine_args=mine, max_model_len=99), {}, "auto", ())
     assert args["compilation_config"] == {"custom_ops": ["all", "-rotary_embedding"], "mode": 0}
-    assert (args["enforce_eager"], args["seed"], args["max_num_seqs"], args["max_model_len"]) == (False, 3, 2, 99)
+    assert (args["block_size"], args["seed"], args["max_model_len"]) == (32, 3, 99)
 
 
 @pytest.mark.parametrize("content", [None, "{"])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cluster.errors import ConfigError, Unauthenticated
 from cluster.keys.api_keys import key_hash, new_key
+from cluster.tls.reloading import at_once
 from routing.requests.request import Priority, Tenant
 from routing.requests.tenants import Tenants, TenantsFile
 
@@ -77,7 +80,7 @@ def test_a_file_that_cannot_be_used_stops_the_start(tmp_path: Path) -> None:
 
 
 def test_a_changed_file_is_followed(tmp_path: Path) -> None:
-    file = TenantsFile(write(tmp_path / "keys.yaml", "a"))
+    file = TenantsFile(write(tmp_path / "keys.yaml", "a"), at_once)
     with pytest.raises(Unauthenticated):
         file.current().identify(KEYS[1])
     write(tmp_path / "keys.yaml", "a", "b")
@@ -93,7 +96,7 @@ def test_a_broken_or_deleted_file_leaves_the_tenants_as_they_are(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(tmp_path / "keys.yaml", "a")
-    file = TenantsFile(path)
+    file = TenantsFile(path, at_once)
     with caplog.at_level(logging.INFO):
         path.write_text(f"tenants:\n  - name: a\n    keys: [{KEYS[2]}]\n    max_stream: {key_hash(KEYS[1])}\n")
         for _ in range(3):
@@ -109,3 +112,32 @@ def test_a_broken_or_deleted_file_leaves_the_tenants_as_they_are(
     for key in KEYS:
         assert key not in caplog.text
         assert key_hash(key)[7:] not in caplog.text
+
+
+def test_a_thousand_tenants_are_read_beside_the_event_loop(tmp_path: Path) -> None:
+    keys, path = [new_key() for _ in range(1000)], tmp_path / "keys.yaml"
+
+    def write_all(prefix: str) -> None:
+        lines = [f"  - name: {prefix}{n}\n    keys: [{key_hash(key)}]\n" for n, key in enumerate(keys)]
+        path.write_text("tenants:\n" + "".join(lines))
+
+    write_all("t")
+    work: list[Callable[[], None]] = []
+    file = TenantsFile(path, work.append)
+    before = file.current()
+    assert [before.identify(key).name for key in keys[::100]] == [f"t{n}" for n in range(0, 1000, 100)]
+    write_all("renamed")
+    assert all(file.current() is before for _ in range(10))  # nothing was read: the reading waits in `work`
+    (read,) = work
+    read()
+    assert file.current().identify(keys[999]).name == "renamed999"
+
+
+def test_a_changed_file_is_soon_in_force(tmp_path: Path) -> None:
+    path = write(tmp_path / "keys.yaml", "a")
+    file = TenantsFile(path)
+    write(path, "renamed")
+    until = time.monotonic() + 30
+    while file.current().identify(KEYS[0]).name != "renamed":
+        assert time.monotonic() < until
+        time.sleep(0.001)

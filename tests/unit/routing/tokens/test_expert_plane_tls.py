@@ -12,7 +12,7 @@ import torch
 
 from cluster.config import DispatchConfig, InternalTlsConfig
 from cluster.errors import StartupError, UncoveredExperts, WorkerLost
-from cluster.tls.contexts import ExpertChannels
+from cluster.tls.grpc_credentials import ExpertChannels
 from routing.tokens.client import ExpertClient
 from routing.tokens.link import WorkerLink
 from routing.tokens.server import ExpertServer

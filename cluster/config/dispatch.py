@@ -1,0 +1,36 @@
+"""The section `dispatch`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from cluster.config.section import AutoDtype, Section
+
+
+class DispatchConfig(Section):
+    """The token dispatcher between the two halves."""
+
+    dispatch_dtype: AutoDtype = Field(
+        "auto", description="Dtype of hidden states on their way to the experts; `auto` takes the model's.")
+    combine_dtype: AutoDtype = Field(
+        "auto", description="Dtype of expert outputs on their way back; `auto` takes the model's.")
+    max_message_mib: int = Field(64, ge=1, le=1024, description="Largest message on the expert plane, in MiB; "
+                                                                "longer batches are sent in pieces.")
+    connect_timeout_s: float = Field(5.0, gt=0, description="Longest wait for a connection to a worker.")
+    call_timeout_s: float = Field(30.0, gt=0, description="Longest wait for one worker's reply before its rows are "
+                                                          "sent to another holder.")
+    dispatch_timeout_s: float = Field(90.0, gt=0, description="Longest life of one layer's dispatch, retries included.")
+    keepalive_interval_s: float = Field(1.0, gt=0, description="How often an idle connection is probed.")
+    keepalive_timeout_s: float = Field(2.0, gt=0, description="Silence after a probe that makes a worker lost "
+                                                              "(hung, or cut off).")
+    lost_worker_pause_s: float = Field(10.0, gt=0, description="How long a lost worker gets no rows while others hold "
+                                                               "its experts.")
+    reconnect_interval_s: float = Field(0.2, gt=0, description="How often a lost worker is tried again while nobody "
+                                                               "else holds its experts.")
+    on_uncovered: Literal["wait", "degrade", "fail"] = Field(
+        "wait", description="When no live worker holds an expert: wait for one; go on at once without it, with the "
+                            "weights of a token's other experts scaled up (a token with none left waits); or fail at "
+                            "once (the engine's requests fail, and it restarts).")
+    uncovered_timeout_s: float = Field(60.0, ge=0, description="Longest wait for a holder to come back.")

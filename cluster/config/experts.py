@@ -1,0 +1,87 @@
+"""The section `experts`."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from cluster.config.section import AutoDtype, NodeSelector, Section, conflict
+
+
+class ExpertSpares(Section):
+    """More expert workers while the experts are busy, each with a copy of one worker's share. Serve sets the number."""
+
+    max_workers: int = Field(ge=1, description="Most spare workers; there is always one.")
+    target_busy: float = Field(0.6, gt=0, le=1, description="Share of its time that a worker is to compute.")
+    upscale_delay_s: float = Field(30.0, ge=0, description="How long more must be wanted before there are more.")
+    downscale_delay_s: float = Field(600.0, ge=0, description="How long fewer must be wanted before there are fewer.")
+
+
+class ExpertPool(Section):
+    """Some of the expert workers, on nodes of one kind."""
+
+    name: str = Field(pattern="^[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?$", description="Name, unique among the pools.")
+    workers: int = Field(ge=1, description="Number of its workers.")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where its experts compute.")
+    threads: int = Field(1, ge=1, description="Compute threads of one of its CPU workers.")
+    placement: NodeSelector = Field(default_factory=NodeSelector, description="Which nodes its workers run on.")
+    spares: ExpertSpares | None = Field(None, description="More workers while the experts are busy, on a joined "
+                                                          "cluster with room for them.")
+
+
+class ExpertsConfig(Section):
+    """Expert workers: routed experts only, stateless between calls."""
+
+    workers: int = Field(2, ge=1, description="Number of expert workers.")
+    replicas_per_expert: int = Field(1, ge=1, description="How many workers hold each expert (for failover and load).")
+    shares: tuple[float, ...] | None = Field(
+        None, description="Relative share of the experts per worker, such as [3, 1]; equal shares if not set.")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where experts compute.")
+    dtype: AutoDtype = Field(
+        "auto", description="Dtype that experts compute in; `auto` takes the model's.")
+    threads: int = Field(1, ge=1, description="Compute threads of one CPU worker.")
+    host: str | None = Field(None, description="Address that workers listen on; loopback on a local cluster, "
+                                               "the node's own address on a joined one, if not set.")
+    placement: NodeSelector = Field(default_factory=NodeSelector, description="Which nodes expert workers run on.")
+    pools: tuple[ExpertPool, ...] = Field((), description="Workers on different kinds of nodes, such as GPU and CPU "
+                                                          "hosts side by side.")
+    spares: ExpertSpares | None = Field(None, description="More workers while the experts are busy, on a joined "
+                                                          "cluster with room for them.")
+    max_per_node: int | None = Field(None, ge=1, description="Most expert workers on one node; Ray spreads them over "
+                                                             "the nodes as evenly as it can if not set.")
+    heartbeat_interval_s: float = Field(1.0, gt=0, description="How often a worker reports to the directory.")
+    heartbeat_timeout_s: float = Field(5.0, gt=0, description="Silence after which a worker is taken as lost.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.replicas_per_expert > self.workers:
+            raise conflict("replicas_per_expert", f"{self.replicas_per_expert} copies of each expert need as many "
+                                                   f"workers, but experts.workers is {self.workers}")
+        if self.shares is not None and len(self.shares) != self.workers:
+            raise conflict("shares", f"has {len(self.shares)} entries, but experts.workers is {self.workers}: "
+                                      f"give one share per worker")
+        if self.shares is not None and min(self.shares) <= 0:
+            raise conflict("shares", f"every share must be above 0, but they are {list(self.shares)}")
+        if self.heartbeat_timeout_s <= self.heartbeat_interval_s:
+            raise conflict("heartbeat_timeout_s", f"must be above experts.heartbeat_interval_s "
+                                                   f"({self.heartbeat_interval_s}), or every worker is always lost")
+        return self
+
+    @model_validator(mode="after")
+    def _pools_are_all_workers(self) -> Self:
+        if not self.pools:
+            return self
+        for name in ("device", "threads", "placement", "spares"):
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                raise conflict(name, "is set per pool where there are pools: move it into experts.pools")
+        total, names = sum(pool.workers for pool in self.pools), {pool.name for pool in self.pools}
+        if total != self.workers:
+            raise conflict("pools", f"have {total} workers, but experts.workers is {self.workers}: make them equal")
+        if len(names) != len(self.pools):
+            raise conflict("pools", "two have the same name: give each its own")
+        return self
+
+    def worker_shares(self) -> tuple[float, ...]:
+        """One share per worker, equal ones if none are set."""
+        return self.shares if self.shares is not None else (1.0,) * self.workers
