@@ -10,7 +10,8 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments.directory.replica import LONG_POLL_S, AttentionMember
+from deployments.directory.members import AttentionMember
+from deployments.directory.replica import LONG_POLL_S
 from routing.tokens.placement import PlacementFile, PlacementTable
 
 RETRY_S = 1.0

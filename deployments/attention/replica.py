@@ -35,8 +35,7 @@ from deployments.attention.placement_follower import PlacementFollower
 from deployments.attention.plugin import LOAD_FORMAT, check_installed
 from deployments.attention.private_port import ReplicaServer
 from deployments.attention.settings import RemoteExpertsSettings
-from deployments.directory.members import EngineStats
-from deployments.directory.replica import AttentionMember
+from deployments.directory.members import AttentionMember, EngineStats
 from deployments.hosting.autoscaling import OCCUPANCY
 from deployments.hosting.scrape import read_scrape_file, scrape_process
 from deployments.hosting.serve_logs import start_logging, write_engine_logging

@@ -1,4 +1,4 @@
-"""Who is who behind the gateways: what replicas, gateways and the directory tell each other. Plain data, no Ray."""
+"""What workers, replicas, gateways and the directory tell each other. Plain data, no Ray."""
 
 from __future__ import annotations
 
@@ -17,8 +17,38 @@ class AdmissionEndpoint:
 
 
 @dataclass(frozen=True)
+class Assignment:
+    """The slot that the directory gives to a new expert worker, and the slot's share: expert ids by layer."""
+
+    slot: int
+    experts: Mapping[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class HeartbeatReply:
+    """The directory's answer to an expert worker's heartbeat."""
+
+    known: bool  # False: the worker must register again
+    epoch: int  # newest published epoch; 0: none
+    plane_busy: float  # mean fraction of their time that all ready workers compute, 0 to 1
+
+
+@dataclass(frozen=True)
+class AttentionMember:
+    """One attention replica, as it registers with every long poll."""
+
+    replica_id: str
+    pid: int
+    node: str
+    state: str  # starting, ready (it takes requests at `url`) or draining
+    url: str = ""
+    token: str = field(default="", repr=False)
+    scrape: tuple[ScrapeTarget, ...] = ()  # its own, and its engine's once that listens
+
+
+@dataclass(frozen=True)
 class GatewayMember:
-    """One gateway replica, as it introduces itself with every long poll."""
+    """One gateway replica, as it registers with every long poll."""
 
     gateway_id: str
     pid: int
@@ -47,9 +77,9 @@ class ReplicaEndpoint:
 
 @dataclass(frozen=True)
 class ClusterView:
-    """What gateways and the common admission need to know of all others."""
+    """What gateways and the common admission need to know of all other processes."""
 
-    version: int  # grows with every change
+    version: int  # grows with every change; never one of an earlier directory's
     endpoints: tuple[ReplicaEndpoint, ...]
     admission: AdmissionEndpoint | None
     draining: bool  # the whole application is about to stop
@@ -62,7 +92,7 @@ class EngineStats:
 
     running: int  # sequences in the engine's batch
     waiting: int  # sequences not yet in it
-    kv_cache_usage: float  # share of KV blocks in use, 0 to 1
+    kv_cache_usage: float  # fraction of the KV blocks in use, 0 to 1
     spec_draft_tokens: int
     spec_accepted_tokens: int
     generation_tokens: int
@@ -70,13 +100,13 @@ class EngineStats:
 
     @property
     def spec_acceptance(self) -> float | None:
-        """Share of drafted tokens that the model accepted; None before the first draft."""
+        """Fraction of the drafted tokens that the model accepted; None before the first draft."""
         return self.spec_accepted_tokens / self.spec_draft_tokens if self.spec_draft_tokens else None
 
 
 @dataclass(frozen=True)
 class ResponseHead:
-    """First item of a replica's answer; chunks of the body (bytes) follow."""
+    """Status and type of a replica's answer, whose body follows in chunks."""
 
     status: int
     content_type: str

@@ -1,8 +1,8 @@
-"""The directory: one small Serve replica that knows who is there. It publishes the placement table to attention
-replicas and the attention replicas to gateways.
+"""The directory: one small Serve replica that knows which processes there are. It publishes the placement table to the
+attention replicas, and the attention replicas to the gateways.
 
-Off the hot path. When it dies, serving goes on with the last table, and its successor learns everything from the
-workers, who announce themselves again.
+It is off the hot path. When it dies, serving goes on with the last table, and its successor learns everything from the
+workers and replicas, which register again.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import ray
 from ray import serve
@@ -22,8 +21,16 @@ from cluster.config import Config
 from cluster.model.spec import load_model_spec
 from cluster.plan.pools import with_copies
 from cluster.plan.shares import split_shares
-from deployments.directory.members import AdmissionEndpoint, ClusterView, GatewayMember, ReplicaEndpoint
+from deployments.directory.members import (
+    AdmissionEndpoint,
+    Assignment,
+    AttentionMember,
+    ClusterView,
+    GatewayMember,
+    HeartbeatReply,
+)
 from deployments.directory.ray_agents import RayAgents
+from deployments.directory.registry import Registry
 from deployments.hosting.scrape import scrape_process
 from deployments.hosting.serve_logs import start_logging
 from monitoring.discovery import ScrapeTarget
@@ -34,44 +41,13 @@ from routing.tokens.membership import Membership, WorkerMember
 NAME = "Directory"
 LONG_POLL_S = 2.0
 _POLLS_UNTIL_LOST = 3
+_SILENCE_CHECK_S = 0.25  # how often a long poll looks for workers that fell silent
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class AttentionMember:
-    """One attention replica, as it introduces itself with every long poll."""
-
-    replica_id: str
-    pid: int
-    node: str
-    state: str  # starting, ready (it takes requests at `url`) or draining
-    url: str = ""
-    token: str = field(default="", repr=False)
-    scrape: tuple[ScrapeTarget, ...] = ()  # its own, and its engine's once that listens
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What a new expert worker is to hold: experts per layer."""
-
-    slot: int
-    experts: Mapping[int, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class HeartbeatReply:
-    """Answer to a heartbeat: whether the directory knows the worker, the newest published epoch (0: none), and how busy
-    the expert plane is.
-    """
-
-    known: bool
-    epoch: int
-    plane_busy: float  # mean over all workers that are ready, 0 to 1
-
-
 class Directory:
-    """Serve replica. All decisions are `Membership`'s."""
+    """Serve replica: long polls, metrics and logs around `Membership` and `Registry`, which decide."""
 
     def __init__(self, config_json: str) -> None:
         config = Config.model_validate_json(config_json)
@@ -79,76 +55,66 @@ class Directory:
         spec = load_model_spec(config.model.path)
         experts = config.experts
         held = split_shares(spec.num_experts, experts.worker_shares(), experts.replicas_per_expert)
-        self._slots = [dict.fromkeys(spec.moe_layers, ids) for ids in with_copies(held, experts)]
-        self._workers = experts.workers  # slots from here on are spare
-        self._busy: dict[str, float] = {}  # by worker id, as of its last heartbeat
+        self._shares = [dict.fromkeys(spec.moe_layers, ids) for ids in with_copies(held, experts)]  # by slot
+        self._workers = experts.workers  # slots from here on are those of redundant workers
         self._model = config.model.name or config.model.path.name
-        self._membership = Membership(self._slots, experts.heartbeat_timeout_s, time.monotonic())
-        self._attention: dict[str, tuple[AttentionMember, float]] = {}
-        self._changed = asyncio.Event()
-        self._gateways: dict[str, tuple[GatewayMember, float]] = {}
-        self._admission: AdmissionEndpoint | None = None
-        self._draining = False
-        self._going: set[str] = set()  # nodes that are about to go
-        self._leaving: set[str] = set()  # those of them that take nothing new any more
-        self._admission_scrape: ScrapeTarget | None = None
-        self._view = ClusterView(time.time_ns(), (), None, False)  # never a version of an earlier directory
-        self._viewed = asyncio.Event()
+        self._membership = Membership(self._shares, experts.heartbeat_timeout_s, time.monotonic(), self._on_lost)
+        self._registry = Registry(_POLLS_UNTIL_LOST * LONG_POLL_S, first_version=time.time_ns())
+        self._table_changed = asyncio.Event()
+        self._view_changed = asyncio.Event()
         node = ray.util.get_node_ip_address()
-        registry = ProcessRegistry()
-        self._metrics = DirectoryMetrics(registry)
+        process = ProcessRegistry()
+        self._metrics = DirectoryMetrics(process)
         self._metrics.members_wanted.labels("experts").set(experts.workers)
         self._metrics.members_wanted.labels("attention").set(config.attention.replicas)
         self._metrics.members_wanted.labels("gateway").set(config.gateway.replicas)
         for event in ("joined", "ready", "left", "lost"):  # from 0 on, or rates miss the first
             self._metrics.worker_events.labels(event)
-        self._scrape = scrape_process(registry, "directory", "", node, config)
+        self._scrape = scrape_process(process, "directory", "", node, config)
         self._agents = RayAgents()
 
     # --- expert workers ---
 
     async def join(self, worker_id: str, pid: int, node: str, slots: range) -> Assignment | None:
-        """The share of a new expert worker, whose pool has `slots`; None: all are taken, ask again."""
+        """Assign a slot to a new expert worker whose pool has `slots`. Returns None if all are taken: ask again."""
         slot = self._membership.join(worker_id, pid, node, time.monotonic(), slots)
         if slot is None:
             return None
         self._metrics.worker_events.labels("joined").inc()
-        self._look()
-        return Assignment(slot, self._slots[slot])
+        self._update()
+        return Assignment(slot, self._shares[slot])
 
     async def register_worker(self, member: WorkerMember, seen_epoch: int) -> bool:
-        """See `Membership.register`."""
+        """Record an expert worker's state; see `Membership.register`."""
         accepted = self._membership.register(member, seen_epoch, time.monotonic())
         if accepted and member.state == "ready":
             self._metrics.worker_events.labels("ready").inc()
-        self._wake()
+        self._publish_table()
         return accepted
 
     async def heartbeat(self, worker_id: str, busy: float) -> HeartbeatReply:
-        """A worker's sign of life, with the share of its time that it computes."""
-        known = self._membership.heartbeat(worker_id, time.monotonic())
-        table = self._membership.table(time.monotonic())
-        self._busy[worker_id] = busy
-        ready = [member.worker_id for member in self._membership.members() if member.state == "ready"]
-        self._busy = {one: self._busy[one] for one in ready if one in self._busy}
-        plane_busy = sum(self._busy.values()) / len(self._busy) if self._busy else 0.0
-        return HeartbeatReply(known, table.epoch if table else 0, plane_busy)
+        """Record an expert worker's sign of life, with the fraction of its time that it computes."""
+        known = self._membership.heartbeat(worker_id, busy, time.monotonic())
+        table = self._membership.table()
+        return HeartbeatReply(known, table.epoch if table else 0, self._membership.busy())
 
     async def leave(self, worker_id: str) -> None:
-        """A worker that ends in good order."""
+        """Remove an expert worker that ends in good order."""
         self._membership.leave(worker_id)
         self._metrics.worker_events.labels("left").inc()
-        self._wake()
+        self._publish_table()
 
     # --- attention replicas and operators ---
 
     async def register_replica(self, member: AttentionMember) -> None:
-        """What an attention replica says of itself, with each poll and whenever it changes."""
-        self._attention[member.replica_id] = (member, time.monotonic())
-        self._look()
+        """Record what an attention replica says of itself, with each poll and whenever it changes."""
+        self._registry.register_replica(member, time.monotonic())
+        self._update()
 
     async def poll_table(self, after_epoch: int, member: AttentionMember | None = None) -> str | None:
-        """The placement table as JSON once its epoch is above `after_epoch`; None after LONG_POLL_S (ask again)."""
+        """Register the replica and wait for a placement table above `after_epoch`, which is returned as JSON. Returns
+        None after LONG_POLL_S: ask again.
+        """
         self._membership.observe_epoch(after_epoch)
         if member is not None:
             await self.register_replica(member)
@@ -156,32 +122,31 @@ class Directory:
         while True:
             now = time.monotonic()
             self._expire(now)
-            table = self._membership.table(now)
+            table = self._membership.table()
             if table is not None and table.epoch > after_epoch:
                 return table.to_json()
             if now >= deadline:
                 return None
-            # The event covers what is announced, the short wait what falls silent.
-            try:
-                await asyncio.wait_for(self._changed.wait(), min(0.25, deadline - now))
-            except TimeoutError:
-                continue
+            # The event tells of registrations; silence tells of itself only to those who look.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._table_changed.wait(), min(_SILENCE_CHECK_S, deadline - now))
 
     async def status(self) -> str:
-        """State of both planes as JSON; `deepsplit status` prints it."""
-        now = time.monotonic()
-        self._expire(now)
-        table = self._membership.table(now)
-        alive = self._live_attention(now)
+        """Return the state of both planes as JSON; `deepsplit status` prints it."""
+        self._expire(time.monotonic())
+        table = self._membership.table()
         return json.dumps(
             {
                 "model": self._model,
                 "placement_epoch": table.epoch if table else 0,
-                "attention": [{"id": m.replica_id, "pid": m.pid, "node": m.node, "state": m.state} for m in alive],
+                "attention": [
+                    {"id": m.replica_id, "pid": m.pid, "node": m.node, "state": m.state}
+                    for m in self._registry.replicas()
+                ],
                 "experts": [
                     {
                         "id": m.worker_id, "pid": m.pid, "node": m.node, "address": m.address, "state": m.state,
-                        "experts": {str(layer): ids for layer, ids in self._slots[m.slot].items()},
+                        "experts": {str(layer): ids for layer, ids in self._shares[m.slot].items()},
                     }
                     for m in self._membership.members()
                 ],
@@ -191,88 +156,78 @@ class Directory:
     # --- gateways ---
 
     async def register_gateway(self, member: GatewayMember, after_version: int) -> ClusterView | None:
-        """The fleet once its version is not `after_version`; None after LONG_POLL_S (ask again). While draining: at
-        once, so that `drain` and `leave_node` see each gateway's progress.
+        """Register the gateway and wait for a view whose version is not `after_version`. Returns None after
+        LONG_POLL_S: ask again. A gateway that drains is answered at once, so that `drain` and `leave_node` see its
+        progress.
         """
-        self._gateways[member.gateway_id] = (member, time.monotonic())
-        if not self._draining and member.node not in self._leaving:
-            view = await self._next_view(after_version)
-            return view if view is None or member.node not in self._leaving else replace(view, draining=True)
-        return replace(self._view, draining=True)
+        self._registry.register_gateway(member, time.monotonic())
+        view = self._registry.view if self._registry.drains(member) else await self._next_view(after_version)
+        return replace(view, draining=True) if view is not None and self._registry.drains(member) else view
 
     async def register_admission(
         self, endpoint: AdmissionEndpoint, scrape: ScrapeTarget, after_version: int
     ) -> ClusterView | None:
-        """As `gateway`, for the common admission, which says where it listens."""
-        self._admission, self._admission_scrape = endpoint, scrape
-        self._look()
+        """Do the same for the common admission, which says where it listens."""
+        self._registry.register_admission(endpoint, scrape)
         return await self._next_view(after_version)
 
     async def drain(self) -> int:
-        """Have every gateway refuse new requests; returns how many they still hold. Ask again until it is 0."""
-        self._draining = True
-        self._look()
-        return _still_open(self._live_gateways(time.monotonic()))
+        """Have every gateway refuse new requests. Returns how many they still hold; ask again until it is 0."""
+        self._registry.drain()
+        self._update()
+        return self._registry.open_requests()
 
     async def leave_node(self, node: str, settled: bool) -> int:
-        """`node` is about to go. Once `settled`: its gateways refuse new requests, its attention replicas get none.
-        Returns how many requests still need the node; ask again until it is 0. A node with neither is needed as long as
-        a gateway that is going too has requests: then the whole cluster may be going.
+        """Prepare for the end of `node`: once `settled`, its gateways refuse new requests and its attention replicas
+        get none. Returns how many requests still need the node; ask again until it is 0.
         """
-        self._going.add(node)
-        if settled:
-            self._leaving.add(node)
-        self._look()
-        gateways = self._live_gateways(time.monotonic())
-        here = [m for m in gateways if m.node == node]
-        if here:
-            return _still_open(here)
-        replicas = {m.replica_id for m in self._live_attention(time.monotonic()) if m.node == node}
-        if replicas:
-            return sum(m.in_flight.get(replica_id, 0) for m in gateways for replica_id in replicas)
-        return _still_open([m for m in gateways if m.node in self._going])
+        self._registry.leave_node(node, settled)
+        self._update()
+        return self._registry.requests_that_need(node)
 
     async def _next_view(self, after_version: int) -> ClusterView | None:
         deadline = time.monotonic() + LONG_POLL_S
-        while self._look() == after_version:
+        while True:
+            self._update()
+            if self._registry.view.version != after_version:
+                return self._registry.view
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 return None
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._viewed.wait(), left_s)
-        return self._view
+                await asyncio.wait_for(self._view_changed.wait(), left_s)
 
-    def _look(self) -> int:
-        """Bring the view and the metrics up to date; returns the view's version."""
+    # --- bookkeeping ---
+
+    def _expire(self, now_s: float) -> None:
+        self._membership.expire(now_s)
+        self._registry.expire(now_s)
+
+    def _on_lost(self, member: WorkerMember) -> None:
+        self._metrics.worker_events.labels("lost").inc()
+        fields = {"worker_id": member.worker_id, "worker_pid": member.pid, "worker_node": member.node}
+        logger.warning("an expert worker fell silent", extra={"fields": fields})
+        self._update_metrics()
+
+    def _publish_table(self) -> None:
+        """Wake the attention replicas that wait for a table."""
+        self._table_changed.set()
+        self._table_changed = asyncio.Event()
+        self._update()
+        self._update_metrics()
+
+    def _update(self) -> None:
+        """Bring the view up to date, and the metrics with it; wake the gateways that wait for a view."""
         now = time.monotonic()
         self._expire(now)
-        attention, gateways = self._live_attention(now), self._live_gateways(now)
-        endpoints = tuple(
-            ReplicaEndpoint(m.replica_id, m.url, m.token, m.pid, m.node, m.node in self._leaving)
-            for m in attention
-            if m.state == "ready"
-        )
-        targets = [
-            self._scrape.target,
-            *(m.scrape for m in gateways),
-            *(target for m in attention for target in m.scrape),
-            *(m.scrape for m in self._membership.members() if m.scrape is not None),
-            *self._agents.targets(now),
-        ]
-        if self._admission_scrape is not None:
-            targets.append(self._admission_scrape)
-        view = ClusterView(self._view.version, endpoints, self._admission, self._draining, tuple(targets))
-        if view != self._view:
-            self._view = replace(view, version=view.version + 1)
-            self._viewed.set()
-            self._viewed = asyncio.Event()
-            self._count()
-        return self._view.version
+        workers = [member.scrape for member in self._membership.members() if member.scrape is not None]
+        if self._registry.update_view([self._scrape.target, *workers, *self._agents.targets(now)]):
+            self._view_changed.set()
+            self._view_changed = asyncio.Event()
+            self._update_metrics()
 
-    def _count(self) -> None:
-        now, metrics = time.monotonic(), self._metrics
-        attention, gateways = self._live_attention(now), self._live_gateways(now)
-        table = self._membership.table(now)
+    def _update_metrics(self) -> None:
+        metrics, table = self._metrics, self._membership.table()
         metrics.epoch.set(table.epoch if table else 0)
         metrics.uncovered.set(self._membership.uncovered())
         for state in ("loading", "ready"):
@@ -280,37 +235,10 @@ class Directory:
             metrics.members.labels("experts", state).set(sum(slot < self._workers for slot in slots))
             metrics.members.labels("redundant_experts", state).set(sum(slot >= self._workers for slot in slots))
         for state in ("starting", "ready", "draining"):
-            metrics.members.labels("attention", state).set(sum(m.state == state for m in attention))
+            metrics.members.labels("attention", state).set(sum(m.state == state for m in self._registry.replicas()))
         for state, draining in (("ready", False), ("draining", True)):
+            gateways = self._registry.gateways()
             metrics.members.labels("gateway", state).set(sum(m.draining == draining for m in gateways))
-
-    def _expire(self, now_s: float) -> None:
-        for lost in self._membership.expire(now_s):
-            self._metrics.worker_events.labels("lost").inc()
-            fields = {"worker_id": lost.worker_id, "worker_pid": lost.pid, "worker_node": lost.node}
-            logger.warning("an expert worker fell silent", extra={"fields": fields})
-            self._count()
-
-    def _live_attention(self, now_s: float) -> list[AttentionMember]:
-        alive = [m for m, heard in self._attention.values() if now_s - heard < _POLLS_UNTIL_LOST * LONG_POLL_S]
-        self._attention = {m.replica_id: self._attention[m.replica_id] for m in alive}
-        return alive
-
-    def _live_gateways(self, now_s: float) -> list[GatewayMember]:
-        alive = [m for m, heard in self._gateways.values() if now_s - heard < _POLLS_UNTIL_LOST * LONG_POLL_S]
-        self._gateways = {m.gateway_id: self._gateways[m.gateway_id] for m in alive}
-        return alive
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
-        self._look()
-        self._count()
-
-
-def _still_open(gateways: Sequence[GatewayMember]) -> int:
-    """Requests of gateways that are to drain; one that does not know of it yet may still take some."""
-    return sum(m.open_requests if m.draining else max(1, m.open_requests) for m in gateways)
 
 
 def directory_deployment(config: Config) -> serve.Application:

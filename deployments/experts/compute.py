@@ -1,6 +1,6 @@
 """The experts' arithmetic: SwiGLU of the held experts, weighted and summed per row.
 
-Legend: T rows, K expert slots per row, N held experts of the layer, P rows of one expert, H hidden, I intermediate.
+Legend: T rows, K experts per token, N held experts of the layer, P rows of one expert, H hidden, I intermediate.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ExpertCompute:
         torch.set_num_threads(threads)
         self._on_rows = on_rows
         self._layers = weights.layers
-        self._slots = {layer: _slot_of(experts, weights.num_experts) for layer, experts in weights.layers.items()}
+        self._local = {layer: _local_of(experts, weights.num_experts) for layer, experts in weights.layers.items()}
         self._packed: dict[int, LayerExperts] = {}  # a second copy, for few rows
         if kernel == "auto" and weights.nbytes <= _BOTH_BYTES and all(map(vllm_fits, weights.layers.values())):
             self._packed = {layer: pack(experts) for layer, experts in weights.layers.items()}
@@ -47,19 +47,19 @@ class ExpertCompute:
     ) -> torch.Tensor:
         """sum_k weights[t, k] * expert_k(hidden[t]) -> float32 [T, H] (DeepSeek-V3 report, equations 12 and 13).
 
-        `expert_ids_TK` int32, global, -1 for an unused slot; `weights_TK` float32. Activations are in the experts'
-        dtype, the sum in float32. Raises FrameError for an unknown layer, id or shape, StalePlacement for an expert
-        that is not held here.
+        `expert_ids_TK` int32, global, -1 where an expert is another worker's; `weights_TK` float32. Activations are in
+        the experts' dtype, the sum in float32. Raises FrameError for an unknown layer, id or shape, StalePlacement for
+        an expert that is not held here.
         """
         experts = self._layers.get(layer)
         if experts is None:
             raise FrameError(f"unknown layer {layer}; this worker has routed experts of layers {_ranges(self._layers)}")
         _check_shapes(layer, experts.down_NHI.shape[1], hidden_TH, expert_ids_TK, weights_TK)
-        slots_TK = self._local_slots(layer, expert_ids_TK)
+        local_TK = self._local_ids(layer, expert_ids_TK)
         device, dtype = experts.down_NHI.device, experts.down_NHI.dtype
         hidden_TH = hidden_TH.to(device=device, dtype=dtype)
         output_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=device)
-        rows = _rows(slots_TK, weights_TK, len(experts.ids), device)
+        rows = _rows(local_TK, weights_TK, len(experts.ids), device)
         self._on_rows(rows.counts_N)
         packed = self._packed.get(layer)
         if packed is not None and rows.per_expert <= _VLLM_ROWS and len(rows.tokens_P):
@@ -70,28 +70,28 @@ class ExpertCompute:
             add_torch(experts, hidden_TH, rows, output_TH)
         return output_TH.cpu()
 
-    def _local_slots(self, layer: int, expert_ids_TK: torch.Tensor) -> torch.Tensor:
-        slot_of = self._slots[layer]
-        if expert_ids_TK.numel() and not -1 <= int(expert_ids_TK.min()) <= int(expert_ids_TK.max()) < len(slot_of) - 1:
-            raise FrameError(f"expert ids must be from -1 to {len(slot_of) - 2}")
-        slots_TK = slot_of[expert_ids_TK.long()]  # -1 indexes the last entry, which is "none"
-        strangers = expert_ids_TK[(slots_TK < 0) & (expert_ids_TK >= 0)]
-        if len(strangers):
+    def _local_ids(self, layer: int, expert_ids_TK: torch.Tensor) -> torch.Tensor:
+        local_of = self._local[layer]
+        if expert_ids_TK.numel() and not -1 <= int(expert_ids_TK.min()) <= int(expert_ids_TK.max()) < len(local_of) - 1:
+            raise FrameError(f"expert ids must be from -1 to {len(local_of) - 2}")
+        local_TK = local_of[expert_ids_TK.long()]  # -1 indexes the last entry, which is "none"
+        unknown = expert_ids_TK[(local_TK < 0) & (expert_ids_TK >= 0)]
+        if len(unknown):
             raise StalePlacement(
-                f"layer {layer}: expert {int(strangers[0])} is not held by this worker; split again with a fresh table"
+                f"layer {layer}: expert {int(unknown[0])} is not held by this worker; split again with a fresh table"
             )
-        return slots_TK
+        return local_TK
 
 
-def _rows(slots_TK: torch.Tensor, weights_TK: torch.Tensor, num_held: int, device: torch.device) -> Rows:
-    slots = slots_TK.reshape(-1)
-    pairs = (slots >= 0).nonzero().squeeze(1)
-    slots_P, order = torch.sort(slots[pairs], stable=True)
+def _rows(local_TK: torch.Tensor, weights_TK: torch.Tensor, num_held: int, device: torch.device) -> Rows:
+    local = local_TK.reshape(-1)
+    pairs = (local >= 0).nonzero().squeeze(1)
+    local_P, order = torch.sort(local[pairs], stable=True)
     pairs = pairs[order]
-    tokens_P = pairs // max(1, slots_TK.shape[1])
+    tokens_P = pairs // max(1, local_TK.shape[1])
     scale_P = weights_TK.reshape(-1)[pairs].float()
-    counts_N = torch.bincount(slots_P, minlength=num_held).tolist()
-    return Rows(tokens_P.to(device), slots_P, scale_P.to(device), counts_N)
+    counts_N = torch.bincount(local_P, minlength=num_held).tolist()
+    return Rows(tokens_P.to(device), local_P, scale_P.to(device), counts_N)
 
 
 def _check_shapes(
@@ -106,11 +106,11 @@ def _check_shapes(
         )
 
 
-def _slot_of(experts: LayerExperts, num_experts: int) -> torch.Tensor:
-    """Local slot by global id, -1 where not held; one entry more than there are experts, for the id -1."""
-    slots = torch.full((num_experts + 1,), -1, dtype=torch.int64)
-    slots[list(experts.ids)] = torch.arange(len(experts.ids))
-    return slots
+def _local_of(experts: LayerExperts, num_experts: int) -> torch.Tensor:
+    """Index in the held experts by global id, -1 where not held; one more entry than experts, for the id -1."""
+    local = torch.full((num_experts + 1,), -1, dtype=torch.int64)
+    local[list(experts.ids)] = torch.arange(len(experts.ids))
+    return local
 
 
 def _ranges(layers: object) -> str:

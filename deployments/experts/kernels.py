@@ -29,9 +29,9 @@ class Rows:
     """Pairs of token and expert, in order of expert, so that each expert's rows are one run."""
 
     tokens_P: torch.Tensor  # int64: row of hidden_TH
-    slots_P: torch.Tensor  # int64, ascending
+    local_P: torch.Tensor  # int64: index of the expert among the held ones, ascending
     scale_P: torch.Tensor  # float32
-    counts_N: list[int]  # rows of each slot
+    counts_N: list[int]  # rows of each held expert
 
     @property
     def per_expert(self) -> float:
@@ -45,15 +45,15 @@ def add_torch(experts: LayerExperts, hidden_TH: torch.Tensor, rows: Rows, output
     On one CPU thread a token's float32 result does not depend on its batch: small groups are padded to _STABLE_ROWS.
     """
     start = 0
-    for slot, count in enumerate(rows.counts_N):
+    for local, count in enumerate(rows.counts_N):
         if count == 0:
             continue
         tokens = rows.tokens_P[start : start + count]
         x_PH = hidden_TH[tokens]
         if count < _STABLE_ROWS and x_PH.dtype is torch.float32 and x_PH.device.type == "cpu":
             x_PH = functional.pad(x_PH, (0, 0, 0, _STABLE_ROWS - count))
-        gate_PI, up_PI = functional.linear(x_PH, experts.gate_up_N2IH[slot]).chunk(2, dim=-1)
-        out_PH = functional.linear(functional.silu(gate_PI) * up_PI, experts.down_NHI[slot])[:count]
+        gate_PI, up_PI = functional.linear(x_PH, experts.gate_up_N2IH[local]).chunk(2, dim=-1)
+        out_PH = functional.linear(functional.silu(gate_PI) * up_PI, experts.down_NHI[local])[:count]
         output_TH.index_add_(0, tokens, out_PH.float() * rows.scale_P[start : start + count, None])
         start += count
 
@@ -72,9 +72,9 @@ def add_vllm(packed: LayerExperts, hidden_TH: torch.Tensor, rows: Rows, output_T
     hidden_PH = hidden_TH[rows.tokens_P]
     out_PH = torch.empty_like(hidden_PH)
     ones_P1 = torch.ones(len(hidden_PH), 1)
-    slots_P1 = rows.slots_P[:, None].to(torch.int32)
+    local_P1 = rows.local_P[:, None].to(torch.int32)
     torch.ops._C.cpu_fused_moe(
-        out_PH, hidden_PH, packed.gate_up_N2IH, packed.down_NHI, None, None, ones_P1, slots_P1, False, "silu", _isa()
+        out_PH, hidden_PH, packed.gate_up_N2IH, packed.down_NHI, None, None, ones_P1, local_P1, False, "silu", _isa()
     )
     output_TH.index_add_(0, rows.tokens_P, out_PH.float() * rows.scale_P[:, None])
 

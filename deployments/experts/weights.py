@@ -31,7 +31,7 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class LayerExperts:
-    """The held experts of one layer. Slot n is expert `ids[n]`."""
+    """The held experts of one layer, stacked: index n is expert `ids[n]`."""
 
     ids: tuple[int, ...]  # global ids, ascending
     gate_up_N2IH: torch.Tensor  # [N, 2I, H]: gate rows, then up rows
@@ -135,13 +135,13 @@ class _Reader:
 
     def _jobs(self, layer: int, weights: LayerExperts) -> list[_Job]:
         inner, jobs = self._spec.moe_intermediate_size, []
-        for slot, expert in enumerate(weights.ids):
+        for local, expert in enumerate(weights.ids):
             found: dict[tuple[str, str], ExpertTensor]
             found = {(t.proj, t.kind): t for t in self._index.expert_tensors.get((layer, expert), ())}
             places = {
-                "gate": weights.gate_up_N2IH[slot, :inner],
-                "up": weights.gate_up_N2IH[slot, inner:],
-                "down": weights.down_NHI[slot],
+                "gate": weights.gate_up_N2IH[local, :inner],
+                "up": weights.gate_up_N2IH[local, inner:],
+                "down": weights.down_NHI[local],
             }
             for proj, out in places.items():
                 tensor = found.get((proj, "weight"))

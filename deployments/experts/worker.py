@@ -24,7 +24,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Config
 from cluster.plan.pools import Pool, expert_pools, spare_pools
-from deployments.directory.replica import Assignment, HeartbeatReply
+from deployments.directory.members import Assignment, HeartbeatReply
 from deployments.hosting.autoscaling import BUSY, spare_autoscaling
 from deployments.hosting.scrape import scrape_process
 from deployments.hosting.serve_logs import start_logging

@@ -1,6 +1,6 @@
 """The expert side of the expert plane: streams in, one batch per layer through the experts, replies out.
 
-Legend: T rows (tokens), H hidden size, K expert slots per row.
+Legend: T rows (tokens), H hidden size, K experts per token.
 """
 
 from __future__ import annotations

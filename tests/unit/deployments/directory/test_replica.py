@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster.config import Config
-from deployments.directory.members import ClusterView, GatewayMember
-from deployments.directory.replica import AttentionMember, Directory
+from deployments.directory.members import AttentionMember, ClusterView, GatewayMember
+from deployments.directory.replica import Directory
 from monitoring.discovery import ScrapeTarget
 from routing.tokens.membership import WorkerMember
 
@@ -106,7 +106,7 @@ def test_workers_hear_how_busy_all_of_them_are(demo_model: Path, outside_serve: 
             assert assignment is not None
             held[name] = assignment.experts
             if name != "loading":
-                member = WorkerMember(name, assignment.slot, 1, "n", f"n:{assignment.slot}", "ready", 0.0)
+                member = WorkerMember(name, assignment.slot, 1, "n", f"n:{assignment.slot}", "ready")
                 await directory.register_worker(member, 0)
         assert held["spare"] == held["a"] != held["b"]  # a copy of the first worker's
         assert await directory.join("too many", 1, "n", range(2, 4)) is None

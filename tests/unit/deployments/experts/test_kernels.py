@@ -42,10 +42,10 @@ def test_both_kernels_agree(tokens: int) -> None:
 
 
 def test_grouped_gemms_agree_with_gemms_per_expert() -> None:
-    """What GPUs run, with torch's CPU implementation of it. The expert in slot 1 has no rows."""
+    """What GPUs run, with torch's CPU implementation of it. The expert of index 1 has no rows."""
     experts = weights_of().layers[3]
-    slots_P = torch.tensor([0, 0, 2, 3, 3, 3, 4])
-    rows = Rows(torch.tensor([0, 1, 0, 0, 1, 2, 2]), slots_P, torch.rand(7), torch.bincount(slots_P).tolist())
+    local_P = torch.tensor([0, 0, 2, 3, 3, 3, 4])
+    rows = Rows(torch.tensor([0, 1, 0, 0, 1, 2, 2]), local_P, torch.rand(7), torch.bincount(local_P).tolist())
     hidden_TH = torch.randn(3, HIDDEN).bfloat16()
     grouped_TH, single_TH = torch.zeros(3, HIDDEN), torch.zeros(3, HIDDEN)
     add_grouped(experts, hidden_TH, rows, grouped_TH)

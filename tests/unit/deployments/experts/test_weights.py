@@ -29,10 +29,10 @@ def load(path: Path, assignment: dict[int, list[int]], dtype: str = "float32") -
 def assert_holds(weights: ExpertWeights, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     for layer, held in weights.layers.items():
         assert held.ids
-        for slot, expert in enumerate(held.ids):
+        for local, expert in enumerate(held.ids):
             at = f"model.layers.{layer}.mlp.experts.{expert}"
-            gate, up = held.gate_up_N2IH[slot].chunk(2)
-            for name, ours in (("gate_proj", gate), ("up_proj", up), ("down_proj", held.down_NHI[slot])):
+            gate, up = held.gate_up_N2IH[local].chunk(2)
+            for name, ours in (("gate_proj", gate), ("up_proj", up), ("down_proj", held.down_NHI[local])):
                 assert ours.dtype == dtype
                 assert torch.equal(ours, tensors[f"{at}.{name}.weight"].to(dtype))
 

@@ -25,10 +25,10 @@ def test_every_pair_goes_to_its_owner_exactly_once(tokens: int, workers: int, se
     for part in planned.parts:
         for row, ids_K in zip(part.rows_R, part.expert_ids_RK, strict=True):
             assert (ids_K >= 0).any()  # no row travels for nothing
-            for slot in np.flatnonzero(ids_K >= 0):
-                assert seen[row, slot] == NO_EXPERT
-                assert route_E[ids_K[slot]] == part.worker
-                seen[row, slot] = ids_K[slot]
+            for k in np.flatnonzero(ids_K >= 0):
+                assert seen[row, k] == NO_EXPERT
+                assert route_E[ids_K[k]] == part.worker
+                seen[row, k] = ids_K[k]
     assert np.array_equal(seen, ids_TK)
 
 
