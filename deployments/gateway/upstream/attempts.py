@@ -108,17 +108,17 @@ class Attempts:
             async for chunk in upstream:
                 assert isinstance(chunk, bytes), "a replica's answer has one head"
                 held += self._events.feed(chunk)
-                if self._events.error is not None:
-                    break
                 self._report()
                 if held and (self._begun or self._events.saw_token or self._events.finished):
                     if not self._begun:
                         yield head
                     yield held
                     held = b""
+                if self._events.error is not None:
+                    break
         if self._events.error is None and self._events.finished:
             return
-        async with aclosing(self._failed(path, body, held)) as items:
+        async with aclosing(self._failed(path)) as items:
             async for item in items:
                 yield item
 
@@ -134,7 +134,7 @@ class Attempts:
             self._lease.counted(self._events.prompt_tokens, self._events.generated_tokens, complete=True)
         return [head, body]
 
-    async def _failed(self, path: str, body: bytes, held: bytes) -> AsyncGenerator[ResponseHead | bytes, None]:
+    async def _failed(self, path: str) -> AsyncGenerator[ResponseHead | bytes, None]:
         """A stream that broke off, or that the engine ended with an error. Before its first token that is told as if
         the client had not asked for a stream: same status, same text. Raises ReplicaUnavailable if the replica, and
         not the request, is at fault.
@@ -145,7 +145,7 @@ class Attempts:
                 raise ReplicaLost(f"replica {replica_id} ended its stream early")
             if error.status >= 500:
                 raise ReplicaLost(f"replica {replica_id}: its engine failed")
-            yield held + b"data: " + error.body + b"\n\n"
+            yield b"data: " + error.body + b"\n\n"
             return
         if path in (COMPLETIONS, CHAT) and error is not None:
             answer = ResponseHead(error.status, _JSON), error.body

@@ -8,8 +8,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from cluster.config import AdmissionConfig
-from cluster.errors import DeepsplitError, Overloaded, StreamLost, Unauthenticated
-from deployments.gateway.meter import RequestMeter, RequestMeters, outcome_of
+from cluster.errors import DeepsplitError, EngineRefused, Overloaded, Plane, Reason, StreamLost, Unauthenticated
+from deployments.gateway.head import Head
+from deployments.gateway.meter import RequestMeter, RequestMeters, State, outcome_of
 from monitoring.metrics import MAX_TENANTS, OTHER_TENANTS, GatewayMetrics
 from routing.requests.request import Grant, Priority, Tenant
 
@@ -29,12 +30,12 @@ class World:
         return self.registry.get_sample_value(name, labels)
 
     def waiting(self) -> RequestMeter:
-        meter = self.meters.request("r1", "tiny", "/v1/completions", generates=True)
+        meter = self.meters.request(Head("POST", "/v1/completions", "r1"), "tiny", generates=True)
         meter.identified(TENANT)
         meter.waits(Priority.INTERACTIVE)
         return meter
 
-    def running(self, predicted_s: float = 0.0, would_refuse: str | None = None) -> RequestMeter:
+    def running(self, predicted_s: float | None = None, would_refuse: Reason | None = None) -> RequestMeter:
         meter = self.waiting()
         meter.admitted(Grant("t", "r", predicted_s, would_refuse))
         return meter
@@ -54,7 +55,7 @@ def test_a_stream_from_its_arrival_to_its_end() -> None:
     meter.progress(3)
     world.now_s += 0.4
     meter.progress(5)
-    meter.end(None, 200, prompt_tokens=7, generated_tokens=5)
+    meter.end(State.RUNNING, None, 200, prompt_tokens=7, generated_tokens=5)
     by_class = {"class": "interactive"}
     assert world.value("deepsplit_running_requests", **by_class) == 0
     assert world.value("deepsplit_queue_seconds_sum", **by_class) == pytest.approx(2)
@@ -85,7 +86,8 @@ def test_objectives_are_the_class_own(took_s: float, met: str) -> None:
 def test_a_refusal_names_plane_and_reason_and_holds_no_place() -> None:
     world = World()
     meter = world.waiting()
-    meter.end(Overloaded("no", retry_after_s=1, plane="experts", reason="ttft"), 0)
+    refusal = Overloaded("no", retry_after_s=1, plane=Plane.EXPERTS, reason=Reason.TTFT)
+    meter.end(State.WAITING, refusal, 0, None, 0)
     labels = {"reason": "ttft", "plane": "experts", "class": "interactive"}
     assert world.value("deepsplit_refusals_total", **labels) == 1
     assert world.value("deepsplit_requests_total", outcome="overloaded", **LABELS) == 1
@@ -95,32 +97,34 @@ def test_a_refusal_names_plane_and_reason_and_holds_no_place() -> None:
 
 def test_what_shadow_mode_would_have_refused() -> None:
     world = World()
-    world.running(would_refuse="tpot")
+    world.running(would_refuse=Reason.TPOT)
     assert world.value("deepsplit_would_refuse_total", reason="tpot", **{"class": "interactive"}) == 1
 
 
 def test_a_request_that_nobody_is_known_for() -> None:
     world = World()
-    world.meters.request("r1", "tiny", "/v1/completions", generates=True).end(Unauthenticated("no key"), 0)
+    meter = world.meters.request(Head("POST", "/v1/completions", "r1"), "tiny", generates=True)
+    meter.end(State.ARRIVED, Unauthenticated("no key"), 0, None, 0)
     unknown = {"class": "unknown", "tenant": "unknown"}
     assert world.value("deepsplit_requests_total", outcome="unauthenticated", **unknown) == 1
 
 
-def test_only_the_first_end_counts() -> None:
+def test_a_stream_that_was_lost() -> None:
     world = World()
-    meter = world.running()
-    meter.end(StreamLost("gone"), 200, 7, 3)
-    meter.end(None, 200, 7, 3)
+    world.running().end(State.RUNNING, StreamLost("gone"), 200, 7, 3)
     assert world.value("deepsplit_requests_total", outcome="stream_lost", **LABELS) == 1
-    assert world.value("deepsplit_requests_total", outcome="ok", **LABELS) is None
     assert world.value("deepsplit_generated_tokens_total", **LABELS) == 3
+    assert world.value("deepsplit_running_requests", **{"class": "interactive"}) == 0
 
 
 def test_requests_that_generate_nothing_are_counted_apart() -> None:
     world = World()
-    meter = world.meters.request("r1", "tiny", "/tokenize", generates=False)
+    meter = world.meters.request(Head("POST", "/tokenize", "r1"), "tiny", generates=False)
     meter.identified(TENANT)
-    meter.end(None, 200)
+    meter.waits(Priority.INTERACTIVE)
+    meter.admitted(Grant("t", "r", None))
+    assert world.value("deepsplit_running_requests", **{"class": "interactive"}) == 0
+    meter.end(State.RUNNING, None, 200, 7, 0)
     assert world.value("deepsplit_other_requests_total", path="/tokenize", outcome="ok") == 1
 
 
@@ -139,7 +143,8 @@ def test_resends_by_whether_the_client_had_something() -> None:
         (None, 200, "ok"), (None, 422, "client_error"), (None, 500, "engine_error"),
         (asyncio.CancelledError(), 0, "cancelled"), (GeneratorExit(), 200, "cancelled"),
         (RuntimeError("bug"), 200, "internal_error"), (DeepsplitError("x"), 200, "internal_error"),
-        (StreamLost("x"), 200, "stream_lost"),
+        (StreamLost("x"), 200, "stream_lost"), (EngineRefused(400, "x"), 400, "client_error"),
+        (EngineRefused(500, "x"), 500, "engine_error"),
     ],
 )  # fmt: skip
 def test_outcomes(error: BaseException | None, status: int, outcome: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from cluster.errors import Draining, ReplicaUnavailable, Unauthenticated
 from cluster.keys.api_keys import key_hash, new_key
 from deployments.directory.members import ResponseHead
 from monitoring.logs import JsonFormatter, Process
-from tests.unit.deployments.gateway.test_pipeline import CALL, JSON, LOST, SSE, Fleet, World, call, run, stream, whole
+from tests.unit.deployments.gateway.gateway_world import JSON, LOST, SSE, FakePool, World, run, stream
 
 WHOLE = b'{"usage": {"prompt_tokens": 3, "completion_tokens": 2}, "choices": []}'
 
@@ -46,7 +45,7 @@ def ends(
 
 def test_a_stream_with_all_there_is_to_say(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
-        await whole(await World(Fleet([SSE, *stream("wxyz")], names="a")).door.answer(CALL))
+        await World(FakePool([SSE, *stream("wxyz")], names="a")).ask()
 
     run(scenario)
     assert said(caplog) == {
@@ -58,9 +57,9 @@ def test_a_stream_with_all_there_is_to_say(caplog: pytest.LogCaptureFixture) -> 
 
 def test_a_stream_that_went_on_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
-        fleet = Fleet([SSE, *stream("wxyz")[:2], LOST], [SSE, *stream("yz", first=False)])
-        await whole(await World(fleet).door.answer(CALL))
-        assert sorted(replica for replica, _, _ in fleet.seen) == ["a", "b"]
+        pool = FakePool([SSE, *stream("wxyz")[:2], LOST], [SSE, *stream("yz", first=False)])
+        await World(pool).ask()
+        assert sorted(replica for replica, _, _ in pool.seen) == ["a", "b"]
 
     ends(scenario, caplog, outcome="ok", resends=1)
     (resend,) = (r for r in caplog.records if r.name == "deployments.gateway.upstream.attempts")
@@ -70,7 +69,7 @@ def test_a_stream_that_went_on_elsewhere(caplog: pytest.LogCaptureFixture) -> No
 
 def test_an_answer_that_is_no_stream(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
-        await whole(await World(Fleet([JSON, WHOLE])).door.answer(call(stream=False)))
+        await World(FakePool([JSON, WHOLE])).ask(stream=False)
 
     ends(scenario, caplog, outcome="ok", status=200, prompt_tokens=3, generated_tokens=2)
 
@@ -78,18 +77,18 @@ def test_an_answer_that_is_no_stream(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(("status", "outcome"), [(400, "client_error"), (500, "engine_error")])
 def test_the_engines_own_refusal(caplog: pytest.LogCaptureFixture, status: int, outcome: str) -> None:
     async def scenario() -> None:
-        fleet = Fleet([ResponseHead(status, "application/json"), b"{}"], names="a")
-        await whole(await World(fleet).door.answer(CALL))
+        pool = FakePool([ResponseHead(status, "application/json"), b"{}"], names="a")
+        await World(pool).ask()
 
     ends(scenario, caplog, outcome=outcome, status=status)
 
 
 def test_a_refusal_names_plane_and_reason(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
-        world = World(Fleet())
-        await world.door.drain(0)
+        world = World(FakePool())
+        await world.pipeline.open_requests.drain(0)
         with pytest.raises(Draining):
-            await world.door.answer(CALL)
+            await world.ask()
 
     ends(scenario, caplog, outcome="draining", status=503, plane="gateway", reason="draining", replicas=())
 
@@ -97,30 +96,25 @@ def test_a_refusal_names_plane_and_reason(caplog: pytest.LogCaptureFixture) -> N
 @pytest.mark.parametrize("chunks", [0, 1])
 def test_a_client_that_leaves(caplog: pytest.LogCaptureFixture, chunks: int) -> None:
     async def scenario() -> None:
-        answer = await World(Fleet([SSE, *stream("wxyz")])).door.answer(CALL)
-        for _ in range(chunks):
-            await anext(answer.chunks)
-        await answer.chunks.aclose()
-        await answer.chunks.aclose()
+        with pytest.raises(asyncio.CancelledError):
+            await World(FakePool([SSE, *stream("wxyz")])).ask(leave_after=chunks)
 
     ends(scenario, caplog, outcome="cancelled", status=200)
 
 
 def test_a_reader_that_stops_at_the_streams_own_end_is_not_gone(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
-        answer = await World(Fleet([SSE, *stream("wx")])).door.answer(CALL)
-        while b"[DONE]" not in await anext(answer.chunks):
-            pass
-        await answer.chunks.aclose()
+        with pytest.raises(asyncio.CancelledError):
+            await World(FakePool([SSE, *stream("wx")])).ask(leave_after=3)  # two tokens and the end
 
     ends(scenario, caplog, outcome="ok", generated_tokens=2)
 
 
 def test_a_request_that_is_cut_off_while_it_waits(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
-        fleet = Fleet([SSE, *stream("w")])
-        fleet.hold = asyncio.Event()
-        asking = asyncio.create_task(World(fleet).door.answer(CALL))
+        pool = FakePool([SSE, *stream("w")])
+        pool.hold = asyncio.Event()
+        asking = asyncio.create_task(World(pool).ask())
         await asyncio.sleep(0.05)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -131,7 +125,7 @@ def test_a_request_that_is_cut_off_while_it_waits(caplog: pytest.LogCaptureFixtu
 
 def test_what_generates_nothing(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
-        await whole(await World(Fleet([JSON, b"{}"], names="a")).door.answer(replace(CALL, path="/tokenize")))
+        await World(FakePool([JSON, b"{}"], names="a")).ask("/tokenize", prompt="ab")
 
     ends(scenario, caplog, outcome="ok", path="/tokenize", replicas=("a",))
 
@@ -145,14 +139,14 @@ def test_prompts_are_written_only_if_asked_for_and_keys_never(
     keys.write_text(f"tenants: [{{name: acme, keys: ['{key_hash(key)}']}}]\n")
 
     async def scenario() -> None:
-        asked = replace(call(prompt="zebra"), key=key)
-        fleet = Fleet([SSE, *stream("quagga")], [SSE, *stream("quagga")[:3], LOST])
-        world = World(fleet, keys, asked_for, max_resends=0)
-        await whole(await world.door.answer(asked))
+        mine, theirs = ({"authorization": f"Bearer {one}"} for one in (key, stranger))
+        pool = FakePool([SSE, *stream("quagga")], [SSE, *stream("quagga")[:3], LOST])
+        world = World(pool, keys, asked_for, max_resends=0)
+        await world.ask(headers=mine, prompt="zebra")
         with pytest.raises(ReplicaUnavailable):
-            await whole(await world.door.answer(asked))
+            await world.ask(headers=mine, prompt="zebra")
         with pytest.raises(Unauthenticated):
-            await world.door.answer(replace(asked, key=stranger))
+            await world.ask(headers=theirs, prompt="zebra")
 
     run(scenario)
     written = "\n".join(JsonFormatter(Process("gateway", "n")).format(record) for record in caplog.records)

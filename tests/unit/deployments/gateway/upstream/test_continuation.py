@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from cluster.errors import StreamLost
-from deployments.gateway.detokenizer import ModelTokens
+from deployments.gateway.detokenizer import ModelTokenizer
+from deployments.gateway.outline import outline
 from deployments.gateway.upstream.continuation import Continuation, why_not
 from deployments.gateway.upstream.events import CHAT, COMPLETIONS
 from tests.unit.deployments.gateway.engine_stream import EOS, Engine, chunks_of, text_of
@@ -28,27 +29,27 @@ TEXTS = {
 
 
 class Client:
-    """One request, its tap and what has come out of it so far."""
+    """One request, its stream and what has come out of it so far."""
 
-    def __init__(self, model: ModelTokens, engine: Engine, path: str, **fields: object) -> None:
+    def __init__(self, model: ModelTokenizer, engine: Engine, path: str, **fields: object) -> None:
         asked = {"messages": [{"role": "user", "content": "?"}]} if path == CHAT else {"prompt": "?"}
         self.fields = {"model": "demo", "stream": True, "temperature": 0, "max_tokens": 500, **asked, **fields}
         self.body = json.dumps(self.fields).encode()
-        self.tap = Continuation(path, self.fields, self.body, model.decode)
+        self.stream = Continuation(path, outline(path, self.body), self.body, model.decode)
         self.engine = engine
-        self.events = engine.stream(path, self.tap.upstream_body())
+        self.events = engine.stream(path, self.stream.upstream_body())
         self.got = b""
 
     def read(self, events: int | None = None) -> bool:
         """Read some events, or all. False once the stream has come to its end."""
         taken, self.events = (self.events, []) if events is None else (self.events[:events], self.events[events:])
-        self.got += b"".join(self.tap.feed(event) for event in taken)
-        return not self.tap.finished
+        self.got += b"".join(self.stream.feed(event) for event in taken)
+        return not self.stream.finished
 
     async def move(self) -> None:
         """The replica is lost, another one goes on."""
-        assert self.tap.why_not_continuable is None
-        path, body = await self.tap.continue_request()
+        assert self.stream.why_not_continuable is None
+        path, body = await self.stream.continue_request(0)
         assert path == COMPLETIONS
         self.events = self.engine.stream(path, body)
 
@@ -59,8 +60,8 @@ def tokenizer(demo_model: Path) -> Tokenizer:
 
 
 @pytest.fixture
-def model(demo_model: Path) -> ModelTokens:
-    return ModelTokens(demo_model)
+def model(demo_model: Path) -> ModelTokenizer:
+    return ModelTokenizer(demo_model)
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def engine_of(tokenizer: Tokenizer) -> Callable[..., Engine]:
     return make
 
 
-def uncut(model: ModelTokens, engine: Engine, path: str, **fields: object) -> Client:
+def uncut(model: ModelTokenizer, engine: Engine, path: str, **fields: object) -> Client:
     client = Client(model, engine, path, **fields)
     client.read()
     return client
@@ -90,39 +91,39 @@ def cuts(client: Client) -> Iterator[int]:
 @pytest.mark.parametrize("tokens_per_chunk", [1, 2, 5])
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
 def test_a_stream_cut_anywhere_gives_the_same_text_and_counts(
-    model: ModelTokens, engine_of: Callable[..., Engine], path: str, tokens_per_chunk: int, text: str
+    model: ModelTokenizer, engine_of: Callable[..., Engine], path: str, tokens_per_chunk: int, text: str
 ) -> None:
     async def scenario() -> None:
         engine = engine_of(text, tokens_per_chunk)
         options = {"include_usage": True}
         whole = uncut(model, engine, path, stream_options=options)
         assert text_of(whole.got) == text
-        assert whole.tap.generated_tokens == len(engine.answer)
+        assert whole.stream.generated_tokens == len(engine.answer)
         for cut in cuts(Client(model, engine, path)):
             client = Client(model, engine, path, stream_options=options)
             assert client.read(cut)
             await client.move()
             client.read()
             assert text_of(client.got) == text, cut
-            assert client.tap.generated_ids == list(engine.answer), cut
-            assert client.tap.generated_tokens == len(engine.answer), cut
-            assert client.tap.prompt_tokens == len(engine.prompt), cut
+            assert client.stream.generated_ids == list(engine.answer), cut
+            assert client.stream.generated_tokens == len(engine.answer), cut
+            assert client.stream.prompt_tokens == len(engine.prompt), cut
             assert chunks_of(client.got)[-1]["usage"] == chunks_of(whole.got)[-1]["usage"], cut
             assert client.got.count(b"[DONE]") == 1
-            assert client.tap.finished
+            assert client.stream.finished
 
     asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-def test_a_stream_cut_again_and_again(model: ModelTokens, engine_of: Callable[..., Engine], path: str) -> None:
+def test_a_stream_cut_again_and_again(model: ModelTokenizer, engine_of: Callable[..., Engine], path: str) -> None:
     async def scenario() -> None:
         text = TEXTS["multibyte"]
         engine = engine_of(text)
         client = Client(model, engine, path, stream_options={"include_usage": True})
         # Enough events each time for a whole character, or it would never get further.
         moves = 0
-        while client.read(7) and not client.tap.finished_choices:
+        while client.read(7) and not client.stream.finished_choices:
             await client.move()
             moves += 1
         client.read()
@@ -136,7 +137,7 @@ def test_a_stream_cut_again_and_again(model: ModelTokens, engine_of: Callable[..
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
 @given(data=st.data())
-def test_whatever_a_model_says(model: ModelTokens, tokenizer: Tokenizer, data: st.DataObject) -> None:
+def test_whatever_a_model_says(model: ModelTokenizer, tokenizer: Tokenizer, data: st.DataObject) -> None:
     """Bytes that are no text and special tokens too: exact, or refused."""
     prompt = data.draw(st.lists(st.integers(0, 300), min_size=1, max_size=12))
     answer = data.draw(st.lists(st.integers(2, 300), min_size=2, max_size=40))
@@ -145,11 +146,11 @@ def test_whatever_a_model_says(model: ModelTokens, tokenizer: Tokenizer, data: s
     fields = {"skip_special_tokens": data.draw(st.booleans()), "max_tokens": len(answer)}
 
     async def scenario() -> None:
-        fresh = ModelTokens(model._file.parent)  # tasks of another event loop are of no use
+        fresh = ModelTokenizer(model._file.parent)  # tasks of another event loop are of no use
         whole = text_of(uncut(fresh, engine, path, **fields).got)
         client = Client(fresh, engine, path, **fields)
         client.read(data.draw(st.sampled_from(list(cuts(client)) or [len(client.events)])))
-        if not client.tap.finished_choices:
+        if not client.stream.finished_choices:
             try:
                 await client.move()
             except StreamLost:
@@ -163,34 +164,35 @@ def test_whatever_a_model_says(model: ModelTokens, tokenizer: Tokenizer, data: s
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 @pytest.mark.parametrize("usage", [None, {"include_usage": True}])
 def test_a_loss_after_the_last_token_is_closed_here(
-    model: ModelTokens, engine_of: Callable[..., Engine], path: str, usage: object
+    model: ModelTokenizer, engine_of: Callable[..., Engine], path: str, usage: object
 ) -> None:
     engine = engine_of("some words")
     whole = uncut(model, engine, path, stream_options=usage)
     client = Client(model, engine, path, stream_options=usage)
     client.read(len(client.events) - (3 if usage else 2))
-    assert client.tap.closing() is None  # a token is missing
+    assert client.stream.closing() is None  # a token is missing
     client.read(1)
-    closing = client.tap.closing()
+    closing = client.stream.closing()
     assert closing is not None
     assert chunks_of(client.got + closing) == chunks_of(whole.got)
     assert closing.endswith(b"data: [DONE]\n\n")
-    assert client.tap.finished
+    assert client.stream.finished
 
 
 @pytest.mark.parametrize("fields", [{"n": 2}, {"prompt": ["a", "b"]}, {"prompt": [[1], [2]]}])
-def test_one_finished_choice_of_two_does_not_close_the_stream(model: ModelTokens, fields: dict[str, object]) -> None:
-    tap = Continuation(COMPLETIONS, {"stream": True, **fields}, b"", model.decode)
+def test_one_finished_choice_of_two_does_not_close_the_stream(model: ModelTokenizer, fields: dict[str, object]) -> None:
+    body = json.dumps({"stream": True, **fields}).encode()
+    stream = Continuation(COMPLETIONS, outline(COMPLETIONS, body), body, model.decode)
     for index in (0, 1):
-        assert tap.closing() is None
+        assert stream.closing() is None
         choice = {"index": index, "text": "x", "token_ids": [5], "prompt_token_ids": [1], "finish_reason": "length"}
-        tap.feed(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
-    assert tap.closing() == b"data: [DONE]\n\n"
+        stream.feed(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+    assert stream.closing() == b"data: [DONE]\n\n"
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_a_continued_chunk_looks_like_those_before_it(
-    model: ModelTokens, engine_of: Callable[..., Engine], path: str
+    model: ModelTokenizer, engine_of: Callable[..., Engine], path: str
 ) -> None:
     async def scenario() -> None:
         engine = engine_of(TEXTS["code"])
@@ -215,7 +217,7 @@ def test_a_continued_chunk_looks_like_those_before_it(
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_a_client_that_asks_for_ids_gets_each_once(
-    model: ModelTokens, engine_of: Callable[..., Engine], path: str
+    model: ModelTokenizer, engine_of: Callable[..., Engine], path: str
 ) -> None:
     async def scenario() -> None:
         engine = engine_of(TEXTS["code"])
@@ -235,51 +237,55 @@ def test_a_client_that_asks_for_ids_gets_each_once(
 
 
 def test_ids_within_a_character_that_the_client_has_are_not_taken_back(
-    model: ModelTokens, engine_of: Callable[..., Engine]
+    model: ModelTokenizer, engine_of: Callable[..., Engine]
 ) -> None:
     async def scenario() -> None:
         engine = engine_of("🎉")
         client = Client(model, engine, COMPLETIONS, return_token_ids=True)
         client.read(2)
         with pytest.raises(StreamLost, match="middle of a character"):
-            await client.tap.continue_request()
+            await client.stream.continue_request(0)
 
     asyncio.run(scenario())
 
 
-def continued(model: ModelTokens, engine: Engine, path: str, **fields: object) -> dict[str, object]:
+def continued(
+    model: ModelTokenizer, engine: Engine, path: str, context_tokens: int = 0, **fields: object
+) -> dict[str, object]:
     """What the second replica is asked for after four chunks."""
     client = Client(model, engine, path, **fields)
     client.read(4)
-    return json.loads(asyncio.run(client.tap.continue_request())[1])
+    return json.loads(asyncio.run(client.stream.continue_request(context_tokens))[1])
 
 
-def test_what_is_left_to_generate(model: ModelTokens, engine_of: Callable[..., Engine]) -> None:
+def test_what_is_left_to_generate(model: ModelTokenizer, engine_of: Callable[..., Engine]) -> None:
     engine = engine_of(TEXTS["code"])  # four events of a chat are three tokens
     assert continued(model, engine, COMPLETIONS, max_tokens=10, min_tokens=6)["max_tokens"] == 6
     assert continued(model, engine, COMPLETIONS, max_tokens=10, min_tokens=6)["min_tokens"] == 2
     assert continued(model, engine, COMPLETIONS, max_tokens=10, min_tokens=3)["min_tokens"] == 0
-    assert continued(model, engine, COMPLETIONS, max_tokens=None)["max_tokens"] is None
+    assert continued(model, engine, COMPLETIONS, max_tokens=None)["max_tokens"] == 12  # null is the default of 16 too
     assert continued(model, engine, COMPLETIONS, max_tokens=9, max_completion_tokens=5)["max_tokens"] == 5  # 9 - 4
     assert continued(model, engine, CHAT, max_tokens=9, max_completion_tokens=7)["max_tokens"] == 4
     assert continued(model, engine, CHAT, max_tokens=9)["max_tokens"] == 6
-    assert continued(model, engine, CHAT, max_tokens=None)["max_tokens"] is None
+    left = 100 - len(engine.prompt) - 3  # a chat without a bound fills the context, and the engine's default is 16
+    assert continued(model, engine, CHAT, 100, max_tokens=None)["max_tokens"] == left
 
 
-def test_the_default_bound_of_completions_holds(model: ModelTokens, engine_of: Callable[..., Engine]) -> None:
+def test_the_default_bound_of_completions_holds(model: ModelTokenizer, engine_of: Callable[..., Engine]) -> None:
     async def scenario() -> None:
         engine = engine_of(TEXTS["multibyte"])
         fields = {"prompt": "?", "stream": True, "temperature": 0}
-        tap = Continuation(COMPLETIONS, fields, json.dumps(fields).encode(), model.decode)
-        for event in engine.stream(COMPLETIONS, tap.upstream_body())[:4]:
-            tap.feed(event)
-        assert json.loads((await tap.continue_request())[1])["max_tokens"] == 12
+        body = json.dumps(fields).encode()
+        stream = Continuation(COMPLETIONS, outline(COMPLETIONS, body), body, model.decode)
+        for event in engine.stream(COMPLETIONS, stream.upstream_body())[:4]:
+            stream.feed(event)
+        assert json.loads((await stream.continue_request(0))[1])["max_tokens"] == 12
 
     asyncio.run(scenario())
 
 
 def test_sampling_is_carried_and_the_prompt_is_not_made_again(
-    model: ModelTokens, engine_of: Callable[..., Engine]
+    model: ModelTokenizer, engine_of: Callable[..., Engine]
 ) -> None:
     sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.1, "repetition_penalty": 1.1}
     others = {"logit_bias": {"5": -1}, "stop_token_ids": [9], "ignore_eos": True, "user": "u", "priority": 3}
@@ -337,42 +343,45 @@ def test_what_changes_nothing_is_no_obstacle(path: str, fields: dict[str, object
     assert why_not(path, {"stream": True, **fields}) is None
 
 
-def test_what_the_stream_shows_can_be_an_obstacle(model: ModelTokens, engine_of: Callable[..., Engine]) -> None:
+def test_what_the_stream_shows_can_be_an_obstacle(model: ModelTokenizer, engine_of: Callable[..., Engine]) -> None:
     engine = engine_of("some words")
     client = Client(model, engine, CHAT)
-    assert client.tap.why_not_continuable == "the replica sent no token ids"
+    assert client.stream.why_not_continuable == "the replica sent no token ids"
     client.read(2)
-    assert client.tap.why_not_continuable is None
-    client.tap.feed(b'data: {"choices": [{"index": 0, "delta": {"reasoning": "hm"}, "token_ids": [7]}]}\n\n')
-    assert "reasoning" in str(client.tap.why_not_continuable)
+    assert client.stream.why_not_continuable is None
+    client.stream.feed(b'data: {"choices": [{"index": 0, "delta": {"reasoning": "hm"}, "token_ids": [7]}]}\n\n')
+    assert "reasoning" in str(client.stream.why_not_continuable)
 
-    echo = Continuation(COMPLETIONS, {"stream": True, "echo": True, "prompt": "a"}, b"", model.decode)
+    body = b'{"stream": true, "echo": true, "prompt": "a"}'
+    echo = Continuation(COMPLETIONS, outline(COMPLETIONS, body), body, model.decode)
     assert echo.why_not_continuable == "the prompt is echoed"
 
 
-def test_an_error_of_the_engine_is_as_good_as_a_loss(model: ModelTokens, engine_of: Callable[..., Engine]) -> None:
+def test_an_error_of_the_engine_is_as_good_as_a_loss(model: ModelTokenizer, engine_of: Callable[..., Engine]) -> None:
     async def scenario() -> None:
         engine = engine_of(TEXTS["code"])
         client = Client(model, engine, COMPLETIONS)
         error = b'data: {"error": {"message": "EngineCore died", "code": 500}}\n\ndata: [DONE]\n\n'
-        client.got += client.tap.feed(b"".join(client.events[:3]) + error)  # one packet
-        assert client.tap.failed
-        assert not client.tap.finished
+        client.got += client.stream.feed(b"".join(client.events[:3]) + error)  # one packet
+        assert client.stream.error is not None
+        assert not client.stream.finished
         assert b"[DONE]" not in client.got
         await client.move()
         client.read()
         assert text_of(client.got) == TEXTS["code"]
-        assert client.tap.finished
+        assert client.stream.finished
 
     asyncio.run(scenario())
 
 
-def test_half_an_event_of_the_lost_replica_is_forgotten(model: ModelTokens, engine_of: Callable[..., Engine]) -> None:
+def test_half_an_event_of_the_lost_replica_is_forgotten(
+    model: ModelTokenizer, engine_of: Callable[..., Engine]
+) -> None:
     async def scenario() -> None:
         engine = engine_of(TEXTS["code"])
         client = Client(model, engine, CHAT)
         client.read(4)
-        client.got += client.tap.feed(client.events[0][:-1])
+        client.got += client.stream.feed(client.events[0][:-1])
         await client.move()
         client.read()
         assert text_of(client.got) == TEXTS["code"]
@@ -382,13 +391,13 @@ def test_half_an_event_of_the_lost_replica_is_forgotten(model: ModelTokens, engi
 
 def test_the_tokenizer_is_loaded_once_and_again_after_a_failure(demo_model: Path, tmp_path: Path) -> None:
     async def scenario() -> None:
-        tokens = ModelTokens(demo_model)
+        tokens = ModelTokenizer(demo_model)
         assert await asyncio.gather(tokens.count(b"def f"), tokens.count(b"def f")) == [3, 3]  # with <|bos|>
         assert await tokens.count("é".encode()[:1]) > 1  # no text, still counted
         assert await tokens.decode([0, 319], True) == "def"
         assert await tokens.decode([0, 319], False) == "<|bos|>def"
 
-        late = ModelTokens(tmp_path)
+        late = ModelTokenizer(tmp_path)
         with pytest.raises(Exception, match="No such file"):
             await late.count(b"x")
         (tmp_path / "tokenizer.json").symlink_to(demo_model / "tokenizer.json")

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from deployments.gateway.upstream.events import CHAT, COMPLETIONS, StreamTap
+from deployments.gateway.outline import outline
+from deployments.gateway.upstream.events import CHAT, COMPLETIONS, AnswerEvents, EngineError
 from tests.unit.deployments.gateway.engine_stream import EOS, Engine, chunks_of, text_of
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
@@ -21,9 +22,10 @@ DONE = b"data: [DONE]\n\n"
 PROMPT = [0, 55, 30]
 
 
-def tap_of(path: str = COMPLETIONS, **fields: object) -> StreamTap:
-    fields = {"stream": True, **fields}
-    return StreamTap(path, fields, json.dumps(fields).encode())
+def events_of(path: str = COMPLETIONS, **fields: object) -> AnswerEvents:
+    bound = {"max_tokens": 99} if path == MESSAGES else {}  # which that API wants
+    body = json.dumps({"stream": True, **bound, **fields}).encode()
+    return AnswerEvents(path, outline(path, body), body)
 
 
 def event(data: object, name: str | None = None) -> bytes:
@@ -68,8 +70,9 @@ def answers(demo_model: Path) -> dict[str, bytes]:
     return streams
 
 
-def state(tap: StreamTap) -> dict[str, Any]:
-    return {name: value for name, value in vars(tap).items() if name != "_pending"}
+def state(seen: AnswerEvents) -> dict[str, Any]:
+    parts = {name: value for name, value in vars(seen).items() if name not in ("_body", "_split")}
+    return parts | {"rest": seen._split._rest}
 
 
 @settings(deadline=None, max_examples=200)
@@ -79,12 +82,12 @@ def test_cuts_between_packets_change_nothing(answers: dict[str, bytes], data: st
     stream = answers[path]
     if data.draw(st.booleans()):
         stream = stream.replace(b"\n", b"\r\n")
-    whole = tap_of(path)
+    whole = events_of(path)
     expected = whole.feed(stream)
-    tap = tap_of(path)
+    seen = events_of(path)
     packets = cut(stream, data.draw(st.lists(st.integers(0, len(stream)), max_size=40)))
-    assert b"".join(tap.feed(packet) for packet in packets) == expected
-    assert state(tap) == state(whole)
+    assert b"".join(seen.feed(packet) for packet in packets) == expected
+    assert state(seen) == state(whole)
     assert whole.finished
     assert whole.saw_token
     assert whole.prompt_tokens == 3
@@ -92,28 +95,28 @@ def test_cuts_between_packets_change_nothing(answers: dict[str, bytes], data: st
 
 def test_byte_by_byte(answers: dict[str, bytes]) -> None:
     for path, stream in answers.items():
-        whole, tap = tap_of(path), tap_of(path)
-        assert b"".join(tap.feed(stream[at : at + 1]) for at in range(len(stream))) == whole.feed(stream)
-        assert state(tap) == state(whole)
+        whole, seen = events_of(path), events_of(path)
+        assert b"".join(seen.feed(stream[at : at + 1]) for at in range(len(stream))) == whole.feed(stream)
+        assert state(seen) == state(whole)
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_an_event_passes_as_soon_as_it_is_whole(answers: dict[str, bytes], path: str) -> None:
-    tap = tap_of(path)
+    seen = events_of(path)
     for one in answers[path].split(b"\n\n")[:-1]:
-        assert tap.feed(one + b"\n") == b""
-        assert tap.feed(b"\n").endswith(b"\n\n")
+        assert seen.feed(one + b"\n") == b""
+        assert seen.feed(b"\n").endswith(b"\n\n")
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_counts_are_exact_and_ids_stay_here(answers: dict[str, bytes], path: str) -> None:
-    tap = tap_of(path)
-    out = tap.feed(answers[path])
+    seen = events_of(path)
+    out = seen.feed(answers[path])
     chunks = chunks_of(answers[path])
     ids = [token for chunk in chunks for one in chunk["choices"] for token in one.get("token_ids") or ()]
-    assert (tap.prompt_tokens, tap.generated_tokens) == (3, len(ids))
-    assert (tap.prompt_ids, tap.generated_ids) == (PROMPT, ids)
-    assert tap.text == text_of(out) == "é 🎉 def"
+    assert (seen.prompt_tokens, seen.generated_tokens) == (3, len(ids))
+    assert (seen.prompt_ids, seen.generated_ids) == (PROMPT, ids)
+    assert seen.text == text_of(out) == "é 🎉 def"
     for chunk in chunks_of(out):
         for holder in (chunk, *chunk["choices"]):
             assert holder.get("token_ids") is None
@@ -124,9 +127,9 @@ def test_counts_are_exact_and_ids_stay_here(answers: dict[str, bytes], path: str
 
 def test_a_client_that_asks_for_ids_gets_the_stream_as_it_is(answers: dict[str, bytes]) -> None:
     for path in (COMPLETIONS, CHAT):
-        tap = tap_of(path, return_token_ids=True)
-        assert chunks_of(tap.feed(answers[path])) == chunks_of(answers[path])
-        assert tap.prompt_ids == PROMPT
+        seen = events_of(path, return_token_ids=True)
+        assert chunks_of(seen.feed(answers[path])) == chunks_of(answers[path])
+        assert seen.prompt_ids == PROMPT
 
 
 @pytest.mark.parametrize(
@@ -143,71 +146,80 @@ def test_a_client_that_asks_for_ids_gets_the_stream_as_it_is(answers: dict[str, 
     ],
 )
 def test_ids_are_asked_for_where_they_come_back(path: str, fields: dict[str, object], added: bool) -> None:
-    tap = tap_of(path, prompt="é🎉", **fields)
-    sent = json.loads(tap.upstream_body())
+    seen = events_of(path, prompt="é🎉", **fields)
+    sent = json.loads(seen.upstream_body())
     assert sent == {"stream": True, "prompt": "é🎉"} | fields | ({"return_token_ids": True} if added else {})
     if not added:
         body = b'{ "stream":true }'
-        assert StreamTap(path, tap.fields, body).upstream_body() is body
+        assert AnswerEvents(path, seen.outline, body).upstream_body() is body
 
 
 def test_several_choices_and_prompts_are_counted_each() -> None:
-    tap = tap_of(n=2, prompt=["a", "b"])
+    seen = events_of(n=2, prompt=["a", "b"])
     for index in (0, 1, 2, 3):
         prompt = [1, 2, 3] if index < 2 else [4, 5]
-        tap.feed(event({"choices": [choice(index, "x", [7], prompt_token_ids=prompt)]}))
-    tap.feed(event({"choices": [choice(0, "y", [7, 8]), choice(3, "z", [9])]}))
-    assert (tap.prompt_tokens, tap.generated_tokens) == (5, 7)
-    assert (tap.text, tap.generated_ids, tap.prompt_ids) == ("xy", [7, 7, 8], [1, 2, 3])
+        seen.feed(event({"choices": [choice(index, "x", [7], prompt_token_ids=prompt)]}))
+    seen.feed(event({"choices": [choice(0, "y", [7, 8]), choice(3, "z", [9])]}))
+    assert (seen.prompt_tokens, seen.generated_tokens) == (5, 7)
+    assert (seen.text, seen.generated_ids, seen.prompt_ids) == ("xy", [7, 7, 8], [1, 2, 3])
 
 
 def test_tokens_without_text_count_and_text_without_ids_does_too() -> None:
-    tap = tap_of()
-    tap.feed(event({"choices": [choice(0, "", [])]}))
-    assert (tap.saw_token, tap.generated_tokens) == (False, 0)
-    tap.feed(event({"choices": [choice(0, "", [240, 159])]}))  # within a character
-    assert (tap.saw_token, tap.generated_tokens, tap.text) == (True, 2, "")
-    tap.feed(event({"choices": [choice(0, "x", None)]}))
-    assert tap.generated_tokens == 3
+    seen = events_of()
+    seen.feed(event({"choices": [choice(0, "", [])]}))
+    assert (seen.saw_token, seen.generated_tokens) == (False, 0)
+    seen.feed(event({"choices": [choice(0, "", [240, 159])]}))  # within a character
+    assert (seen.saw_token, seen.generated_tokens, seen.text) == (True, 2, "")
+    seen.feed(event({"choices": [choice(0, "x", None)]}))
+    assert seen.generated_tokens == 3
 
 
 def test_usage_has_the_last_word() -> None:
-    tap = tap_of(CHAT)
-    tap.feed(event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}))
-    assert tap.prompt_tokens is None
-    tap.feed(event({"choices": [{"index": 0, "delta": {"content": "x"}}], "usage": {"completion_tokens": 1}}))
-    tap.feed(event({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}}))
-    assert (tap.prompt_tokens, tap.generated_tokens) == (9, 6)
-    tap.feed(event({"choices": [], "usage": {"prompt_tokens": None, "completion_tokens": "6"}}))
-    tap.feed(event({"choices": [], "usage": None}))
-    assert (tap.prompt_tokens, tap.generated_tokens) == (9, 6)
+    seen = events_of(CHAT)
+    seen.feed(event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}))
+    assert seen.prompt_tokens is None
+    seen.feed(event({"choices": [{"index": 0, "delta": {"content": "x"}}], "usage": {"completion_tokens": 1}}))
+    seen.feed(event({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}}))
+    assert (seen.prompt_tokens, seen.generated_tokens) == (9, 6)
+    seen.feed(event({"choices": [], "usage": {"prompt_tokens": None, "completion_tokens": "6"}}))
+    seen.feed(event({"choices": [], "usage": None}))
+    assert (seen.prompt_tokens, seen.generated_tokens) == (9, 6)
 
 
 @pytest.mark.parametrize("field", ["reasoning", "tool_calls"])
 def test_more_than_text_is_noticed(field: str) -> None:
-    tap = tap_of(CHAT)
-    tap.feed(event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": "x", field: None}}]}))
-    assert not tap.strange_delta
-    tap.feed(event({"choices": [{"index": 0, "delta": {field: "y"}, "token_ids": [1, 2]}]}))
-    assert tap.strange_delta
-    assert tap.generated_tokens == 3
+    seen = events_of(CHAT)
+    seen.feed(event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": "x", field: None}}]}))
+    assert not seen.strange_delta
+    seen.feed(event({"choices": [{"index": 0, "delta": {field: "y"}, "token_ids": [1, 2]}]}))
+    assert seen.strange_delta
+    assert seen.generated_tokens == 3
 
 
 def test_an_error_ends_what_the_client_sees() -> None:
-    tap = tap_of()
+    seen = events_of()
     token = event({"choices": [choice(0, "x", None)]})
     error = event({"error": {"message": "EngineCore died", "code": 500}})
-    assert chunks_of(tap.feed(token + error + token + DONE)) == chunks_of(token)
-    assert (tap.failed, tap.finished, tap.generated_tokens) == (True, False, 1)
-    assert tap.feed(token) == b""
+    assert chunks_of(seen.feed(token + error + token + DONE)) == chunks_of(token)
+    assert (seen.error is not None, seen.finished, seen.generated_tokens) == (True, False, 1)
+    assert seen.feed(token) == b""
 
 
-def test_errors_of_other_apis_pass() -> None:
-    tap = tap_of(MESSAGES)
-    error = event({"type": "error", "error": {"type": "api_error", "message": "no"}}, "error")
-    assert tap.feed(error) == error
-    assert tap.finished
-    assert not tap.failed
+@pytest.mark.parametrize(
+    ("path", "error", "status"),
+    [
+        (COMPLETIONS, {"error": {"message": "no", "code": 400}}, 400),
+        (CHAT, {"error": {"message": "no", "type": "NotFoundError", "code": 404}}, 404),
+        (CHAT, {"error": {"message": "no"}}, 500),
+        (MESSAGES, {"type": "error", "error": {"type": "api_error", "message": "no"}}, 500),
+        (RESPONSES, {"type": "error", "code": "server_error", "message": "no"}, 500),
+    ],
+)
+def test_an_error_event_is_told_with_its_status(path: str, error: dict[str, object], status: int) -> None:
+    seen = events_of(path)
+    assert seen.feed(event(error, "error")) == b""
+    assert seen.error == EngineError(status, json.dumps(error).encode())
+    assert not seen.finished
 
 
 @pytest.mark.parametrize(
@@ -226,39 +238,39 @@ def test_errors_of_other_apis_pass() -> None:
 )
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, RESPONSES])
 def test_what_is_no_chunk_passes_unchanged(path: str, odd: bytes) -> None:
-    tap = tap_of(path)
-    assert tap.feed(odd) == odd
-    assert (tap.generated_tokens, tap.saw_token, tap.finished, tap.failed) == (0, False, False, False)
+    seen = events_of(path)
+    assert seen.feed(odd) == odd
+    assert (seen.generated_tokens, seen.saw_token, seen.finished, seen.error) == (0, False, False, None)
 
 
 @settings(deadline=None)
 @given(st.lists(st.binary(max_size=60), max_size=10))
 def test_no_bytes_break_it(packets: list[bytes]) -> None:
     for path in (COMPLETIONS, RESPONSES):
-        tap = tap_of(path)
+        seen = events_of(path)
         for packet in packets:
-            tap.feed(packet)
-        tap.feed(b"\n\ndata: " + b"".join(packets).replace(b"\n", b"") + b"\n\n")
-        assert tap.prompt_tokens is None
+            seen.feed(packet)
+        seen.feed(b"\n\ndata: " + b"".join(packets).replace(b"\n", b"") + b"\n\n")
+        assert seen.prompt_tokens is None
 
 
 def test_a_named_event_keeps_its_name_and_loses_the_ids() -> None:
-    out = tap_of().feed(event({"choices": [choice(0, "x", [7])]}, "chunk"))
+    out = events_of().feed(event({"choices": [choice(0, "x", [7])]}, "chunk"))
     assert out.startswith(b"event: chunk\ndata: {")
     assert json.loads(out.split(b"data: ")[1])["choices"][0]["token_ids"] is None
 
 
 def test_events_of_many_megabytes() -> None:
-    tap = tap_of()
+    seen = events_of()
     prompt = list(range(1_000_000))
     stream = event({"choices": [choice(0, "x" * 8_000_000, [7], prompt_token_ids=prompt)]}) + DONE
     started = time.process_time()
     packets = [stream[at : at + 65536] for at in range(0, len(stream), 65536)]
-    out = b"".join(tap.feed(packet) for packet in packets)
+    out = b"".join(seen.feed(packet) for packet in packets)
     assert time.process_time() - started < 5
     assert len(chunks_of(out)[0]["choices"][0]["text"]) == 8_000_000
-    assert tap.prompt_tokens == 1_000_000
-    assert tap.finished
+    assert seen.prompt_tokens == 1_000_000
+    assert seen.finished
 
 
 @pytest.mark.parametrize(
@@ -273,15 +285,15 @@ def test_events_of_many_megabytes() -> None:
     ],
 )
 def test_an_answer_in_one_piece(path: str, answer: dict[str, object], counts: tuple[int | None, int]) -> None:
-    tap = tap_of(path, stream=False)
-    tap.whole(json.dumps(answer).encode())
-    assert (tap.prompt_tokens, tap.generated_tokens) == counts
-    assert tap.finished
+    seen = events_of(path, stream=False)
+    seen.whole(json.dumps(answer).encode())
+    assert (seen.prompt_tokens, seen.generated_tokens) == counts
+    assert seen.finished
 
 
 @pytest.mark.parametrize("body", [b"", b"Internal Server Error", b"[]", b'"\xff"', b"{", b"[" * 100_000])
 def test_an_answer_in_one_piece_that_is_no_object(body: bytes) -> None:
-    tap = tap_of(stream=False)
-    tap.whole(body)
-    assert tap.prompt_tokens is None
-    assert not tap.finished
+    seen = events_of(stream=False)
+    seen.whole(body)
+    assert seen.prompt_tokens is None
+    assert not seen.finished

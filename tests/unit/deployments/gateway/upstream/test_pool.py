@@ -31,6 +31,7 @@ SERVICE = ServiceModel(slots=4, kv_cache_tokens=16_384, base_s=0.02, sequence_s=
 BODY = json.dumps({"prompt": [1, 2, 3], "max_tokens": 500, "stream": True}).encode()  # 10 s
 SHORT = json.dumps({"prompt": [1, 2, 3], "max_tokens": 3, "stream": True}).encode()
 PATH = "/v1/completions"
+HEADERS = {"x-request-id": "r1"}
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ class World:
         await until(lambda: self.live() == list(live))
 
     async def whole(self, replica_id: str = "a", body: bytes = SHORT) -> bytes:
-        async with aclosing(self.pool.send(replica_id, "POST", PATH, body, "r1")) as answer:
+        async with aclosing(self.pool.send(replica_id, "POST", PATH, body, HEADERS)) as answer:
             head = await anext(answer)
             assert head == ResponseHead(200, "text/event-stream; charset=utf-8")
             return b"".join([chunk async for chunk in answer if isinstance(chunk, bytes)])
@@ -132,10 +133,10 @@ def test_loads_and_a_stream(fleet: FakeReplicas) -> None:
 def test_an_answer_in_one_piece_and_a_refusal(fleet: FakeReplicas) -> None:
     async def scenario(world: World) -> None:
         world.replicas.set_endpoints(fleet.endpoints)
-        async with aclosing(world.pool.send("a", "GET", "/v1/models", b"", "r1")) as answer:
+        async with aclosing(world.pool.send("a", "GET", "/v1/models", b"", HEADERS)) as answer:
             items = [item async for item in answer]
         assert items[0] == ResponseHead(200, "application/json")
-        async with aclosing(world.pool.send("a", "POST", PATH, b"{}", "r1")) as answer:
+        async with aclosing(world.pool.send("a", "POST", PATH, b"{}", HEADERS)) as answer:
             head = await anext(answer)
         assert isinstance(head, ResponseHead)
         assert head.status == 400
@@ -146,7 +147,7 @@ def test_an_answer_in_one_piece_and_a_refusal(fleet: FakeReplicas) -> None:
 def test_closing_an_answer_aborts_the_generation(fleet: FakeReplicas) -> None:
     async def scenario(world: World) -> None:
         world.replicas.set_endpoints(fleet.endpoints)
-        answer = world.pool.send("a", "POST", PATH, BODY, "r1")
+        answer = world.pool.send("a", "POST", PATH, BODY, HEADERS)
         await anext(answer)
         await anext(answer)
         await until(lambda: any(load.running for load in world.replicas.current()))
@@ -235,7 +236,7 @@ def test_a_gateway_that_was_busy_itself_loses_no_replica(
 def test_a_wrong_token_is_refused_everywhere(fleet: FakeReplicas) -> None:
     async def scenario(world: World) -> None:
         world.replicas.set_endpoints([replace(fleet.endpoints[0], token="guessed")])
-        async with aclosing(world.pool.send("a", "POST", PATH, SHORT, "r1")) as answer:
+        async with aclosing(world.pool.send("a", "POST", PATH, SHORT, HEADERS)) as answer:
             head = await anext(answer)
         assert isinstance(head, ResponseHead)
         assert head.status == 401
@@ -406,7 +407,7 @@ def test_garbage_on_the_load_stream_is_a_loss_until_it_makes_sense(garbage: byte
 def test_a_replica_that_drains_keeps_what_it_has(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(world: World) -> None:
         async with odd_server(world) as odd:
-            stream = world.pool.send("a", "POST", PATH, BODY, "r1")
+            stream = world.pool.send("a", "POST", PATH, BODY, HEADERS)
             await anext(stream)
             waiting = asyncio.ensure_future(anext(stream))
             odd.says, odd.then_close = b"0\r\n\r\n", True  # the load stream comes to its end
@@ -425,7 +426,7 @@ def test_a_replica_that_drains_keeps_what_it_has(caplog: pytest.LogCaptureFixtur
 def test_a_load_stream_that_breaks_off_takes_requests_with_it() -> None:
     async def scenario(world: World) -> None:
         async with odd_server(world) as odd:
-            stream = world.pool.send("a", "POST", PATH, BODY, "r1")
+            stream = world.pool.send("a", "POST", PATH, BODY, HEADERS)
             await anext(stream)
             waiting = asyncio.ensure_future(anext(stream))
             odd.says, odd.then_close = b"", True  # without the last chunk
@@ -439,7 +440,7 @@ def test_a_load_stream_that_breaks_off_takes_requests_with_it() -> None:
 def test_a_loss_between_two_reads_is_seen_at_the_next_one() -> None:
     async def scenario(world: World) -> None:
         async with odd_server(world) as odd:
-            stream = world.pool.send("a", "POST", PATH, BODY, "r1")
+            stream = world.pool.send("a", "POST", PATH, BODY, HEADERS)
             await anext(stream)
             odd.says, odd.then_close = b"", True
             await world.until()
@@ -452,7 +453,7 @@ def test_a_loss_between_two_reads_is_seen_at_the_next_one() -> None:
 def test_what_is_sent() -> None:
     async def scenario(world: World) -> None:
         async with odd_server(world) as odd:
-            stream = world.pool.send("a", "POST", PATH, BODY, "r-42")
+            stream = world.pool.send("a", "POST", PATH, BODY, {"x-request-id": "r-42"})
             await anext(stream)
             await stream.aclose()
             posted = next(request for request in odd.requests if request.startswith(b"POST")).lower()
