@@ -30,10 +30,6 @@ class ServiceModel:
     prefill_tokens_per_s: float
     step_tokens: int = 2048  # most tokens of one step
 
-    def decode_tokens_per_s(self, running: int) -> float:
-        """All sequences together, without prefill."""
-        return running / (self.base_s + self.sequence_s * running)
-
 
 @dataclass(eq=False)
 class SimulatedSequence:
