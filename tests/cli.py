@@ -105,11 +105,11 @@ def stream(url: str, model: str, prompt: str, max_tokens: int, after: Mapping[in
     return ids
 
 
-def metric(url: str, name: str, **labels: str) -> float:
-    """Sum of a metric's samples with these labels, over all processes that the gateway's service discovery lists."""
+def metric(url: str, role: str, name: str, **labels: str) -> float:
+    """Sum of a metric's samples with these labels, over the processes of a role in the gateway's service discovery."""
     total = 0.0
     for group in httpx.get(f"{url}/sd/prometheus", timeout=30).json():
-        if group["labels"]["role"] == "ray":
+        if group["labels"]["role"] != role:
             continue
         for target in group["targets"]:
             text = httpx.get(f"http://{target}/metrics", timeout=30).text

@@ -78,7 +78,7 @@ def test_a_request_is_sent_again_before_its_first_token(url: str) -> None:
     wait_until("two replicas", lambda: both_take_requests(url), 120)
     body = {"model": "demo", "prompt": PROMPT, "max_tokens": 4, "temperature": 0}
     expected = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
-    again = metric(url, "deepsplit_resends_total", kind="again")
+    again = metric(url, "gateway", "deepsplit_resends_total", kind="again")
     victim = status(url)["attention"][0]["pid"]
     os.kill(victim, signal.SIGSTOP)  # it takes requests and answers none
     with ThreadPoolExecutor(4) as pool:
@@ -90,7 +90,7 @@ def test_a_request_is_sent_again_before_its_first_token(url: str) -> None:
     assert open_requests, "no request was in flight when the replica was killed"
     assert [answer.status_code for answer in answers] == [200] * 4
     assert [answer.json()["choices"][0]["text"] for answer in answers] == [expected] * 4
-    assert metric(url, "deepsplit_resends_total", kind="again") > again
+    assert metric(url, "gateway", "deepsplit_resends_total", kind="again") > again
 
 
 def read(url: str, body: dict[str, Any], once_begun: Any) -> tuple[list[int], str, dict[str, Any]]:

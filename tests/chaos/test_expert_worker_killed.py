@@ -82,12 +82,12 @@ def test_killed_in_the_middle_of_a_request(cli: Cli) -> None:
     url = report["gateway"]["rest"]
     expected = complete(url, "demo", PROMPT, 200)
     victim = report["experts"][1]["pid"]
-    failovers = metric(url, "deepsplit_dispatch_failovers_total")
+    failovers = metric(url, "engine", "deepsplit_dispatch_failovers_total")
     # The client has 20 of 200 tokens when the worker dies, so the request is in flight.
     got = stream(url, "demo", PROMPT, 200, {20: lambda: os.kill(victim, signal.SIGKILL)})
     assert got == expected
     # The engine's own count: a dispatch lost its worker, was sent again and ended well.
-    assert metric(url, "deepsplit_dispatch_failovers_total") > failovers
+    assert metric(url, "engine", "deepsplit_dispatch_failovers_total") > failovers
     assert cli.status()["attention"] == report["attention"]
     assert victim not in [worker["pid"] for worker in ready_workers(cli)]
 

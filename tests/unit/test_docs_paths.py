@@ -32,7 +32,7 @@ def names() -> Iterator[tuple[str, str, str]]:
 
 
 def resolve(file: str) -> Path | None:
-    """The file that is meant: below the repository, below vLLM's package, or, without a folder, the only one so named."""
+    """The file below the repository or vLLM's package; without a folder, the only one of that name."""
     if file.startswith("vllm/"):
         spec = importlib.util.find_spec("vllm")
         assert spec is not None
