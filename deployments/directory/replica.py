@@ -221,7 +221,8 @@ class Directory:
         now = time.monotonic()
         self._expire(now)
         workers = [member.scrape for member in self._membership.members() if member.scrape is not None]
-        if self._registry.update_view([self._scrape.target, *workers, *self._agents.targets(now)]):
+        self._agents.refresh(now)
+        if self._registry.update_view([self._scrape.target, *workers, *self._agents.targets]):
             self._view_changed.set()
             self._view_changed = asyncio.Event()
             self._update_metrics()
