@@ -368,7 +368,7 @@ def test_bodies_that_arrive_count_as_held() -> None:
 
 def test_strangers_and_those_who_come_too_late_send_nothing(tmp_path: Path) -> None:
     keys = tmp_path / "keys.yaml"
-    keys.write_text(f"tenants:\n  - name: a\n    keys: [\"{key_hash(new_key())}\"]\n")
+    keys.write_text(f'tenants:\n  - name: a\n    keys: ["{key_hash(new_key())}"]\n')
     keys.chmod(0o600)
     world = World(Fleet(), keys)
     with pytest.raises(Unauthenticated), world.door.arriving("/v1/completions", "ds-other", "r1"):
