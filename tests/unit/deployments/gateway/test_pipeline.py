@@ -260,7 +260,7 @@ def test_requests_whose_bodies_arrive_count_as_held() -> None:
 
 def test_strangers_and_those_who_come_too_late_send_nothing(tmp_path: Path) -> None:
     keys = tmp_path / "keys.yaml"
-    keys.write_text(f"tenants:\n  - name: a\n    keys: [\"{key_hash(new_key())}\"]\n")
+    keys.write_text(f'tenants:\n  - name: a\n    keys: ["{key_hash(new_key())}"]\n')
     keys.chmod(0o600)
 
     async def scenario() -> None:
