@@ -110,7 +110,8 @@ def test_a_chat_without_a_bound_goes_on_to_the_end_of_the_context() -> None:
     async def scenario() -> None:
         def chunk(text: str) -> bytes:
             choice = {"index": 0, "delta": {"content": text}, "token_ids": [ord(text)]}
-            return b"data: " + json.dumps({"id": "c", "choices": [choice], "prompt_token_ids": PROMPT}).encode() + b"\n\n"
+            data = {"id": "c", "choices": [choice], "prompt_token_ids": PROMPT}
+            return b"data: " + json.dumps(data).encode() + b"\n\n"
 
         rest = [event(ord("y")), event(ord("z"), finish="stop"), DONE]
         pool = FakePool([SSE, chunk("w"), chunk("x"), LOST], [SSE, *rest], max_model_len=500)
@@ -212,7 +213,8 @@ def test_the_second_engines_own_error_is_the_answer() -> None:
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 @pytest.mark.parametrize(
-    "events", [[refusal(BAD)], [b": ping\n\n" + refusal(BAD)[:40], refusal(BAD)[40:]], [b"event: error\n" + refusal(BAD)]]
+    "events",
+    [[refusal(BAD)], [b": ping\n\n" + refusal(BAD)[:40], refusal(BAD)[40:]], [b"event: error\n" + refusal(BAD)]],
 )
 def test_a_streamed_request_is_refused_as_one_that_is_not(path: str, events: list[bytes]) -> None:
     async def scenario() -> None:
