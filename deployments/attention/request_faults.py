@@ -28,8 +28,8 @@ def told_as_client_errors(generate: Generate) -> Generate:
         try:
             async with aclosing(generate(prompt, sampling_params, request_id, **options)) as outputs:
                 async for output in outputs:
-                    if constrained and not generated and _failed_without_a_token(output):
-                        raise _refusal("the engine could not compile it")
+                    if constrained and not generated and _failed(output):
+                        raise _refusal("the engine cannot compile or follow it")
                     generated = True
                     yield output
         except EngineGenerateError as error:
@@ -40,8 +40,8 @@ def told_as_client_errors(generate: Generate) -> Generate:
     return checked
 
 
-def _failed_without_a_token(output: RequestOutput) -> bool:
-    return any(one.finish_reason == "error" and not one.token_ids for one in output.outputs)
+def _failed(output: RequestOutput) -> bool:
+    return any(one.finish_reason == "error" for one in output.outputs)
 
 
 def _refusal(why: str) -> VLLMValidationError:

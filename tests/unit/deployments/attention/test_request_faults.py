@@ -58,8 +58,10 @@ def test_a_library_that_gives_up_on_a_schema_is_the_clients_doing(cause: Excepti
 
 
 def test_a_grammar_that_the_engine_core_cannot_compile_too() -> None:
-    with pytest.raises(VLLMValidationError, match="could not compile"):
+    with pytest.raises(VLLMValidationError, match="cannot compile"):
         seen(CONSTRAINED, output([], "error"))
+    with pytest.raises(VLLMValidationError, match="or follow"):
+        seen(CONSTRAINED, output([7], "error"))  # an endless rule is found out at the first token
     assert len(seen(FREE, output([], "error"))) == 1
 
 

@@ -219,7 +219,7 @@ def test_an_error_ends_what_the_client_sees() -> None:
 def test_an_error_event_is_told_with_its_status(path: str, error: dict[str, object], status: int) -> None:
     seen = events_of(path)
     assert seen.feed(event(error, "error")) == b""
-    assert seen.error == EngineError(status, json.dumps(error).encode())
+    assert seen.error == EngineError(status, json.dumps(error, separators=(",", ":")).encode())
     assert not seen.finished
 
 
