@@ -5,7 +5,7 @@ from __future__ import annotations
 from cluster import errors
 from cluster.errors import DeepsplitError, Refusal
 from deployments.gateway.meter import BUG, CANCELLED, CLIENT_ERROR, ENGINE_ERROR, OK
-from monitoring.alerts.objectives import OURS
+from monitoring.alerts.slos import OURS
 
 ERRORS = [error for error in vars(errors).values() if isinstance(error, type) and issubclass(error, DeepsplitError)]
 
