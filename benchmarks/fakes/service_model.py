@@ -1,4 +1,4 @@
-"""A service model of an attention replica: stated step and prefill times, slots and a KV cache, in virtual time.
+"""A service model of an attention replica: the stated cost of requests, to be simulated or run in real time.
 
 One engine works in steps, as vLLM's scheduler does. A step gives every decoding sequence one token and spends the rest
 of its token budget on prefill, first come first served (chunked prefill):

@@ -14,7 +14,7 @@ import torch
 
 from cluster.config import DispatchConfig
 from cluster.errors import DispatchTimeout, FrameError
-from routing.tokens.server import Experts, ExpertServer, LayerBatcher, _QueuedRequest
+from routing.tokens.server import ComputeExperts, ExpertServer, LayerBatcher, _QueuedRequest
 from routing.tokens.wire import DispatchReply, DispatchRequest, ErrorReply, decode_reply, encode_request
 
 
@@ -89,7 +89,7 @@ def frame(layer: int, request_ids: str, deadline_ms: int = 60_000) -> bytes:
     return encode_request(replace(request(layer, deadline_ms), request_ids=request_ids))
 
 
-def server_of(experts: Experts) -> ExpertServer:
+def server_of(experts: ComputeExperts) -> ExpertServer:
     return ExpertServer(experts, 4, "model", DispatchConfig())
 
 
