@@ -7,6 +7,10 @@ import random
 
 from cluster.errors import DeepsplitError, RateLimits, Refusal, ReplicaUnavailable, RequestTimeout
 
+RETRY_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry")
+RATE_LIMIT_HEADERS = tuple(
+    f"x-ratelimit-{fact}-{what}" for fact in ("limit", "remaining", "reset") for what in ("requests", "tokens")
+)
 _RETRY_LOST_S = 1.0  # to half as much again
 
 

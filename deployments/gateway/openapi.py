@@ -1,12 +1,14 @@
-"""The OpenAPI document of what this gateway serves: the engine's own description of those paths, and ours."""
+"""What this gateway serves: the OpenAPI document, of the engine's own description and ours, and versions."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 import msgspec
+
+from cluster.errors import NoCapacity
 
 _REFERENCE = re.compile(r"#/components/schemas/([^\"/]+)")
 _TEXT = {"type": ["string", "null"]}
@@ -38,13 +40,51 @@ _ERROR = {
 }
 
 
-def gateway_document(engine: bytes, version: str, served: Collection[str], own: Mapping[str, str]) -> bytes:
-    """The document. `engine`: the replica's own; `served`: paths taken from it; `own`: GET path -> what it tells."""
+_OWN_PATHS = {
+    "/health": "This process is alive.",
+    "/ping": "This process is alive.",
+    "/ready": "Whether a request would find a replica, per model; 503 if not.",
+    "/version": "Version of deepsplit, and of the engine once a replica is there.",
+    "/openapi.json": "This document.",
+    "/v1/models": "The model, under each of its names.",
+    "/v1/models/{model}": "One of them.",
+    "/metrics": "Prometheus metrics of this gateway replica; for operators.",
+    "/sd/prometheus": "Prometheus HTTP service discovery of every process of the cluster; for operators.",
+    "/v1/deepsplit/status": "State of both planes, of the engine and of admission.",
+}
+
+
+class ServerDescription:
+    """What the server says of itself. The engine is asked once, when somebody first wants to know."""
+
+    def __init__(self, version: str, served: Collection[str], get: Callable[[str], Awaitable[bytes]]) -> None:
+        """`served`: paths that go to the engine. `get` fetches a page of any replica. Raises NoCapacity."""
+        self._version = version
+        self._served = served
+        self._get = get
+        self._document: bytes | None = None
+        self._engine: str | None = None
+
+    async def openapi(self) -> bytes:
+        """The OpenAPI document. Raises NoCapacity."""
+        if self._document is None:
+            self._document = gateway_document(await self._get("/openapi.json"), self._version, self._served)
+        return self._document
+
+    async def versions(self) -> Mapping[str, str]:
+        """`version` is deepsplit's, `vllm` the engine's if any replica is there."""
+        if self._engine is None:
+            try:
+                self._engine = str(msgspec.json.decode(await self._get("/version"))["version"])
+            except NoCapacity:
+                return {"version": self._version}
+        return {"version": self._version, "vllm": self._engine}
+
+
+def gateway_document(engine: bytes, version: str, served: Collection[str]) -> bytes:
+    """The document. `engine`: the replica's own; `served`: paths taken from it."""
     theirs: dict[str, Any] = msgspec.json.decode(engine)
-    paths: dict[str, Any] = {
-        path: {"get": {"summary": summary, "responses": {"200": {"description": "OK"}, "default": _ERROR}}}
-        for path, summary in own.items()
-    }
+    paths: dict[str, Any] = {path: {"get": _own(path, summary)} for path, summary in _OWN_PATHS.items()}
     for path, operations in theirs["paths"].items():
         if path in served:
             paths[path] = operations
@@ -64,6 +104,13 @@ def gateway_document(engine: bytes, version: str, served: Collection[str], own: 
         },
     }
     return msgspec.json.encode(document)
+
+
+def _own(path: str, summary: str) -> dict[str, Any]:
+    names = re.findall(r"{(\w+)}", path)
+    parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    answers = {"200": {"description": "OK"}, "default": _ERROR}
+    return {"summary": summary, "parameters": parameters, "responses": answers}
 
 
 def _reachable(paths: Mapping[str, Any], schemas: Mapping[str, Any]) -> dict[str, Any]:

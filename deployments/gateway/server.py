@@ -25,26 +25,18 @@ from deployments.gateway.detokenizer import ModelTokenizer
 from deployments.gateway.grpc.server import GrpcServer
 from deployments.gateway.meter import RequestMeters
 from deployments.gateway.models import ModelPages
-from deployments.gateway.openapi import gateway_document
+from deployments.gateway.openapi import ServerDescription
 from deployments.gateway.operator_pages import OperatorPages
 from deployments.gateway.pipeline import Pipeline
-from deployments.gateway.rest.api import GET_PATHS, POST_PATHS, RestApi
+from deployments.gateway.rest.api import POST_PATHS, RestApi
 from deployments.gateway.upstream.pool import ReplicaPool
 from deployments.hosting.background import BackgroundTasks
+from deployments.hosting.http_connection import ConnectionBounds
 from deployments.hosting.http_server import HttpServer
 from monitoring.discovery import ScrapeTarget, discovery_document
 from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import GatewayMetrics
 from routing.requests.tenants import TenantsFile
-
-_OWN_PATHS = {
-    "/health": "This process is alive.",
-    "/ready": "Whether a request would find a replica, per model; 503 if not.",
-    "/openapi.json": "This document.",
-    "/metrics": "Prometheus metrics of this gateway replica; for operators.",
-    "/sd/prometheus": "Prometheus HTTP service discovery of every process of the cluster; for operators.",
-    "/v1/deepsplit/status": "State of both planes, of the engine and of admission.",
-}
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +56,6 @@ class GatewayServer:
         self._metrics = GatewayMetrics(registry)
         self._background = BackgroundTasks(logger)
         self._targets: Sequence[ScrapeTarget] = ()
-        self._document: bytes | None = None
         self.room = WaitingRoom(time.monotonic)
         self._local = self._decide_alone()
         self._common: AdmissionClient | None = None
@@ -82,8 +73,10 @@ class GatewayServer:
         self.pipeline = self._pipeline()
         models = ModelPages(self._models, _created(config.model.path), self._pool.loads)
         pages = OperatorPages(registry, lambda: discovery_document(self._targets, self._models[0]), self._status)
-        rest = RestApi(self.pipeline, gateway, models, pages, self._openapi)
-        self._http = HttpServer(rest.app, server_ssl_context(gateway.tls) if gateway.tls else None)
+        description = ServerDescription(version("deepsplit"), POST_PATHS, self._get)
+        rest = RestApi(self.pipeline, gateway, models, pages, description)
+        bounds = ConnectionBounds(gateway.idle_timeout_s, gateway.first_request_timeout_s, gateway.write_stall_s)
+        self._http = HttpServer(rest.app, server_ssl_context(gateway.tls) if gateway.tls else None, bounds)
         self._grpc: GrpcServer | None = None
         if gateway.grpc_port is not None:
             self._grpc = GrpcServer(gateway, self._models[0], self.pipeline, models)
@@ -186,12 +179,6 @@ class GatewayServer:
             "common_admission": None if self._common is None else self._common.connected,
         }  # fmt: skip
         return {"model": self._models[0], **cluster, "gateway": gateway}
-
-    async def _openapi(self) -> bytes:
-        if self._document is None:
-            engine = await self._get("/openapi.json")
-            self._document = gateway_document(engine, version("deepsplit"), (*POST_PATHS, *GET_PATHS), _OWN_PATHS)
-        return self._document
 
     async def _get(self, path: str) -> bytes:
         for load in self._replicas.current():

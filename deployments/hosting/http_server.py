@@ -1,4 +1,4 @@
-"""An HTTP server inside a Serve replica: uvicorn on a socket of its own, hardened against slow and huge peers."""
+"""An HTTP server inside a Serve replica: uvicorn on sockets of its own, hardened against slow and huge peers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ import logging
 import os
 import socket
 import ssl
-from asyncio.events import TimerHandle
+from functools import partial
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cluster.errors import StartupError
+from deployments.hosting.http_connection import DEFAULT_BOUNDS, BoundedProtocol, ConnectionBounds
 
-MAX_HEADER_BYTES = 64 * 1024
-HEADER_TIMEOUT_S = 10.0  # from the first byte of a request, or from the connection, to the end of its headers
-WRITE_STALL_S = 30.0  # a client that reads nothing for this long is gone
-KEEP_ALIVE_S = 75
 _BACKLOG = 2048
+# A name may have addresses that the machine has not, such as ::1 where IPv6 is off.
+_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def _not_a_cancellation(record: logging.LogRecord) -> bool:
@@ -31,62 +29,6 @@ def _not_a_cancellation(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("uvicorn.error").addFilter(_not_a_cancellation)
-
-
-class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with the three bounds that it lacks: header size, header time, time without a read."""
-
-    _header_bytes = 0
-    _in_headers = True
-    _header_timer: TimerHandle | None = None
-    _write_timer: TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._await_headers()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._header_timer, self._write_timer):
-            if timer is not None:
-                timer.cancel()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        if self._in_headers:
-            if self._header_timer is None:
-                self._await_headers()
-            self._header_bytes += len(data)
-            # Bodies share the first packet with their headers, so only what stays unfinished counts.
-            super().data_received(data)
-            if self._in_headers and self._header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
-                self.send_400_response(f"Request headers are larger than {MAX_HEADER_BYTES} bytes.")
-        else:
-            super().data_received(data)
-
-    def on_headers_complete(self) -> None:
-        self._in_headers = False
-        self._header_bytes = 0
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
-        super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        super().on_message_complete()
-        self._in_headers = True  # of the next request, whose timer starts with its first byte
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._write_timer = self.loop.call_later(WRITE_STALL_S, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
-        super().resume_writing()
-
-    def _await_headers(self) -> None:
-        self._header_timer = self.loop.call_later(HEADER_TIMEOUT_S, self.transport.close)
 
 
 class _Server(uvicorn.Server):
@@ -100,11 +42,13 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """Serves one ASGI application on one address, on the running event loop."""
 
-    def __init__(self, app: ASGIApp, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, tls: ssl.SSLContext | None = None, bounds: ConnectionBounds = DEFAULT_BOUNDS
+    ) -> None:
         config = uvicorn.Config(
             app,
             interface="asgi3",  # a bound method would be taken for another
-            http=BoundedProtocol,
+            http=partial(BoundedProtocol, bounds=bounds),  # type: ignore[arg-type]  # called as the class is
             ws="none",
             lifespan="off",
             log_config=None,
@@ -112,7 +56,7 @@ class HttpServer:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_keep_alive=bounds.idle_timeout_s,  # type: ignore[arg-type]  # any number of seconds
             backlog=_BACKLOG,
         )
         config.load()
@@ -121,13 +65,14 @@ class HttpServer:
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int, key: str, share_port: bool = False) -> int:
-        """Listen; returns the port (0 takes a free one). `share_port`: other processes of ours listen there too.
+        """Listen on every address of `host`; returns the port (0 takes a free one). `share_port`: other processes of
+        ours listen there too.
 
         Raises StartupError that names the configuration's `key`.
         """
-        listener = _listen(host, port, key, share_port)
-        bound: int = listener.getsockname()[1]
-        self._serving = asyncio.create_task(self._server.serve([listener]))
+        listeners = _listen(host, port, key, share_port)
+        bound: int = listeners[0].getsockname()[1]
+        self._serving = asyncio.create_task(self._server.serve(listeners))
         while not self._server.started:
             if self._serving.done():
                 self._serving.result()
@@ -150,22 +95,42 @@ class HttpServer:
             await asyncio.wait_for(self._serving, grace_s + 2.0)
 
 
-def _listen(host: str, port: int, key: str, share_port: bool) -> socket.socket:
+def _listen(host: str, port: int, key: str, share_port: bool) -> list[socket.socket]:
+    """One listener for each address of the name `host` that this machine has, all on one port."""
+    listeners: list[socket.socket] = []
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if share_port:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            listener.bind(address)
-        except BaseException:
-            listener.close()
-            raise
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+        for number, (family, address) in enumerate(addresses, 1):
+            try:
+                listener = _bound(family, (address[0], port, *address[2:]), share_port, len(addresses) > 1)
+            except OSError as error:
+                if error.errno not in _NOT_HERE or (number == len(addresses) and not listeners):
+                    raise
+            else:
+                listeners.append(listener)
+                port = listener.getsockname()[1]
     except OSError as error:
+        for listener in listeners:
+            listener.close()
         reason = "the port is in use" if error.errno == errno.EADDRINUSE else os.strerror(error.errno or 0)
         if isinstance(error, socket.gaierror):
             reason = str(error.strerror)
         raise StartupError(f"cannot listen on {host}:{port}: {reason}; see {key}") from error
+    return listeners
+
+
+def _bound(family: int, address: tuple[object, ...], share_port: bool, beside_others: bool) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if share_port:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6 and beside_others:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+    except BaseException:
+        listener.close()
+        raise
     listener.setblocking(False)
     return listener

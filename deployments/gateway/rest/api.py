@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from cluster.config import GatewayConfig
 from cluster.errors import ClientGone, DeepsplitError
 from deployments.gateway.body import read_body
-from deployments.gateway.head import REQUEST_ID, clean_id, read_head
+from deployments.gateway.head import Head, read_head
 from deployments.gateway.models import ModelPages
+from deployments.gateway.openapi import ServerDescription
 from deployments.gateway.operator_pages import OperatorPages
 from deployments.gateway.pipeline import GENERATE_PATHS, OTHER_PATHS, Pipeline
 from deployments.gateway.rest.errors import error_response, http_error_response
+from deployments.gateway.rest.middleware import EveryRequest, cors, reported
 from deployments.gateway.rest.writer import AnswerWriter
 
 POST_PATHS = (*GENERATE_PATHS, *OTHER_PATHS)
-GET_PATHS = ("/v1/models", "/v1/models/{model:path}")
 
 
 class RestApi:
@@ -38,48 +38,48 @@ class RestApi:
         config: GatewayConfig,
         models: ModelPages,
         pages: OperatorPages,
-        openapi: Callable[[], Awaitable[bytes]],
+        description: ServerDescription,
     ) -> None:
-        """`openapi` raises DeepsplitError when no replica answers."""
         self._pipeline = pipeline
-        self._config = config
         self._models = models
-        self._openapi_source = openapi
+        self._description = description
         self.app = Starlette(
             routes=[
-                Route("/health", self._health),
+                Route("/health", self._alive),
+                Route("/ping", self._alive),
                 Route("/ready", self._ready),
+                Route("/version", self._version),
                 Route("/openapi.json", self._openapi),
                 *pages.routes(pipeline),
                 Route("/v1/models", self._list_models),
                 Route("/v1/models/{model:path}", self._retrieve_model),
                 *(Route(path, _PipelineEndpoint(path, pipeline, config), methods=["POST"]) for path in POST_PATHS),
             ],
-            middleware=[Middleware(_RequestIds)],
-            exception_handlers={
-                DeepsplitError: _on_deepsplit_error,
-                HTTPException: _on_http_exception,
-                Exception: _on_bug,
-            },
+            middleware=[*cors(config.cors_origins), Middleware(EveryRequest)],
+            exception_handlers={DeepsplitError: _on_deepsplit_error, HTTPException: _on_http_exception},
         )
+        self.app.router.redirect_slashes = False
 
-    async def _health(self, request: Request) -> Response:
+    async def _alive(self, request: Request) -> Response:
         return Response()
 
     async def _ready(self, request: Request) -> Response:
         models = dict(self._pipeline.ready())
         return JSONResponse({"models": models}, 200 if all(models.values()) else 503)
 
+    async def _version(self, request: Request) -> Response:
+        return JSONResponse(dict(await self._description.versions()))
+
     async def _openapi(self, request: Request) -> Response:
-        return Response(await self._openapi_source(), media_type="application/json")
+        return Response(await self._description.openapi(), media_type="application/json")
 
     async def _list_models(self, request: Request) -> Response:
-        async with self._pipeline.open(read_head("GET", "/v1/models", request.headers)) as lease:
+        async with self._pipeline.open(_head(request, "/v1/models")) as lease:
             lease.status = 200
             return JSONResponse({"object": "list", "data": self._models.visible(lease.tenant)})
 
     async def _retrieve_model(self, request: Request) -> Response:
-        async with self._pipeline.open(read_head("GET", "/v1/models/{model}", request.headers)) as lease:
+        async with self._pipeline.open(_head(request, "/v1/models/{model}")) as lease:
             model = self._models.retrieve(lease.tenant, request.path_params["model"])
             lease.status = 200
             return JSONResponse(model)
@@ -95,12 +95,12 @@ class _PipelineEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        head = read_head("POST", self._path, request.headers, request_id=request.state.request_id)
+        head = _head(request, self._path)
         writer = AnswerWriter(self._path, send, self._config.sse_comment_interval_s)
         try:
             async with self._pipeline.open(head) as lease:
-                encoding = request.headers.get("content-encoding", "")
-                body = await read_body(lease, _chunks(request), encoding, self._config.max_body_mib * 2**20)
+                encodings = ",".join(request.headers.getlist("content-encoding"))
+                body = await read_body(lease, _chunks(request), encodings, self._config.max_body_mib * 2**20)
                 async with _while_connected(receive):
                     outlined = await self._pipeline.outline(lease, body)
                     async with aclosing(self._pipeline.run(lease, outlined, body)) as items:
@@ -109,24 +109,12 @@ class _PipelineEndpoint:
             pass  # nobody is left to tell
         except DeepsplitError as error:
             await writer.fail(error)
+        except Exception as bug:
+            await writer.fail(reported(bug, head.request_id))
 
 
-class _RequestIds:
-    """Every request has an id, the client's if it sent one, and every response shows it."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = clean_id(Headers(scope=scope).get(REQUEST_ID, ""))
-        scope.setdefault("state", {})["request_id"] = request_id
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)
+def _head(request: Request, path: str) -> Head:
+    return read_head(request.method, path, request.headers, request_id=request.state.request_id)
 
 
 async def _chunks(request: Request) -> AsyncIterator[bytes]:
@@ -175,7 +163,3 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
     code = error.detail.lower().replace(" ", "_")
     headers = dict(error.headers) if error.headers else None
     return http_error_response(request.url.path, error.status_code, message, code, headers)
-
-
-def _on_bug(request: Request, error: Exception) -> Response:
-    return http_error_response(request.url.path, 500, "internal error of the gateway", "internal_error", None)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+import msgspec
 from starlette.responses import JSONResponse, Response
 
-from cluster.errors import DeepsplitError, Draining, ModelNotFound, Refusal, Unauthenticated
+from cluster.errors import DeepsplitError, Draining, EngineRefused, ModelNotFound, Refusal, Unauthenticated
 from deployments.gateway.limit_headers import retry_headers
 
 _ANTHROPIC_PATHS = "/v1/messages"
+_MOST_ENGINE_TEXT = 500  # bytes of an answer that is no error in either shape
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -26,40 +27,46 @@ def error_response(path: str, error: DeepsplitError) -> Response:
 
 def http_error_response(path: str, status: int, message: str, code: str, headers: dict[str, str] | None) -> Response:
     """An error that is not of our tree, such as an unknown path."""
-    if path.startswith(_ANTHROPIC_PATHS):
-        return JSONResponse({"type": "error", "error": {"type": _kind(status), "message": message}}, status, headers)
-    return JSONResponse({"error": _openai(status, message, None, code)}, status, headers)
+    return JSONResponse(_shape(path, status, message, None, code), status, headers)
 
 
 def error_event(path: str, error: DeepsplitError) -> bytes:
     """An error in the middle of a stream, whose status line is gone, as one event; no closing [DONE] follows."""
-    data = _body(path, error)
-    name = b""
+    return _event(path, _body(path, error))
+
+
+def event_of(path: str, status: int, body: bytes) -> bytes:
+    """The engine's error response as the event of a stream that has begun."""
+    try:
+        told = msgspec.json.decode(body)
+    except (ValueError, RecursionError):
+        told = None
+    if isinstance(told, dict) and isinstance(told.get("error"), dict):
+        return _event(path, told)
+    text = body[:_MOST_ENGINE_TEXT].decode(errors="replace")
+    return _event(path, _shape(path, status, f"the engine answered {status}: {text}", None, EngineRefused.outcome))
+
+
+def _event(path: str, data: dict[str, Any]) -> bytes:
     if path == "/v1/responses":
-        name, data = b"event: error\n", {"type": "error", **data["error"]}
-    elif path.startswith(_ANTHROPIC_PATHS):
-        name = b"event: error\n"
-    return name + b"data: " + json.dumps(data).encode() + b"\n\n"
-
-
-def event_of(path: str, body: bytes) -> bytes:
-    """An error response's body as the event of a stream that has begun."""
+        data = {"type": "error", **data["error"]}
     named = path == "/v1/responses" or path.startswith(_ANTHROPIC_PATHS)
-    return (b"event: error\n" if named else b"") + b"data: " + body + b"\n\n"
+    return (b"event: error\n" if named else b"") + b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
 def _body(path: str, error: DeepsplitError) -> dict[str, Any]:
-    if path.startswith(_ANTHROPIC_PATHS):
-        return {"type": "error", "error": {"type": _kind(error.http_status), "message": str(error)}}
     param = "model" if isinstance(error, ModelNotFound) else None
-    body: dict[str, Any] = _openai(error.http_status, str(error), param, error.outcome)
-    if isinstance(error, Refusal):
-        body |= {"plane": error.plane, "reason": error.reason}
-    return {"error": body}
+    shaped = _shape(path, error.http_status, str(error), param, error.outcome)
+    if isinstance(error, Refusal) and not path.startswith(_ANTHROPIC_PATHS):
+        shaped["error"] |= {"plane": error.plane, "reason": error.reason}
+    return shaped
 
 
-def _openai(status: int, message: str, param: str | None, code: str) -> dict[str, str | None]:
-    return {"message": message, "type": _kind(status), "param": param, "code": code}
+def _shape(path: str, status: int, message: str, param: str | None, code: str) -> dict[str, Any]:
+    error = {"type": _kind(status), "message": message}
+    if path.startswith(_ANTHROPIC_PATHS):
+        return {"type": "error", "error": error}
+    return {"error": error | {"param": param, "code": code}}
 
 
 def _kind(status: int) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
 
 from starlette.types import Send
 
@@ -23,68 +23,75 @@ class AnswerWriter:
     """One response. Belongs to the task that handles the request."""
 
     def __init__(self, path: str, send: Send, comment_interval_s: float | None) -> None:
-        """`comment_interval_s`: how often a stream that still waits says so; None: never."""
+        """`comment_interval_s`: how often a stream that has nothing to say says so; None: never."""
         self._path = path
         self._send = send
         self._comment_interval_s = comment_interval_s
+        self._writing = asyncio.Lock()  # comments come in between
+        self._written_s = 0.0
         self._started = False
+        self._ended = False
 
     async def write(self, items: AsyncGenerator[AnswerHead | bytes, None], streamed: bool) -> None:
         """`items`: the answer's head and then its chunks. `streamed`: whether the client asked for a stream."""
-        head = await self._first(items, streamed and self._comment_interval_s is not None)
-        assert isinstance(head, AnswerHead), "an answer begins with its head"
-        if head.content_type.startswith(sse.CONTENT_TYPE):
-            await self._start(head.status, head.content_type, {**head.headers, **_UNBUFFERED})
-            async for chunk in items:
-                assert isinstance(chunk, bytes), "an answer has one head"
-                await self._body(chunk, more=True)
-            await self._body(b"", more=False)
-            return
-        whole = b"".join([chunk async for chunk in items if isinstance(chunk, bytes)])
-        if self._started:  # a comment has been sent: the status line is gone
-            await self._body(event_of(self._path, whole), more=False)
-            return
-        headers = {**head.headers, "content-length": str(len(whole))}
-        await self._start(head.status, head.content_type, headers)
-        await self._body(whole, more=False)
+        with self._comments(streamed):
+            head = await anext(items)
+            assert isinstance(head, AnswerHead), "an answer begins with its head"
+            if head.content_type.startswith(sse.CONTENT_TYPE):
+                await self._write(head.status, {"content-type": head.content_type, **head.headers, **_UNBUFFERED})
+                async for chunk in items:
+                    assert isinstance(chunk, bytes), "an answer has one head"
+                    await self._write_body(chunk)
+                await self._write_body(b"", last=True)
+                return
+            whole = b"".join([chunk async for chunk in items if isinstance(chunk, bytes)])
+            if self._started:  # by a comment: the status line is gone
+                await self._write_body(event_of(self._path, head.status, whole), last=True)
+                return
+            headers = {"content-type": head.content_type, **head.headers, "content-length": str(len(whole))}
+            await self._write(head.status, headers, whole, last=True)
 
     async def fail(self, error: DeepsplitError) -> None:
         """The answer ends with an error: as a response of its own, or in the middle of a stream as its last event."""
         if self._started:
-            await self._body(error_event(self._path, error), more=False)
+            await self._write_body(error_event(self._path, error), last=True)
             return
         response = error_response(self._path, error)
-        await self._start(response.status_code, None, dict(response.headers))
-        await self._body(bytes(response.body), more=False)
+        await self._write(response.status_code, dict(response.headers), bytes(response.body), last=True)
 
-    async def _first(
-        self, items: AsyncGenerator[AnswerHead | bytes, None], comments: bool
-    ) -> AnswerHead | bytes:
-        if not comments:
-            return await anext(items)
-        coming = asyncio.ensure_future(anext(items))
-        try:
-            while True:
-                await asyncio.wait((coming,), timeout=self._comment_interval_s)
-                if coming.done():
-                    return coming.result()
-                if not self._started:
-                    await self._start(200, _EVENT_STREAM, _UNBUFFERED)
-                await self._body(_COMMENT, more=True)
-        finally:
-            if not coming.done():
-                coming.cancel()
-                with suppress(asyncio.CancelledError, DeepsplitError, StopAsyncIteration):
-                    await coming
-
-    async def _start(self, status: int, content_type: str | None, headers: Mapping[str, str]) -> None:
-        if self._started:
+    @contextmanager
+    def _comments(self, streamed: bool) -> Iterator[None]:
+        """Keeps a quiet stream's connection from being closed by proxies on the way."""
+        if not streamed or self._comment_interval_s is None:
+            yield
             return
-        self._started = True
-        pairs = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
-        if content_type is not None:
-            pairs.append((b"content-type", content_type.encode()))
-        await self._send({"type": "http.response.start", "status": status, "headers": pairs})
+        commenting = asyncio.create_task(self._comment(self._comment_interval_s))
+        try:
+            yield
+        finally:
+            commenting.cancel()
 
-    async def _body(self, body: bytes, more: bool) -> None:
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+    async def _comment(self, interval_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        self._written_s = loop.time()
+        while True:
+            await asyncio.sleep(self._written_s + interval_s - loop.time())
+            if loop.time() >= self._written_s + interval_s:
+                await self._write(200, {"content-type": _EVENT_STREAM, **_UNBUFFERED}, _COMMENT)
+
+    async def _write_body(self, body: bytes, last: bool = False) -> None:
+        await self._write(200, {}, body, last)
+
+    async def _write(self, status: int, headers: Mapping[str, str], body: bytes = b"", last: bool = False) -> None:
+        """A part of the body; before the first one its head, which is ignored later."""
+        async with self._writing:
+            if self._ended:
+                return
+            if not self._started:
+                pairs = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+                await self._send({"type": "http.response.start", "status": status, "headers": pairs})
+                self._started = True
+            if body or last:
+                await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+                self._ended = last
+            self._written_s = asyncio.get_running_loop().time()

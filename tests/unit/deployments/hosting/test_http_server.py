@@ -11,7 +11,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from cluster.errors import StartupError
-from deployments.hosting import http_server
+from deployments.hosting import http_connection
 from deployments.hosting.http_server import HttpServer
 
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -104,7 +104,7 @@ def test_a_large_body_in_the_same_packet_is_no_header() -> None:
 
 
 def test_a_peer_that_never_ends_its_headers_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "HEADER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(http_connection, "HEADER_TIMEOUT_S", 1.0)
 
     async def slow(port: int, _: Application) -> None:
         silent, _writer = await asyncio.open_connection("127.0.0.1", port)

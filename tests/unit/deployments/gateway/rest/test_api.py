@@ -1,177 +1,145 @@
-"""The REST application over a door that runs in this process; no Ray."""
+"""The REST application: what reaches a replica of a request, and what a client gets of its end."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import math
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import AsyncGenerator
+from pathlib import Path
 
 import httpx
 import pytest
-from prometheus_client import CollectorRegistry, Counter
-from starlette.types import Message
 
 from cluster.errors import (
     DeepsplitError,
     Draining,
     ModelNotFound,
     Overloaded,
+    Plane,
     QuotaExceeded,
     RateLimits,
+    Reason,
     ReplicaUnavailable,
     RequestTimeout,
     StreamLost,
     Unauthenticated,
 )
-from deployments.gateway.door import Answer, Call
-from deployments.gateway.operator_pages import OperatorPages
-from deployments.gateway.rest.api import MAX_ID_CHARS, RestApi
-from routing.requests.request import Tenant
+from deployments.gateway.head import MAX_ID_CHARS
+from tests.unit.deployments.gateway.gateway_world import COMPLETIONS, SSE, FakePool, run, stream, text_of
+from tests.unit.deployments.gateway.rest.rest_world import (
+    ANSWER,
+    CREATED,
+    GUEST_KEY,
+    OPERATOR_KEY,
+    REPLY,
+    RestWorld,
+    body_of,
+    endless,
+    get,
+    keys_file,
+    post,
+    request,
+)
 
-JSON, SSE = "application/json", "text/event-stream; charset=utf-8"
-
-
-class EchoDoor:
-    """Answers with the call it got. `events` makes it stream; `fails_after` raises after that many chunks."""
-
-    def __init__(self, events: int = 0, error: DeepsplitError | None = None, fails_after: int = 0) -> None:
-        self.events, self.error, self.fails_after = events, error, fails_after
-        self.entered, self.closed = asyncio.Event(), asyncio.Event()
-        self.hold: asyncio.Event | None = None
-        self.arrivals: list[str] = []
-
-    @contextmanager
-    def arriving(self, path: str, key: str | None, request_id: str) -> Iterator[None]:
-        self.identify(key)
-        self.arrivals.append(path)
-        yield
-
-    async def answer(self, call: Call) -> Answer:
-        self.entered.set()
-        try:
-            if self.hold is not None:
-                await self.hold.wait()
-        except asyncio.CancelledError:
-            self.closed.set()
-            raise
-        if self.error is not None and not self.fails_after:
-            raise self.error
-        seen = json.dumps({**vars(call), "body": call.body.decode()}).encode()
-        chunks = [b"data: %d\n\n" % i for i in range(self.events)] or [seen]
-        headers = {"x-request-id": call.request_id}
-        return Answer(200, SSE if self.events else JSON, headers, self._chunks(chunks))
-
-    async def _chunks(self, chunks: list[bytes]) -> AsyncGenerator[bytes, None]:
-        try:
-            for number, chunk in enumerate(chunks):
-                if self.error is not None and number == self.fails_after:
-                    raise self.error
-                yield chunk
-                await asyncio.sleep(0)
-        finally:
-            self.closed.set()
-
-    def ready(self) -> Mapping[str, bool]:
-        return {"tiny": self.error is None}
-
-    def identify(self, key: str | None) -> Tenant:
-        if key == "wrong":
-            raise Unauthenticated("no such key")
-        return Tenant("t", operator=key != "guest")
+POST_PATHS = (
+    "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/tokenize", "/detokenize",
+    "/v1/messages/count_tokens",
+)  # fmt: skip
+SECRET = {"authorization": f"Bearer {OPERATOR_KEY}"}
 
 
-async def status() -> Mapping[str, object]:
-    return {"model": "tiny"}
-
-
-async def document() -> bytes:
-    return b'{"openapi": "3.1.0"}'
-
-
-def api(door: EchoDoor) -> RestApi:
-    registry = CollectorRegistry()
-    Counter("deepsplit_seen", "Something seen.", registry=registry).inc()
-    return RestApi(door, 2**20, OperatorPages(registry, lambda: b'[{"targets": []}]', status), document)
-
-
-def client(door: EchoDoor) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(api(door).app, raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://gateway")
-
-
-def post(
-    door: EchoDoor, content: bytes = b"{}", path: str = "/v1/completions", headers: Mapping[str, str] | None = None
-) -> httpx.Response:
-    async def run() -> httpx.Response:
-        async with client(door) as http:
-            return await http.post(path, content=content, headers=headers)
-
-    return asyncio.run(run())
-
-
-def get(door: EchoDoor, path: str, headers: Mapping[str, str] | None = None) -> httpx.Response:
-    async def run() -> httpx.Response:
-        async with client(door) as http:
-            return await http.get(path, headers=headers)
-
-    return asyncio.run(run())
-
-
-def test_everything_the_door_needs_reaches_it() -> None:
-    body = '{ "model": "tiny",\n "prompt": "é", "field_of_tomorrow": [1, 2] }'
-    headers = {
-        "x-request-id": "r1", "authorization": "Bearer k1", "x-deepsplit-priority": "batch",
-        "x-deepsplit-timeout-s": "12.5", "x-deepsplit-ttft-s": "2",
-    }  # fmt: skip
-    answer = post(EchoDoor(), body.encode(), headers=headers)
-    assert answer.json() == {
-        "method": "POST", "path": "/v1/completions", "body": body, "request_id": "r1", "key": "k1",
-        "priority": "batch", "timeout_s": 12.5, "ttft_s": 2.0,
-    }  # fmt: skip
+@pytest.mark.parametrize("path", POST_PATHS)
+def test_a_request_reaches_a_replica_as_it_came_and_its_answer_the_client(path: str) -> None:
+    world = RestWorld(FakePool(ANSWER))
+    answer = post(world, {"model": "tiny", "field_of_tomorrow": [1, "é"]}, path, {"x-request-id": "r1"})
+    assert (answer.status_code, answer.content) == (200, REPLY)
+    ((_, seen_path, seen_body),) = world.pool.seen
+    assert (seen_path, seen_body) == (path, answer.request.content)
+    assert world.pool.headers == [{"x-request-id": "r1"}]
     assert answer.headers["x-request-id"] == "r1"
 
 
+def test_nothing_of_the_body_is_rewritten() -> None:
+    body = '{ "model": "tiny",\n "prompt": "é", "field_of_tomorrow": [1, 2] }'.encode()
+    world = RestWorld(FakePool(ANSWER))
+    post(world, body)
+    assert world.pool.seen[0][2] == body
+
+
+def test_class_and_deadlines_come_from_headers() -> None:
+    world = RestWorld(FakePool(ANSWER))
+    assert post(world, headers={"x-deepsplit-priority": "batch"}).status_code == 200
+    labels = {"outcome": "ok", "class": "batch", "tenant": "anonymous"}
+    assert world.value("deepsplit_requests_total", **labels) == 1
+
+    pool = FakePool([SSE, *stream("wxyz")])
+    pool.hold = asyncio.Event()
+    late = post(RestWorld(pool), {"stream": True}, headers={"x-deepsplit-timeout-s": "0.1"})
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "request_timeout")
+    hasty = post(RestWorld(FakePool(ANSWER)), headers={"x-deepsplit-ttft-s": "1e-9"})
+    assert (hasty.status_code, hasty.json()["error"]["reason"]) == (429, "deadline")
+
+
 def test_without_headers() -> None:
-    seen = post(EchoDoor()).json()
-    assert (seen["key"], seen["priority"], seen["timeout_s"], seen["ttft_s"]) == (None, None, None, None)
-    assert len(seen["request_id"]) == 32
+    world = RestWorld(FakePool(ANSWER))
+    made = post(world).headers["x-request-id"]
+    assert len(made) == 32
+    assert world.pool.headers == [{"x-request-id": made}]
 
 
-def test_anthropic_clients_send_their_key_elsewhere() -> None:
-    assert post(EchoDoor(), path="/v1/messages", headers={"x-api-key": "k2"}).json()["key"] == "k2"
+@pytest.mark.parametrize("headers", [SECRET, {"x-api-key": OPERATOR_KEY}, {"authorization": f"bearer {OPERATOR_KEY} "}])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages"])
+def test_keys_come_in_either_header(path: str, headers: dict[str, str], tmp_path: Path) -> None:
+    world = RestWorld(FakePool(ANSWER), keys_file(tmp_path))
+    assert post(world, path=path, headers=headers).status_code == 200
+    assert post(world, path=path).status_code == 401
 
 
-def test_a_request_id_is_bounded() -> None:
-    assert len(post(EchoDoor(), headers={"x-request-id": "r" * 5000}).json()["request_id"]) == MAX_ID_CHARS
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/models", "/v1/models/tiny", "/v1/models/other", "/nowhere"])
+@pytest.mark.parametrize("asked", ["r" * 5000, "a\tb", "é", " ", "x" * MAX_ID_CHARS])
+def test_a_request_id_is_bounded_and_clean_everywhere(path: str, asked: str) -> None:
+    world = RestWorld(FakePool(ANSWER))
+    method = "POST" if path == "/v1/completions" else "GET"
+    content = b'{"prompt": "a"}' if method == "POST" else None
+    shown = request(world, method, path, {"x-request-id": asked.encode("latin-1")}, content).headers["x-request-id"]  # type: ignore[dict-item]
+    assert shown == asked[:MAX_ID_CHARS] if asked.startswith(("r", "x")) else len(shown) == 32
+    assert all(headers["x-request-id"] == shown for headers in world.pool.headers)
 
 
-@pytest.mark.parametrize("value", ["soon", "-1", "0", "nan", "inf"])
-def test_a_deadline_that_is_no_number(value: str) -> None:
-    answer = post(EchoDoor(), headers={"x-deepsplit-timeout-s": value})
+def test_the_place_in_a_trace_is_passed_on_and_the_key_is_not(tmp_path: Path) -> None:
+    world = RestWorld(FakePool(ANSWER), keys_file(tmp_path))
+    trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=1"}
+    post(world, headers={**SECRET, **trace, "x-request-id": "r1", "cookie": "c", "baggage": "b"})
+    assert world.pool.headers == [{**trace, "x-request-id": "r1"}]
+    world.pool.scripts = [ANSWER]
+    post(world, headers={**SECRET, "traceparent": "0" * 5000, "x-request-id": "r2"})
+    assert world.pool.headers[1:] == [{"x-request-id": "r2"}]
+
+
+@pytest.mark.parametrize("name", ["x-deepsplit-timeout-s", "x-deepsplit-ttft-s"])
+@pytest.mark.parametrize("value", ["soon", "-1", "0", "nan", "inf", ""])
+def test_a_deadline_that_is_no_number(name: str, value: str) -> None:
+    answer = post(RestWorld(FakePool()), headers={name: value})
     assert answer.status_code == 400
-    assert "x-deepsplit-timeout-s must be a number of seconds above 0" in answer.json()["error"]["message"]
+    assert f"{name} must be a number of seconds above 0" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("declared", [True, False])
 def test_a_body_over_the_bound_is_not_read_on(declared: bool) -> None:
-    async def pieces() -> AsyncGenerator[bytes, None]:
-        for _ in range(3):
-            yield b" " * 2**19
+    async def scenario() -> None:
+        world = RestWorld(FakePool(), max_body_mib=1)
+        async with world.client() as http:
+            content = b" " * (2**20 + 1) if declared else endless()
+            answer = await http.post(COMPLETIONS, content=content)
+        assert answer.status_code == 413
+        assert "larger than 1 MiB" in answer.json()["error"]["message"]
+        assert world.nothing_left()
 
-    async def run() -> httpx.Response:
-        async with client(EchoDoor()) as http:
-            content = b" " * (2**20 + 1) if declared else pieces()
-            return await http.post("/v1/completions", content=content)
-
-    answer = asyncio.run(run())
-    assert answer.status_code == 413
-    assert "larger than 1 MiB" in answer.json()["error"]["message"]
+    run(scenario)
 
 
-def test_a_strangers_body_is_not_read() -> None:
+def test_a_strangers_body_is_not_read(tmp_path: Path) -> None:
     read = 0
 
     async def pieces() -> AsyncGenerator[bytes, None]:
@@ -179,18 +147,46 @@ def test_a_strangers_body_is_not_read() -> None:
         read += 1
         yield b"{}"
 
-    async def run() -> httpx.Response:
-        async with client(door) as http:
-            return await http.post("/v1/completions", content=pieces(), headers={"x-api-key": "wrong"})
+    async def scenario() -> None:
+        async with world.client() as http:
+            answer = await http.post(COMPLETIONS, content=pieces(), headers={"x-api-key": "wrong"})
+            assert answer.status_code == 401
+            world.pipeline.open_requests.draining = True
+            assert (await http.post(COMPLETIONS, content=pieces(), headers=SECRET)).status_code == 503
 
-    door = EchoDoor()
-    assert asyncio.run(run()).status_code == 401
-    assert (read, door.arrivals, door.entered.is_set()) == (0, [], False)
-    assert post(door).status_code == 200
-    assert door.arrivals == ["/v1/completions"]
+    world = RestWorld(FakePool(), keys_file(tmp_path))
+    run(scenario)
+    assert (read, world.pool.seen) == (0, [])
 
 
-BUSY = Overloaded("busy", retry_after_s=1.2, plane="experts", reason="ttft")
+def test_many_bodies_at_once_are_refused_and_their_memory_comes_back() -> None:
+    async def scenario() -> None:
+        world = RestWorld(FakePool(*[ANSWER] * 8), max_body_mib=1, max_bodies_mib=2)
+        go_on = asyncio.Event()
+
+        async def slow() -> AsyncGenerator[bytes, None]:
+            yield b'{"prompt": "a",' + b" " * (2**20 - 100)
+            await go_on.wait()
+            yield b'"n": 1}'
+
+        async with world.client() as http:
+            held = [asyncio.create_task(http.post(COMPLETIONS, content=slow())) for _ in range(2)]
+            while world.pipeline._memory.held_bytes < 2 * (2**20 - 100):
+                await asyncio.sleep(0.01)
+            refused = await http.post(COMPLETIONS, content=b'{"prompt": "' + b"a" * 1000 + b'"}')
+            error = refused.json()["error"]
+            assert (refused.status_code, error["reason"], error["plane"]) == (429, "bodies", "gateway")
+            assert "gateway.max_bodies_mib" in error["message"]
+            assert int(refused.headers["retry-after"]) >= 1
+            go_on.set()
+            assert [answer.status_code for answer in await asyncio.gather(*held)] == [200, 200]
+            assert world.nothing_left()
+            assert (await http.post(COMPLETIONS, content=b'{"prompt": "a"}')).status_code == 200
+
+    run(scenario)
+
+
+BUSY = Overloaded("busy", retry_after_s=1.2, plane=Plane.EXPERTS, reason=Reason.TTFT)
 LIMITS = RateLimits(100, 0, 6.0, 5000, 40, 30.5)
 
 
@@ -201,7 +197,8 @@ LIMITS = RateLimits(100, 0, 6.0, 5000, 40, 30.5)
         (ModelNotFound("no such model"), 404, "not_found_error", {}),
         (BUSY, 429, "rate_limit_error", {"retry-after": "2", "retry-after-ms": "1200"}),
         (
-            QuotaExceeded("used up", retry_after_s=0.2, plane="quota", reason="tokens", limits=LIMITS), 429,
+            QuotaExceeded("used up", retry_after_s=0.2, plane=Plane.QUOTA, reason=Reason.TOKENS_PER_MINUTE,
+                          limits=LIMITS), 429,
             "rate_limit_error",
             {
                 "retry-after": "1", "x-ratelimit-limit-requests": "100", "x-ratelimit-remaining-requests": "0",
@@ -209,11 +206,12 @@ LIMITS = RateLimits(100, 0, 6.0, 5000, 40, 30.5)
             },
         ),
         (
-            QuotaExceeded("never", retry_after_s=math.inf, plane="quota", reason="tokens"), 429, "rate_limit_error",
+            QuotaExceeded("never", retry_after_s=math.inf, plane=Plane.QUOTA, reason=Reason.TOKENS_PER_MINUTE), 429,
+            "rate_limit_error",
             {"x-should-retry": "false"},
         ),
         (
-            Draining("bye", retry_after_s=2, plane="gateway", reason="draining"),
+            Draining("bye", retry_after_s=2, plane=Plane.GATEWAY, reason=Reason.DRAINING),
             503,
             "server_error",
             {"retry-after": "2", "connection": "close"},
@@ -223,7 +221,7 @@ LIMITS = RateLimits(100, 0, 6.0, 5000, 40, 30.5)
     ],
 )  # fmt: skip
 def test_errors_in_openais_shape(error: DeepsplitError, status: int, kind: str, headers: dict[str, str]) -> None:
-    answer = post(EchoDoor(error=error))
+    answer = post(RestWorld(FakePool([error]), max_resends=0))
     assert answer.status_code == status
     body = answer.json()["error"]
     assert (body["message"], body["type"], body["code"]) == (str(error), kind, error.outcome)
@@ -231,11 +229,11 @@ def test_errors_in_openais_shape(error: DeepsplitError, status: int, kind: str, 
 
 
 def test_a_refusal_names_the_plane() -> None:
-    assert post(EchoDoor(error=BUSY)).json()["error"]["plane"] == "experts"
+    assert post(RestWorld(FakePool([BUSY]))).json()["error"]["plane"] == "experts"
 
 
 def test_errors_in_anthropics_shape() -> None:
-    body = post(EchoDoor(error=BUSY), path="/v1/messages").json()
+    body = post(RestWorld(FakePool([BUSY])), path="/v1/messages").json()
     assert body == {"type": "error", "error": {"type": "rate_limit_error", "message": "busy"}}
 
 
@@ -244,141 +242,161 @@ def test_errors_in_anthropics_shape() -> None:
     [("/v1/completions", b"data: "), ("/v1/responses", b"event: error"), ("/v1/messages", b"event: error")],
 )
 def test_a_stream_that_fails_ends_with_the_error_and_without_done(path: str, first_line: bytes) -> None:
-    door = EchoDoor(events=3, error=StreamLost("cannot go on"), fails_after=2)
-    answer = post(door, path=path)
+    delta = b'data: {"type": "content_block_delta", "delta": {"text": "%d"}}\n\n'
+    chunks = [delta % i for i in range(2)] if path != COMPLETIONS else stream("wx")[:2]
+    world = RestWorld(FakePool([SSE, *chunks, StreamLost("cannot go on")]))
+    answer = post(world, {"stream": True}, path)
     assert answer.status_code == 200
-    head, last = answer.content.split(b"data: 1\n\n")
-    assert head == b"data: 0\n\n"
+    *head, last, empty = answer.content.split(b"\n\n")
+    assert (len(head), empty) == (2, b"")
     assert last.startswith(first_line)
     assert b"cannot go on" in last
-    assert b"[DONE]" not in last
-    assert door.closed.is_set()
+    assert b"[DONE]" not in answer.content
+    assert world.pool.closed == 1
 
 
 def test_streams_may_not_be_buffered() -> None:
-    answer = post(EchoDoor(events=2))
-    assert answer.headers["x-accel-buffering"] == "no"
-    assert answer.content == b"data: 0\n\ndata: 1\n\n"
+    answer = post(RestWorld(FakePool([SSE, *stream("wxyz")])), {"stream": True})
+    assert (answer.headers["x-accel-buffering"], answer.headers["cache-control"]) == ("no", "no-cache")
+    assert answer.headers["content-type"] == SSE.content_type
+    assert text_of(answer.content) == "wxyz"
 
 
-@pytest.mark.parametrize("path", ["/nowhere", "/v1/embeddings", "/docs"])
-def test_unknown_paths(path: str) -> None:
-    answer = post(EchoDoor(), path=path)
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+@pytest.mark.parametrize("path", ["/nowhere", "/v1/embeddings", "/docs", "/v1/messages/batches", "/", "//metrics"])
+def test_unknown_paths(path: str, method: str) -> None:
+    answer = request(RestWorld(FakePool()), method, f"http://gateway{path}")
     assert answer.status_code == 404
-    assert path in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert path in error["message"]
+    if path.startswith("/v1/messages"):
+        assert answer.json() == {"type": "error", "error": {"type": "not_found_error", "message": error["message"]}}
+    else:
+        assert error["code"] == "not_found"
 
 
 def test_wrong_method() -> None:
-    assert get(EchoDoor(), "/v1/completions").status_code == 405
+    answer = get(RestWorld(FakePool()), COMPLETIONS)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+    assert answer.json()["error"]["code"] == "method_not_allowed"
+    anthropic = get(RestWorld(FakePool()), "/v1/messages")
+    assert (anthropic.status_code, anthropic.json()["type"]) == (405, "error")
+
+
+def test_odd_paths_without_a_key_make_no_series(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world.client() as http:
+            for number in range(250):
+                assert (await http.get(f"/v1/models/{number}")).status_code == 401
+                assert (await http.post(f"/nowhere/{number}")).status_code == 404
+                await http.request("PUT", f"/v1/models/{number}")
+                await http.post(f"/v1/completions/{number}", content=b"{}")
+
+    world = RestWorld(FakePool(), keys_file(tmp_path))
+    run(scenario)
+    labels = {value for metric in world.registry.collect() for s in metric.samples for value in s.labels.values()}
+    assert not [value for value in labels if "/" in value and value != "/v1/models/{model}"]
+    assert world.value("deepsplit_other_requests_total", path="/v1/models/{model}", outcome="unauthenticated") == 250
 
 
 def test_health_readiness_status_and_document() -> None:
-    sick = EchoDoor(error=BUSY)
-    assert get(sick, "/health").status_code == 200
-    assert (get(sick, "/ready").status_code, get(EchoDoor(), "/ready").status_code) == (503, 200)
-    assert get(EchoDoor(), "/v1/deepsplit/status").json() == {"model": "tiny"}
+    world, sick = RestWorld(FakePool()), RestWorld(FakePool(names=""))
+    assert [get(sick, path).status_code for path in ("/health", "/ping", "/ready")] == [200, 200, 503]
+    assert (get(world, "/ready").status_code, get(world, "/ready").json()) == (200, {"models": {"tiny": True}})
+    assert get(world, "/v1/deepsplit/status").json() == {"model": "tiny"}
+    assert get(world, "/openapi.json").json()["openapi"] == "3.1.0"
 
 
 @pytest.mark.parametrize("path", ["/v1/deepsplit/status", "/metrics", "/sd/prometheus"])
-def test_operator_pages_are_for_operators(path: str) -> None:
-    assert get(EchoDoor(), path).status_code == 200
-    assert get(EchoDoor(), path, {"authorization": "Bearer wrong"}).status_code == 401
-    refused = get(EchoDoor(), path, {"authorization": "Bearer guest"})
+def test_operator_pages_are_for_operators(path: str, tmp_path: Path) -> None:
+    world = RestWorld(FakePool(), keys_file(tmp_path))
+    assert get(world, path, SECRET).status_code == 200
+    assert get(world, path, {"authorization": "Bearer wrong"}).status_code == 401
+    refused = get(world, path, {"authorization": f"Bearer {GUEST_KEY}"})
     assert refused.status_code == 403
     assert "operator: true" in refused.json()["error"]["message"]
 
 
 def test_metrics_and_discovery_as_prometheus_reads_them() -> None:
-    metrics = get(EchoDoor(), "/metrics")
+    metrics = get(RestWorld(FakePool()), "/metrics")
     assert metrics.headers["content-type"].startswith("text/plain; version=")
-    assert "deepsplit_seen_total 1.0" in metrics.text
-    assert get(EchoDoor(), "/sd/prometheus").json() == [{"targets": []}]
-    assert get(EchoDoor(), "/openapi.json").json()["openapi"] == "3.1.0"
+    assert 'deepsplit_waiting_requests{class="batch"} 0.0' in metrics.text
+    assert get(RestWorld(FakePool()), "/sd/prometheus").json() == [{"targets": []}]
 
 
-def test_a_bug_is_a_500_without_its_details(caplog: pytest.LogCaptureFixture) -> None:
-    class Broken(EchoDoor):
-        async def answer(self, call: Call) -> Answer:
-            raise ZeroDivisionError("secret")
-
-    answer = post(Broken())
-    assert answer.status_code == 500
-    assert "secret" not in answer.text
-
-
-async def _call(door: EchoDoor, leave_after: int) -> list[Message]:
-    """The application called as a server does; the client goes away after `leave_after` messages (0: at once)."""
-    sent: list[Message] = []
-    gone = asyncio.Event()
-    requests: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}]
-
-    async def receive() -> Message:
-        if requests:
-            return requests.pop()
-        await gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-        if len(sent) == leave_after:
-            gone.set()
-            await asyncio.sleep(0.01)
-
-    scope = {
-        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
-        "scheme": "http", "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"",
-        "root_path": "", "headers": [], "client": None, "server": None,
-    }  # fmt: skip
-    running = asyncio.create_task(api(door).app(scope, receive, send))
-    if leave_after == 0:
-        await door.entered.wait()
-        gone.set()
-    await asyncio.wait_for(running, 10)
-    return sent
+def test_versions() -> None:
+    world = RestWorld(FakePool())
+    pages, world.engine_pages = world.engine_pages, {}
+    assert get(world, "/version").json() == {"version": "1.2"}
+    world.engine_pages = pages
+    assert get(world, "/version").json() == {"version": "1.2", "vllm": "0.9"}
+    world.engine_pages = {}  # it has been asked
+    assert get(world, "/version").json() == {"version": "1.2", "vllm": "0.9"}
 
 
-def test_a_client_that_leaves_while_it_waits_is_withdrawn() -> None:
-    async def run() -> None:
-        door = EchoDoor()
-        door.hold = asyncio.Event()
-        await _call(door, leave_after=0)
-        assert door.closed.is_set()
+# --- models: answered here, never by a replica ---
 
-    asyncio.run(run())
+SHOWN = {"object": "model", "created": CREATED, "owned_by": "deepsplit", "root": "org/big", "parent": None}
 
 
-@pytest.mark.parametrize("messages", [1, 3])
-def test_a_client_that_leaves_in_mid_stream_ends_the_generation(messages: int) -> None:
-    async def run() -> None:
-        door = EchoDoor(events=10_000)
-        sent = await _call(door, leave_after=messages)
-        assert door.closed.is_set() or messages == 1  # before the first chunk nothing runs that could be closed
-        assert len(sent) < 100
+def test_list_and_retrieve_agree() -> None:
+    world = RestWorld(FakePool(max_model_len=4096), models=("org/big", "small"))
+    listed = get(world, "/v1/models").json()
+    assert listed["object"] == "list"
+    assert listed["data"] == [SHOWN | {"id": name, "max_model_len": 4096} for name in ("org/big", "small")]
+    for path, model in (("org/big", 0), ("org%2Fbig", 0), ("org%2fbig/", 0), ("small", 1), ("sm%61ll", 1)):
+        assert get(world, f"/v1/models/{path}").json() == listed["data"][model]
+    assert world.pool.seen == []
 
-    asyncio.run(run())
+
+@pytest.mark.parametrize(
+    "model", ["other", "org", "big", "%2e%2e/%2e%2e/metrics", "..%2f..%2fmetrics", "..;/metrics", "%5c..",
+              "org%252Fbig", "ORG/BIG", "%00"],
+)  # fmt: skip
+def test_an_unknown_model_is_not_found(model: str) -> None:
+    answer = get(RestWorld(FakePool(), models=("org/big", "small")), f"/v1/models/{model}")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+    assert "does not exist; this server has 'org/big'" in error["message"]
 
 
-def test_a_stream_whose_first_chunk_is_never_asked_for_is_closed() -> None:
-    class Unread(EchoDoor):
-        async def answer(self, call: Call) -> Answer:
-            made = await super().answer(call)
-            door = self
+def test_a_tenant_sees_only_its_models(tmp_path: Path) -> None:
+    world = RestWorld(FakePool(), keys_file(tmp_path))
+    guest = {"authorization": f"Bearer {GUEST_KEY}"}
+    assert get(world, "/v1/models", guest).json() == {"object": "list", "data": []}
+    assert get(world, "/v1/models/tiny", guest).status_code == 404
+    assert get(world, "/v1/models/tiny").status_code == 401
 
-            class Chunks(AsyncGenerator[bytes, None]):
-                async def asend(self, value: None) -> bytes:
-                    return await anext(made.chunks)
 
-                async def athrow(self, typ: object, val: object = None, tb: object = None) -> bytes:
-                    raise StopAsyncIteration
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/tiny"])
+def test_head_is_get_without_a_body(path: str) -> None:
+    async def scenario() -> None:
+        world = RestWorld(FakePool())
+        async with world.served() as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+            asked, got = await http.head(path), await http.get(path)
+            assert (asked.status_code, asked.content) == (200, b"")
+            for name in ("content-type", "content-length"):
+                assert asked.headers[name] == got.headers[name]
+            assert (await http.head("/v1/models/other")).status_code == 404
 
-                async def aclose(self) -> None:
-                    door.closed.set()
+    run(scenario)
 
-            return replace(made, chunks=Chunks())
 
-    async def run() -> None:
-        door = Unread(events=5)
-        await _call(door, leave_after=1)
-        assert door.closed.is_set()
+@pytest.mark.parametrize("path", [*POST_PATHS, "/v1/models", "/v1/models/tiny", "/health", "/version"])
+def test_a_slash_at_the_end_changes_nothing(path: str) -> None:
+    world = RestWorld(FakePool(ANSWER))
+    answer = post(world, body_of(path), f"{path}/") if path in POST_PATHS else get(world, f"{path}/")
+    assert answer.status_code == 200
+    assert [seen for _, seen, _ in world.pool.seen] == ([path] if path in POST_PATHS else [])
 
-    asyncio.run(run())
+
+@pytest.mark.parametrize("model", ["", "tiny", "alias", None])
+@pytest.mark.parametrize("path", POST_PATHS)
+def test_an_empty_name_and_every_alias_are_the_one_model(path: str, model: str | None) -> None:
+    world = RestWorld(FakePool(ANSWER), models=("tiny", "alias"))
+    assert post(world, {"model": model}, path).status_code == 200
+    assert json.loads(world.pool.seen[0][2])["model"] == model
+    wrong = post(world, {"model": "other"}, path)
+    assert wrong.status_code == 404
+    if not path.startswith("/v1/messages"):
+        assert (wrong.json()["error"]["code"], wrong.json()["error"]["param"]) == ("model_not_found", "model")

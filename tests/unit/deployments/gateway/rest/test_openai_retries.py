@@ -6,13 +6,11 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Mapping
 
 import httpx
 import openai
 import pytest
-from prometheus_client import CollectorRegistry
 
 from cluster.errors import (
     DeepsplitError,
@@ -20,60 +18,40 @@ from cluster.errors import (
     ModelNotFound,
     NoCapacity,
     Overloaded,
+    Plane,
     QuotaExceeded,
+    Reason,
     ReplicaUnavailable,
     RequestTimeout,
     StreamLost,
 )
-from deployments.gateway.door import Answer, Call
-from deployments.gateway.operator_pages import OperatorPages
-from deployments.gateway.rest.api import RestApi
-from routing.requests.request import Tenant
+from deployments.directory.members import ResponseHead
+from tests.unit.deployments.gateway.gateway_world import JSON, FakePool
+from tests.unit.deployments.gateway.rest.rest_world import RestWorld
 
 WAIT_S = 0.3
 CHOICE = {"index": 0, "text": "fine", "finish_reason": "stop"}
 COMPLETION = {"id": "c", "object": "text_completion", "created": 1, "model": "tiny", "choices": [CHOICE]}
 
 
-class FailsOnce:
-    """A door whose first answer is an error."""
+class FailsOnce(FakePool):
+    """The first answer is an error."""
 
     def __init__(self, error: DeepsplitError) -> None:
-        self._errors = [error]
+        super().__init__([error], [JSON, json.dumps(COMPLETION).encode()])
         self.asked_s: list[float] = []
 
-    @contextmanager
-    def arriving(self, path: str, key: str | None, request_id: str) -> Iterator[None]:
-        yield
-
-    async def answer(self, call: Call) -> Answer:
+    async def send(
+        self, replica_id: str, method: str, path: str, body: bytes, headers: Mapping[str, str]
+    ) -> AsyncGenerator[ResponseHead | bytes, None]:
         self.asked_s.append(time.monotonic())
-        if self._errors:
-            raise self._errors.pop()
-        return Answer(200, "application/json", {}, self._chunks())
-
-    async def _chunks(self) -> AsyncGenerator[bytes, None]:
-        yield json.dumps(COMPLETION).encode()
-
-    def ready(self) -> Mapping[str, bool]:
-        return {"tiny": True}
-
-    def identify(self, key: str | None) -> Tenant:
-        return Tenant("t")
+        async for item in super().send(replica_id, method, path, body, headers):
+            yield item
 
 
-async def nothing() -> bytes:
-    return b""
-
-
-async def status() -> Mapping[str, object]:
-    return {}
-
-
-def ask(door: FailsOnce) -> openai.types.Completion:
+def ask(pool: FailsOnce) -> openai.types.Completion:
     async def run() -> openai.types.Completion:
-        pages = OperatorPages(CollectorRegistry(), lambda: b"[]", status)
-        transport = httpx.ASGITransport(RestApi(door, 2**20, pages, nothing).app)
+        transport = httpx.ASGITransport(RestWorld(pool, max_resends=0).app)
         async with openai.AsyncOpenAI(
             base_url="http://gateway/v1", api_key="none", max_retries=1,
             http_client=httpx.AsyncClient(transport=transport),
@@ -86,19 +64,19 @@ def ask(door: FailsOnce) -> openai.types.Completion:
 @pytest.mark.parametrize(
     "error",
     [
-        Overloaded("busy", retry_after_s=WAIT_S, plane="experts", reason="ttft"),
-        QuotaExceeded("used up", retry_after_s=WAIT_S, plane="quota", reason="requests_per_minute"),
-        Draining("bye", retry_after_s=WAIT_S, plane="gateway", reason="draining"),
-        NoCapacity("nobody", retry_after_s=WAIT_S, plane="attention", reason="no_replica"),
+        Overloaded("busy", retry_after_s=WAIT_S, plane=Plane.EXPERTS, reason=Reason.TTFT),
+        QuotaExceeded("used up", retry_after_s=WAIT_S, plane=Plane.QUOTA, reason=Reason.REQUESTS_PER_MINUTE),
+        Draining("bye", retry_after_s=WAIT_S, plane=Plane.GATEWAY, reason=Reason.DRAINING),
+        NoCapacity("nobody", retry_after_s=WAIT_S, plane=Plane.ATTENTION, reason=Reason.NO_REPLICA),
         ReplicaUnavailable("gone"),
         StreamLost("gone"),
     ],
     ids=lambda error: type(error).__name__,
 )
 def test_what_may_go_well_later_is_asked_again_after_the_stated_time(error: DeepsplitError) -> None:
-    door = FailsOnce(error)
-    assert ask(door).choices[0].text == "fine"
-    first_s, second_s = door.asked_s
+    pool = FailsOnce(error)
+    assert ask(pool).choices[0].text == "fine"
+    first_s, second_s = pool.asked_s
     if hasattr(error, "retry_after_s"):
         assert second_s - first_s >= WAIT_S
 
@@ -109,14 +87,14 @@ def test_what_may_go_well_later_is_asked_again_after_the_stated_time(error: Deep
         (ModelNotFound("no such model"), openai.NotFoundError),
         (RequestTimeout("slow"), openai.InternalServerError),
         (
-            QuotaExceeded("never", retry_after_s=math.inf, plane="quota", reason="request_over_budget"),
+            QuotaExceeded("never", retry_after_s=math.inf, plane=Plane.QUOTA, reason=Reason.REQUEST_OVER_BUDGET),
             openai.RateLimitError,
         ),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_what_cannot_go_well_is_asked_once(error: DeepsplitError, raised: type[openai.APIStatusError]) -> None:
-    door = FailsOnce(error)
+    pool = FailsOnce(error)
     with pytest.raises(raised):
-        ask(door)
-    assert len(door.asked_s) == 1
+        ask(pool)
+    assert len(pool.asked_s) == 1
