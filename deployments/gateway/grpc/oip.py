@@ -27,9 +27,8 @@ _EXTENSIONS = ("model_stream_infer", "binary_tensor_data")
 class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
     """The proto documents the methods. Those that ask for text get their message with the request's lease."""
 
-    def __init__(self, pipeline: Pipeline, model: str) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        self._model = model
         self._version = version("deepsplit")
 
     async def ServerLive(
@@ -57,15 +56,16 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelMetadataResponse:
-        if request.name != self._model or request.version not in ("", VERSION):
+        if request.name not in self._pipeline.ready() or request.version not in ("", VERSION):
             raise ModelNotFound(f"the model {request.name!r} (version {request.version or VERSION!r}) does not exist")
-        response = pb.ModelMetadataResponse(name=self._model, versions=[VERSION], platform=PLATFORM)
+        response = pb.ModelMetadataResponse(name=request.name, versions=[VERSION], platform=PLATFORM)
         for name, datatype in DATATYPES.items():
             response.inputs.add(name=name, datatype=datatype, shape=[-1 if name == TEXT_INPUT else 1])
         response.outputs.add(name=TEXT_OUTPUT, datatype="BYTES", shape=[-1])
         return response
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: RequestContext) -> pb.ModelInferResponse:
+        context.named(request.id)
         asked = read(request)
         if asked.stream:
             raise RequestError("ModelInfer answers once: use ModelStreamInfer to stream")
