@@ -128,7 +128,7 @@ async def _gateway(task: GatewayTask, told: _Told, stop: asyncio.Event) -> None:
     if task.admission is not None:
         server.set_admission(task.admission)
     deadline = time.monotonic() + START_S
-    while task.endpoints and not all(server.door.ready().values()) and time.monotonic() < deadline:
+    while task.endpoints and not all(server.pipeline.ready().values()) and time.monotonic() < deadline:
         await asyncio.sleep(0.02)
     print(f"{config.gateway.host}:{config.gateway.port}", flush=True)
 

@@ -56,9 +56,8 @@ class LocalCheckpoint(CallbackBase):
 
 def llm_config(config: Config, args: dict[str, Any]) -> LLMConfig:
     """Return Ray Serve LLM's description of the engine that `args` (see `engine_args`) start."""
-    name = config.model.name or config.model.path.name
     return LLMConfig(
-        model_loading_config=ModelLoadingConfig(model_id=name, model_source=str(config.model.path)),
+        model_loading_config=ModelLoadingConfig(model_id=config.model.served_name, model_source=str(config.model.path)),
         accelerator_config={"kind": "cpu" if config.attention.device == "cpu" else "gpu"},
         engine_kwargs=args,
         # vLLM's metrics stay in this process's own Prometheus registry, where `engine_stats` reads them.

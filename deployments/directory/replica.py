@@ -57,7 +57,7 @@ class Directory:
         held = split_shares(spec.num_experts, experts.worker_shares(), experts.replicas_per_expert)
         self._shares = [dict.fromkeys(spec.moe_layers, ids) for ids in with_copies(held, experts)]  # by slot
         self._workers = experts.workers  # slots from here on are those of redundant workers
-        self._model = config.model.name or config.model.path.name
+        self._model = config.model.served_name
         self._membership = Membership(self._shares, experts.heartbeat_timeout_s, time.monotonic(), self._on_lost)
         self._registry = Registry(_POLLS_UNTIL_LOST * LONG_POLL_S, first_version=time.time_ns())
         self._table_changed = asyncio.Event()

@@ -154,12 +154,14 @@ class Pipeline:
         """A prompt that no replica can hold is the request's fault, and no overload."""
         context = self._context_tokens()
         own = self._config.max_prompt_tokens
-        if not outlined.sequences or (context is None and own is None):
+        if not outlined.sequences or (context is None and own is None) or outlined.truncate_prompt_tokens == -1:
             return
         most = min(tokens for tokens in (own, None if context is None else context - 1) if tokens is not None)
         tokens = outlined.prompt_ids // max(1, outlined.prompts)
         if not outlined.prompt_ids and outlined.prompts == 1 and len(outlined.prompt_text) > most:
             tokens = await self._tokenizer.count(outlined.prompt_text)  # a token is at least a byte
+        if outlined.truncate_prompt_tokens is not None:
+            tokens = min(tokens, outlined.truncate_prompt_tokens)
         if tokens <= most:
             return
         if context is not None and tokens >= context:
@@ -192,6 +194,8 @@ class Pipeline:
 
     def _ask(self, lease: Lease, outlined: Outline) -> Ask:
         prompt_tokens = lease.estimate(len(outlined.prompt_text), outlined.prompt_ids)
+        if (cut := outlined.truncate_prompt_tokens) is not None and cut >= 0:
+            prompt_tokens = min(prompt_tokens, cut * outlined.prompts)
         bound, context = outlined.max_new_tokens, self._context_tokens()
         if context is not None:
             left = max(1, context - prompt_tokens // max(1, outlined.prompts))

@@ -52,7 +52,7 @@ class GatewayServer:
         self._config = config
         self._cluster_status = cluster_status
         self._registry = registry
-        self._models = (config.model.name or config.model.path.name, *config.model.aliases)
+        self._models = (config.model.served_name, *config.model.aliases)
         self._metrics = GatewayMetrics(registry)
         self._background = BackgroundTasks(logger)
         self._targets: Sequence[ScrapeTarget] = ()
