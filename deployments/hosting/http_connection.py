@@ -23,7 +23,7 @@ MAX_HEADER_BYTES = 64 * 1024
 HEADER_TIMEOUT_S = 10.0  # from the first byte of a request to the end of its headers
 UNREAD_BODY_TIMEOUT_S = 10.0  # for the rest of a body whose request has its answer, such as 401
 _STALL_CHECKS = 4  # per write_stall_s
-_HOP_BY_HOP_OFFER = (b"connection", b"upgrade", b"http2-settings")
+_OFFER = (b"connection", b"upgrade", b"http2-settings")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class _Parser(httptools.HttpRequestParser):
 
     def __init__(self, protocol: BoundedProtocol) -> None:
         super().__init__(protocol)
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
         self._protocol = protocol
 
     def feed_data(self, data: bytes | bytearray | memoryview[int] | array[int]) -> None:
@@ -55,7 +56,7 @@ class _Parser(httptools.HttpRequestParser):
         except httptools.HttpParserUpgrade as offer:
             if not self.offers_upgrade():
                 raise
-            self.feed_data(self._protocol.head_without_offer() + bytes(data[offer.args[0] :]))
+            self._protocol.read_again(bytes(data[offer.args[0] :]))
 
     def offers_upgrade(self) -> bool:
         """Whether the head that was just read has an offer. CONNECT, which nobody answers, counts as an upgrade too."""
@@ -84,7 +85,6 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._bounds = bounds
         self.parser: _Parser = _Parser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -107,15 +107,16 @@ class BoundedProtocol(HttpToolsProtocol):
             else:
                 self.send_400_response(f"Request headers are larger than {MAX_HEADER_BYTES} bytes.")
 
-    def head_without_offer(self) -> bytes:
-        """The head of the request that was just read, without its offer of another protocol."""
+    def read_again(self, rest: bytes) -> None:
+        """Read the head that was just read once more, without its offer of another protocol, and what follows it."""
         version = self.parser.get_http_version().encode()
-        kept = [(name, value) for name, value in self.headers if name not in _HOP_BY_HOP_OFFER]
-        options = b",".join(value for name, value in self.headers if name == b"connection").split(b",")
-        options = [option for option in options if option.strip().lower() not in _HOP_BY_HOP_OFFER]
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
-        lines += [b"%s: %s" % header for header in (*kept, (b"connection", b",".join(options)))]
-        return b"\r\n".join(lines) + b"\r\n\r\n"
+        lines += [b"%s: %s" % header for header in self.headers if header[0] not in _OFFER]
+        options = b",".join(value for name, value in self.headers if name == b"connection").split(b",")
+        if kept := [option for option in options if option.strip().lower() not in _OFFER]:
+            lines.append(b"connection:" + b",".join(kept))
+        self.parser = _Parser(self)
+        self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
     def on_headers_complete(self) -> None:
         if self.parser.offers_upgrade():

@@ -49,7 +49,7 @@ def event_of(path: str, status: int, body: bytes) -> bytes:
 
 def _event(path: str, data: dict[str, Any]) -> bytes:
     if path == "/v1/responses":
-        data = {"type": "error", **data["error"]}
+        data = {**data["error"], "type": "error"}
     named = path == "/v1/responses" or path.startswith(_ANTHROPIC_PATHS)
     return (b"event: error\n" if named else b"") + b"data: " + msgspec.json.encode(data) + b"\n\n"
 

@@ -1,140 +1,15 @@
-"""The HTTP server on real sockets, against peers that do not play by the rules."""
+"""The HTTP server: its addresses, and its end."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
 
 import pytest
-from starlette.types import Receive, Scope, Send
 
 from cluster.errors import StartupError
-from deployments.hosting import http_connection
 from deployments.hosting.http_server import HttpServer
-
-GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
-Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-class Application:
-    """Answers with `size` bytes in pieces of 64 KiB; `hold` keeps requests open until it is set."""
-
-    def __init__(self, size: int = 2) -> None:
-        self.size = size
-        self.hold = asyncio.Event()
-        self.hold.set()
-        self.running = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.running += 1
-        try:
-            await self.hold.wait()
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            for at in range(0, self.size, 65536):
-                piece = b"x" * min(65536, self.size - at)
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            self.running -= 1
-
-
-@asynccontextmanager
-async def served(app: Application) -> AsyncIterator[int]:
-    server = HttpServer(app)
-    port = await server.start("127.0.0.1", 0, "gateway.port")
-    try:
-        yield port
-    finally:
-        await server.stop(0.5)
-
-
-def talk(app_size: int, talk: Callable[[int, Application], Awaitable[None]]) -> None:
-    async def run() -> None:
-        app = Application(app_size)
-        async with served(app) as port:
-            await talk(port, app)
-            # Whatever the peer did, the next one is served.
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(GET)
-            assert (await reader.readline()) == b"HTTP/1.1 200 OK\r\n"
-            writer.close()
-
-    asyncio.run(run())
-
-
-async def until_closed(reader: asyncio.StreamReader) -> bytes:
-    async with asyncio.timeout(20):
-        return await reader.read()
-
-
-async def until_refused(port: int) -> None:
-    async with asyncio.timeout(20):
-        with suppress(ConnectionRefusedError):
-            while True:
-                _, writer = await asyncio.open_connection("127.0.0.1", port)
-                writer.close()
-                await asyncio.sleep(0.02)
-
-
-def test_headers_without_end_are_refused_at_their_bound() -> None:
-    async def huge(port: int, _: Application) -> None:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\nx-filler: ")
-        try:
-            for _chunk in range(1000):  # 64 MB if nobody stops it
-                writer.write(b"a" * 65536)
-                await writer.drain()
-        except ConnectionError:
-            return
-        raise AssertionError("all of it was read")
-
-    talk(2, huge)
-
-
-def test_a_large_body_in_the_same_packet_is_no_header() -> None:
-    async def body(port: int, _: Application) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 200000\r\n\r\n" + b"b" * 200_000)
-        assert (await reader.readline()) == b"HTTP/1.1 200 OK\r\n"
-        writer.close()
-
-    talk(2, body)
-
-
-def test_a_peer_that_never_ends_its_headers_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_connection, "HEADER_TIMEOUT_S", 1.0)
-
-    async def slow(port: int, _: Application) -> None:
-        silent, _writer = await asyncio.open_connection("127.0.0.1", port)
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET / HTTP/1.1\r\nho")
-        assert await until_closed(reader) == b""
-        assert await until_closed(silent) == b""
-        again, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(GET)  # a second request on a kept connection is under the same bound
-        await again.readuntil(b"0\r\n\r\n")
-        writer.write(b"GET / HT")
-        assert await until_closed(again) == b""
-
-    talk(2, slow)
-
-
-def test_a_reader_that_stalls_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "WRITE_STALL_S", 0.3)
-
-    async def stall(port: int, app: Application) -> None:
-        raw = socket.create_connection(("127.0.0.1", port))
-        raw.sendall(GET)
-        async with asyncio.timeout(20):
-            while not app.running:
-                await asyncio.sleep(0.01)
-            while app.running:
-                await asyncio.sleep(0.01)
-        raw.close()
-
-    talk(64 << 20, stall)
+from tests.unit.deployments.hosting.http_peers import GET, Application, until_refused
 
 
 def test_stop_lets_a_running_request_end_within_the_grace() -> None:
@@ -173,3 +48,81 @@ def test_a_port_in_use_names_the_key_and_a_shared_one_is_shared() -> None:
 def test_an_address_that_is_not_ours() -> None:
     with pytest.raises(StartupError, match=r"cannot listen on 192\.0\.2\.77:0: .*; see gateway\.port"):
         asyncio.run(HttpServer(Application()).start("192.0.2.77", 0, "gateway.port"))
+
+
+def addresses(monkeypatch: pytest.MonkeyPatch, *found: tuple[int, tuple[object, ...]]) -> None:
+    """What `localhost` means on this machine."""
+    listed = [(family, socket.SOCK_STREAM, 6, "", address) for family, address in found]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: listed)
+
+
+V4, V6 = (socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_INET6, ("::1", 0, 0, 0))
+NOT_OURS = (socket.AF_INET, ("192.0.2.77", 0))
+
+
+@pytest.mark.parametrize("found", [(V6, V4), (V4, V6), (V4, V4, V6), (NOT_OURS, V4, V6)])
+def test_a_name_is_listened_on_at_each_of_its_addresses(
+    found: tuple[tuple[int, tuple[object, ...]], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        server = HttpServer(Application())
+        port = await server.start("localhost", 0, "gateway.port")
+        for address in ("127.0.0.1", "::1"):
+            reader, writer = await asyncio.open_connection(address, port)
+            writer.write(GET)
+            assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+            writer.close()
+        server.close_listener()
+        for address in ("127.0.0.1", "::1"):
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection(address, port)
+        await server.stop(0)
+
+    addresses(monkeypatch, *found)
+    asyncio.run(run())
+
+
+def test_a_machine_without_one_of_the_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Socket(socket.socket):
+        def __init__(self, family: int = -1, *more: int, **named: object) -> None:
+            if family == socket.AF_INET6:
+                raise OSError(97, "Address family not supported by protocol")
+            super().__init__(family, *more, **named)  # type: ignore[arg-type]
+
+    async def run() -> None:
+        server = HttpServer(Application())
+        port = await server.start("localhost", 0, "gateway.port")
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.close()
+        await server.stop(0)
+
+    addresses(monkeypatch, V6, V4)
+    monkeypatch.setattr(socket, "socket", Socket)
+    asyncio.run(run())
+
+
+def test_one_address_of_a_name_in_use_is_an_error_and_leaves_the_others_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        with socket.socket(socket.AF_INET6) as other:
+            other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            other.bind(("::1", 0))
+            other.listen()
+            port = other.getsockname()[1]
+            addresses(monkeypatch, (socket.AF_INET, ("127.0.0.1", port)), (socket.AF_INET6, ("::1", port, 0, 0)))
+            with pytest.raises(StartupError, match=r"the port is in use; see gateway\.port"):
+                await HttpServer(Application()).start("localhost", port, "gateway.port")
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", port))
+
+    asyncio.run(run())
+
+
+def test_no_address_of_a_name_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses(monkeypatch, NOT_OURS, NOT_OURS)
+    with pytest.raises(StartupError, match=r"Cannot assign requested address; see gateway\.port"):
+        asyncio.run(HttpServer(Application()).start("elsewhere", 0, "gateway.port"))
+
+
+def test_a_name_that_nobody_knows() -> None:
+    with pytest.raises(StartupError, match=r"cannot listen on nobody\.invalid:1: .*; see gateway\.port"):
+        asyncio.run(HttpServer(Application()).start("nobody.invalid", 1, "gateway.port"))
