@@ -117,8 +117,9 @@ class Arrivals:
 
     def _make_room(self) -> None:
         """One at a time: whoever is called next looks again."""
-        ending = any(wait.ended_by is not None for wait in self._waits)
-        if not ending and (turn := self._next_turn()) is not None:
+        if not self._queue or any(wait.ended_by is not None for wait in self._waits):
+            return
+        if (turn := self._next_turn()) is not None:
             self.evict(self._queue[turn])
 
     def _held(self) -> Counter[str | None]:

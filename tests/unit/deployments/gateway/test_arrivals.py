@@ -8,7 +8,7 @@ import heapq
 from collections.abc import Coroutine
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import DeepsplitError, Draining, Overloaded, Plane, Reason, RequestTimeout
@@ -139,6 +139,7 @@ def test_all_are_ended_at_once() -> None:
     run(scenario())
 
 
+@settings(deadline=None)
 @given(
     most=st.integers(1, 3),
     calls=st.lists(
