@@ -29,7 +29,7 @@ LABEL org.opencontainers.image.title="deepsplit" \
       org.opencontainers.image.base.name="rayproject/ray:2.60.0-py311-cpu"
 WORKDIR /opt/deepsplit
 COPY models/demo models/demo
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY cluster cluster
 COPY routing routing
 COPY deployments deployments
@@ -50,7 +50,7 @@ LABEL org.opencontainers.image.title="deepsplit" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.base.name="rayproject/ray:2.60.0-py311-gpu"
 WORKDIR /opt/deepsplit
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY cluster cluster
 COPY routing routing
 COPY deployments deployments

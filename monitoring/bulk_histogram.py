@@ -13,7 +13,7 @@ from prometheus_client.utils import floatToGoString
 
 
 class BulkHistogram(Collector):
-    """Cumulative like any Prometheus histogram. At most one label."""
+    """A histogram with at most one label, exposed as Prometheus expects."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class BulkHistogram(Collector):
         registry.register(self)
 
     def observe(self, values: Sequence[float], label: str = "") -> None:
-        """All of `values`, under one value of the label."""
+        """Count `values`, all under one value of the label."""
         found = np.asarray(values, dtype=np.float64)
         counts_B = np.bincount(np.searchsorted(self._bounds_B, found), minlength=len(self._names_B))
         with self._lock:
@@ -50,11 +50,11 @@ class BulkHistogram(Collector):
                 self._counts_B[label], self._sums[label] = counts_B, float(found.sum())
 
     def describe(self) -> Iterable[Metric]:
-        """The family, without samples."""
+        """Yield the family, without samples."""
         yield HistogramMetricFamily(self._name, self._documentation, labels=self._labelnames)
 
     def collect(self) -> Iterable[Metric]:
-        """See Collector."""
+        """Yield the family with its samples."""
         family = HistogramMetricFamily(self._name, self._documentation, labels=self._labelnames)
         with self._lock:
             for label, counts_B in self._counts_B.items():

@@ -1,4 +1,4 @@
-"""What metrics.py declares, as data; writes docs/metrics.md: `python -m monitoring.catalogue > docs/metrics.md`."""
+"""Lists every metric that metrics.py declares; `python -m monitoring.catalogue > docs/metrics.md` writes the page."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Labels that service discovery adds to all of them:
 
 @dataclass(frozen=True)
 class Declared:
-    """One metric."""
+    """A metric as metrics.py declares it."""
 
     name: str  # as exposed: with `_total` for counters, `_info` for infos
     kind: str
@@ -58,7 +58,7 @@ class Declared:
     signed: bool  # a histogram with buckets below 0, of which a sum means nothing
 
     def series(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Names that queries can use, with their own labels."""
+        """Yield the series that queries can use: name and own labels."""
         if self.kind == "histogram":
             yield f"{self.name}_bucket", (*self.labels, "le")
             if not self.signed:
@@ -69,7 +69,7 @@ class Declared:
 
     @property
     def unit(self) -> str:
-        """By Prometheus' naming rules; empty for a plain count."""
+        """Return the unit, read off the name by Prometheus' naming rules; empty for a plain count."""
         words = self.name.removesuffix("_total").split("_")
         if "timestamp" in words:
             return "Unix time, seconds"
@@ -77,7 +77,7 @@ class Declared:
 
 
 def declared() -> list[Declared]:
-    """Every metric, in the order of its declaration."""
+    """Return every metric, in the order of declaration."""
     return [metric for role, home in _HOMES for metric in _of(role, home)]
 
 
@@ -92,7 +92,7 @@ def _of(role: str | None, home: type) -> Iterator[Declared]:
 
 
 def reference() -> str:
-    """The whole page, as Markdown."""
+    """Return the page docs/metrics.md."""
     labels = "".join(f"| `{label}` | {value} |\n" for label, value in TARGET_LABELS.items())
     return _HEAD + labels + "".join(_sections())
 

@@ -1,4 +1,4 @@
-"""Prometheus HTTP service discovery: what there is to scrape, in Prometheus' own JSON.
+"""Prometheus HTTP service discovery: the scrape targets, in Prometheus' own JSON.
 
 https://prometheus.io/docs/prometheus/latest/http_sd/
 """
@@ -24,7 +24,7 @@ class ScrapeTarget:
 
 
 def discovery_document(targets: Iterable[ScrapeTarget], model: str) -> bytes:
-    """The answer to Prometheus: one group per target, since labels belong to groups."""
+    """Return the answer to Prometheus: one group per target, because labels belong to groups."""
     groups = [
         {
             "targets": [target.address],

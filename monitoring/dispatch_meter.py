@@ -1,4 +1,4 @@
-"""Dispatches, told to the metrics off the engine's thread: what costs a decode step is one append per layer."""
+"""Measures dispatches off the engine's thread: it costs a decode step one append per layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from monitoring.metrics import DispatchMetrics
 
 @dataclass(slots=True)
 class DispatchSample:
-    """One dispatch; the stages of its retries are summed. Seconds."""
+    """The measurements of one dispatch, in seconds; the stages of its retries are summed."""
 
     rows: int
     total_s: float = 0.0
@@ -37,7 +37,7 @@ class DispatchSample:
 
 
 class DispatchMeter:
-    """Told by the engine's thread."""
+    """Turns DispatchSamples into metrics. The engine's thread records them."""
 
     def __init__(self, metrics: DispatchMetrics, experts: ExpertLoad) -> None:
         self._metrics = metrics
@@ -48,11 +48,11 @@ class DispatchMeter:
         self.fold = self._samples.fold  # take in all that was recorded, now
 
     def record(self, sample: DispatchSample, layer: int, expert_ids_TK: np.ndarray) -> None:
-        """A dispatch ended. `expert_ids_TK`, the router's choice, must not change any more."""
+        """Record that a dispatch ended. `expert_ids_TK`, the router's choice, must not change any more."""
         self._samples.record((sample, layer, expert_ids_TK))
 
     def placement(self, epoch: int, workers: Iterable[str]) -> None:
-        """A new table: forget workers that are not in it."""
+        """Record a new placement table: series of workers that are not in it go, those of new ones come."""
         metrics, live = self._metrics, set(workers)
         with self._changing:
             metrics.epoch.set(epoch)
@@ -86,7 +86,7 @@ class DispatchMeter:
         self._add_stages([sample for sample in samples if not sample.failure])
 
     def _add_stages(self, samples: list[DispatchSample]) -> None:
-        """Of dispatches that ended well."""
+        """Count the stages of dispatches that ended well."""
         metrics = self._metrics
         metrics.failovers.inc(sum(bool(sample.retries) for sample in samples))
         metrics.shared.observe([sample.shared_s for sample in samples])

@@ -1,4 +1,4 @@
-"""Which experts the router chooses: tokens per expert and layer, as an engine sees them.
+"""Counts which experts the router chooses: tokens per expert and layer, as an engine sees them.
 
 Legend: L layers, E experts of a layer, T tokens, K experts per token.
 """
@@ -23,7 +23,7 @@ _NOTHING = 1e-3  # tokens per expert
 
 
 class ExpertLoad(Collector):
-    """Counts on the dispatching thread, is collected on the scraping one."""
+    """Counts tokens on the dispatching thread and computes loads on the scraping one."""
 
     def __init__(self, num_experts: int, detail: Detail, clock: Callable[[], float]) -> None:
         self._num_experts = num_experts
@@ -37,7 +37,9 @@ class ExpertLoad(Collector):
         self._folded_s = clock()
 
     def add(self, layer: int, expert_ids_TK: np.ndarray) -> None:
-        """Tokens of some dispatches: ids of any integer dtype and shape; those of no expert do not count."""
+        """Count the tokens of some dispatches. Ids may have any integer dtype and shape; those of no expert are left
+        out.
+        """
         ids = expert_ids_TK[(expert_ids_TK >= 0) & (expert_ids_TK < self._num_experts)]
         counts_E = np.bincount(ids, minlength=self._num_experts)
         with self._lock:
@@ -51,11 +53,11 @@ class ExpertLoad(Collector):
             self._total_LE[row] += counts_E
 
     def describe(self) -> Iterable[Metric]:
-        """The families, without samples."""
+        """Return the families, without samples."""
         return RoutingFamilies().all()
 
     def collect(self) -> Iterable[Metric]:
-        """See Collector. Layers without a token lately have no load."""
+        """Return the families with their samples. Layers without a token lately have no load."""
         families = RoutingFamilies()
         with self._lock:
             self._decay()

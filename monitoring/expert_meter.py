@@ -1,4 +1,4 @@
-"""What an expert worker computes, told to the metrics off the computing threads."""
+"""Measures what an expert worker computes, off the computing threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from monitoring.metrics import ExpertMetrics
 
 @dataclass(slots=True)  # frozen ones take longer to make
 class BatchSample:
-    """One batch of one layer. Seconds."""
+    """The measurements of one batch of one layer, in seconds."""
 
     rows: int
     compute_s: float
@@ -19,7 +19,7 @@ class BatchSample:
 
 
 class ExpertMeter:
-    """Any thread may tell it things."""
+    """Turns BatchSamples and the like into metrics. Thread-safe."""
 
     def __init__(self, metrics: ExpertMetrics) -> None:
         self.metrics = metrics
@@ -28,19 +28,19 @@ class ExpertMeter:
         self._failures = Deferred(self._add_failures)
 
     def batch(self, sample: BatchSample) -> None:
-        """Computed."""
+        """Record a batch that was computed."""
         self._batches.record(sample)
 
     def gemms(self, rows_N: list[int]) -> None:
-        """Rows of each held expert [N] in one batch; 0 for those that nobody asked for."""
+        """Record the rows of each held expert [N] in one batch; 0 for those that nobody asked for."""
         self._gemms.record(rows_N)
 
     def failed(self, outcome: str) -> None:
-        """One request that ended with an error; those of a batch count as `ok`."""
+        """Record a request that ended with an error. Those of a recorded batch count as `ok`."""
         self._failures.record(outcome)
 
     def fold(self) -> None:
-        """Take in all that was told so far, now."""
+        """Bring the metrics up to date with all that was recorded so far."""
         self._batches.fold()
         self._gemms.fold()
         self._failures.fold()

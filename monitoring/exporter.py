@@ -1,4 +1,4 @@
-"""A process's scrape target: its registry over HTTP, on a thread of its own."""
+"""A process's scrape target: serves its metrics over HTTP on a thread of its own."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ PORTS = 64  # most scrape targets of one host
 
 
 class ProcessRegistry(CollectorRegistry):
-    """One process's metrics: its own, and its memory, CPU time and file descriptors."""
+    """The metrics of one process, with its memory, CPU time and file descriptors."""
 
     def __init__(self, library: CollectorRegistry | None = None) -> None:
-        """`library`: of a library in this process, whose metrics come along; it must have the process's own."""
+        """`library`: the registry of a library in this process, whose metrics come along; it must include memory and
+        CPU time of the process.
+        """
         super().__init__()
         disable_created_metrics()  # a second series for each counter and histogram
         self._refreshers: list[Callable[[], None]] = []
@@ -31,7 +33,7 @@ class ProcessRegistry(CollectorRegistry):
         self._refreshers.append(refresh)
 
     def collect(self) -> Iterator[Metric]:
-        """See CollectorRegistry."""
+        """Yield every metric, brought up to date."""
         for refresh in self._refreshers:
             refresh()
         yield from super().collect()
@@ -71,7 +73,9 @@ def start_exporter(registry: CollectorRegistry, host: str, first_port: int) -> E
 
 
 def _speak_plain_text(server: WSGIServer) -> None:
-    """Whatever is asked for: in OpenMetrics prometheus-client 0.26 writes vLLM's `vllm:name` as `vllm_name`."""
+    """Answer in plain text whatever is asked for: in OpenMetrics prometheus-client 0.26 writes vLLM's `vllm:name` as
+    `vllm_name`.
+    """
     negotiating = server.get_app()
     assert negotiating is not None
     server.set_app(lambda environ, start: negotiating({**environ, "HTTP_ACCEPT": "text/plain"}, start))

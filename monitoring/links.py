@@ -1,4 +1,4 @@
-"""Where alerts and dashboards point to. The bases are parameters of the generators."""
+"""The links in alerts and dashboards. Their bases are parameters of the generators."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ BOARDS = ("overview", "gateway", "attention", "experts", "dispatcher")
 
 
 def runbook(base: str, alert: str) -> str:
-    """URL of an alert's page in docs/runbooks."""
+    """Return the URL of an alert's page in docs/runbooks."""
     return f"{base.rstrip('/')}/{alert}.md"
 
 
 def board_uid(board: str) -> str:
-    """Grafana's id of a dashboard."""
+    """Return Grafana's id of a dashboard."""
     assert board in BOARDS, board
     return f"deepsplit-{board}"
 
 
 def board_path(board: str) -> str:
-    """Path of a dashboard, below Grafana's own address."""
+    """Return the path of a dashboard, below Grafana's own address."""
     return f"/d/{board_uid(board)}"

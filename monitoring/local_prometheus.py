@@ -24,12 +24,12 @@ _LOG_LINES = 20
 
 
 class ObserveError(Exception):
-    """It cannot start or go on. The message names the way out."""
+    """Prometheus cannot start or go on. The message names the fix."""
 
 
 @dataclass(frozen=True)
 class Discovery:
-    """Where the gateway's service discovery is, and what it takes to ask it."""
+    """Where the gateway's service discovery is, with the key and authority to ask it."""
 
     url: str
     key_file: Path | None = None  # API key of a tenant with `operator: true`
@@ -37,7 +37,7 @@ class Discovery:
 
 
 def prometheus_config(discovery: Discovery, rules: Path = RULES, interval: str = "5s") -> str:
-    """Text of prometheus.yml; `interval` is how often it scrapes."""
+    """Return the text of prometheus.yml; `interval` is how often it scrapes."""
     found: dict[str, object] = {"url": discovery.url, "refresh_interval": "5s"}
     if discovery.key_file is not None:
         # Prometheus 2.42 sends no type at all if it is not given, whatever its documentation says.
@@ -52,7 +52,7 @@ def prometheus_config(discovery: Discovery, rules: Path = RULES, interval: str =
 
 
 def choose_port(wanted: int | None, usual: int) -> int:
-    """`wanted`, or else `usual`, or else any free one. Raises ObserveError if `wanted` is taken."""
+    """Return the port `wanted`; without one, `usual` or else any free one. Raises ObserveError if `wanted` is taken."""
     for port in (usual, 0) if wanted is None else (wanted,):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -67,7 +67,7 @@ def choose_port(wanted: int | None, usual: int) -> int:
 
 @contextlib.contextmanager
 def prometheus(config: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A ready one, with a folder of its own; both are gone afterwards. Raises ObserveError, also when it ends."""
+    """Run Prometheus with a folder of its own; both are gone afterwards. Raises ObserveError, also if it ends early."""
     command = shutil.which("prometheus")
     if command is None:
         raise ObserveError("prometheus is not installed: `apt-get install prometheus`, or put it on PATH")

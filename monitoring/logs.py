@@ -1,4 +1,4 @@
-"""What log lines look like, the same in every process: text for people or one JSON object per line.
+"""The format of log lines, the same in every process: text for people, or one JSON object per line.
 
 A record's own fields, such as request_id, come with it: `logger.info("...", extra={"fields": {"request_id": ...}})`.
 docs/observability.md is the same in words.
@@ -26,7 +26,7 @@ _TEXT_OF_THEIR_OWN = ("ray", "vllm")
 
 @dataclass(frozen=True)
 class Process:
-    """What every line of a process says of it."""
+    """The fields that every line of a process has."""
 
     role: str
     node: str
@@ -35,14 +35,14 @@ class Process:
 
 
 class JsonFormatter(logging.Formatter):
-    """One object per line, whatever the message holds."""
+    """Writes one JSON object per line, whatever the message holds."""
 
     def __init__(self, process: Process) -> None:
         super().__init__()
         self._process = _known(asdict(process))
 
     def format(self, record: logging.LogRecord) -> str:
-        """See logging.Formatter."""
+        """Return the line of a record."""
         line = {
             "time": _time(record),
             "level": record.levelname.lower(),
@@ -58,8 +58,8 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """`time LEVEL role pid logger: message key=value ...`. Only what belongs to a record, a traceback included, follows
-    on lines of its own, and these are indented: no message can pass itself off as another line.
+    """Writes `time LEVEL role pid logger: message key=value ...`. Further lines of a record, such as a traceback, are
+    indented, so that no message can pass for another line.
     """
 
     def __init__(self, process: Process) -> None:
@@ -67,7 +67,7 @@ class TextFormatter(logging.Formatter):
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        """See logging.Formatter."""
+        """Return the line of a record."""
         text = record.getMessage() + "".join(f" {name}={_word(value)}" for name, value in _fields(record).items())
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
@@ -76,13 +76,13 @@ class TextFormatter(logging.Formatter):
 
 
 def formatter(form: Format, process: Process) -> logging.Formatter:
-    """For a process's handlers."""
+    """Return the formatter for a process's handlers."""
     return JsonFormatter(process) if form == "json" else TextFormatter(process)
 
 
 def take_over_serve(form: Format, level: str, process: Process) -> RotatingFileHandler:
-    """In a Ray Serve replica: whatever is logged goes where Serve's own lines go (its file, which is returned, and
-    stderr), in our format.
+    """Have all that a Ray Serve replica logs go where Serve's own lines go, its file and stderr, in our format. Returns
+    the handler of the file.
     """
     serve = logging.getLogger("ray.serve")
     outputs = [getattr(handler, "target", handler) for handler in serve.handlers]  # the file is behind a buffer
@@ -100,7 +100,8 @@ def take_over_serve(form: Format, level: str, process: Process) -> RotatingFileH
 
 
 def child_config(form: Format, level: str, process: Process, beside: RotatingFileHandler) -> dict[str, Any]:
-    """For `logging.config.dictConfig` in the processes that vLLM starts: each has a file in the folder of `beside`."""
+    """Return what the processes that vLLM starts pass to `logging.config.dictConfig`: each has a file beside `beside`.
+    """
     levels = _levels(level)
     as_values = asdict(process)
     file = {
@@ -122,18 +123,18 @@ def child_config(form: Format, level: str, process: Process, beside: RotatingFil
 
 
 def child_formatter(form: Format, process: Mapping[str, str]) -> logging.Formatter:
-    """Named in `child_config`."""
+    """Return the formatter that `child_config` names."""
     return formatter(form, Process(**process))
 
 
 def child_file(folder: str, process: Mapping[str, str], max_bytes: int, backups: int) -> RotatingFileHandler:
-    """Named in `child_config`: the file ROLE_REPLICA_PID.log."""
+    """Open the file ROLE_REPLICA_PID.log, as `child_config` names it."""
     path = Path(folder) / f"{process['role']}_{process['replica_id']}_{os.getpid()}.log"
     return RotatingFileHandler(path, maxBytes=max_bytes, backupCount=backups)
 
 
 def _levels(level: str) -> dict[str, str]:
-    """Per logger; "" is the root, for libraries that are not named."""
+    """Return the level of each logger; "" is the root, for libraries that are not named."""
     wanted = level.upper()
     return {
         "": _at_least(wanted, "WARNING"),

@@ -1,4 +1,4 @@
-"""Every metric that deepsplit emits: name, type, unit, labels, help. Their one home; docs/metrics.md is made from it.
+"""Every metric that deepsplit emits: name, type, unit, labels, help. docs/metrics.md is made from it.
 
 One class per kind of process. Each process has one registry, passed in, and is a scrape target of its own. Names follow
 Prometheus: base units, `_total` for counters. Labels are bounded; what else tells targets apart (role, node, worker,
@@ -27,7 +27,7 @@ OTHER_TENANTS = "other"
 
 
 class ProcessMetrics:
-    """Of every process."""
+    """Metrics of every process."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.info = Info("deepsplit_process", "Version of this process.", registry=registry)
@@ -40,7 +40,7 @@ class ProcessMetrics:
 
 
 class GatewayMetrics:
-    """Of a gateway replica: what clients see."""
+    """Metrics of a gateway replica: what clients see."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         by_class, by_tenant = ["class"], ["class", "tenant"]
@@ -84,7 +84,7 @@ class GatewayMetrics:
         )  # fmt: skip
         self.slo_requests = Counter(
             "deepsplit_slo_requests",
-            "Requests that had a first token (ttft) or several (tpot), by whether their class's objective was met.",
+            "Requests that had a first token (ttft) or several (tpot), by whether their class's SLO was met.",
             ["class", "slo", "met"], registry=registry,
         )  # fmt: skip
         self.slo_threshold = Gauge(
@@ -114,7 +114,7 @@ class GatewayMetrics:
 
 
 class DirectoryMetrics:
-    """Of the directory: who is there."""
+    """Metrics of the directory: which processes there are."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.epoch = Gauge("deepsplit_placement_epoch", "Epoch of the published placement table.", registry=registry)
@@ -135,11 +135,11 @@ class DirectoryMetrics:
 
 
 class EngineMetrics:
-    """Of an attention replica's Serve process, which exposes vLLM's own metrics too."""
+    """Metrics of an attention replica's Serve process, which exposes vLLM's own metrics too."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.kv_cache_usage = Gauge(
-            "deepsplit_kv_cache_usage_ratio", "Share of the KV cache's blocks in use.", registry=registry
+            "deepsplit_kv_cache_usage_ratio", "Fraction of the KV cache's blocks in use.", registry=registry
         )
         self.running = Gauge("deepsplit_engine_running_sequences", "Sequences in the engine's batch.",
                              registry=registry)  # fmt: skip
@@ -161,7 +161,7 @@ class EngineMetrics:
 
 
 class DispatchMetrics:
-    """Of an attention engine's own process: one dispatch is one MoE layer's rows there and back."""
+    """Metrics of an attention engine's own process: one dispatch is one MoE layer's rows there and back."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.seconds = BulkHistogram(
@@ -221,7 +221,9 @@ class DispatchMetrics:
 
 
 class RoutingFamilies:
-    """Of an attention engine's own process, made anew for each scrape (see `expert_load`): what the router chose."""
+    """Metrics of an attention engine's own process, made anew for each scrape: what the router chose (see
+    `expert_load`).
+    """
 
     def __init__(self) -> None:
         layer, expert = ["layer"], ["layer", "expert"]
@@ -242,12 +244,12 @@ class RoutingFamilies:
         )  # fmt: skip
 
     def all(self) -> tuple[CounterMetricFamily | GaugeMetricFamily, ...]:
-        """Every family."""
+        """Return every family."""
         return (self.routed, self.imbalance, self.load, self.tokens)
 
 
 class ExpertMetrics:
-    """Of an expert worker."""
+    """Metrics of an expert worker."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(

@@ -21,7 +21,7 @@ _ASK_S = 10.0
 
 
 def running_gateway() -> str:
-    """REST address of this user's cluster, as `deepsplit status` knows it. Raises ObserveError."""
+    """Return the REST address of this user's cluster, as `deepsplit status` knows it. Raises ObserveError."""
     done = subprocess.run(
         [sys.executable, "-m", "cluster.cli", "status", "--json"], capture_output=True, text=True, check=False,
         stdin=subprocess.DEVNULL, timeout=_STATUS_S,
@@ -36,7 +36,7 @@ def running_gateway() -> str:
 
 
 def check(discovery: Discovery) -> None:
-    """Ask once, as Prometheus will. Raises ObserveError."""
+    """Ask service discovery once, as Prometheus will. Raises ObserveError."""
     request = urllib.request.Request(discovery.url)
     try:
         if discovery.key_file is not None:
@@ -63,7 +63,7 @@ def check(discovery: Discovery) -> None:
 
 
 def observe(gateway: str, key_file: Path | None, ca_file: Path | None, wanted_port: int | None) -> None:
-    """Until Ctrl-C or SIGTERM. Raises ObserveError."""
+    """Run Prometheus until Ctrl-C or SIGTERM. Raises ObserveError."""
     discovery = Discovery(f"{gateway}/sd/prometheus", key_file, ca_file)
     check(discovery)
     port = choose_port(wanted_port, _PORT)
@@ -81,7 +81,7 @@ def observe(gateway: str, key_file: Path | None, ca_file: Path | None, wanted_po
 
 
 def main() -> None:
-    """Entry point: 1 for an error, 130 for Ctrl-C."""
+    """Run the command; exits with 1 for an error, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m monitoring.observe", description=__doc__)
     parser.add_argument("--gateway", metavar="URL", help="REST address; that of this user's cluster if not given")
     parser.add_argument("--key-file", metavar="FILE", type=Path, help="API key of a tenant with `operator: true`")

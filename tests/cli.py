@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 COMMAND = (sys.executable, "-m", "cluster.cli")
 START_S, STOP_S = 400, 60
@@ -79,6 +80,46 @@ def complete(url: str, model: str, prompt: str | list[int], max_tokens: int, tim
     assert answer.status_code == 200, answer.text
     ids: list[int] = answer.json()["choices"][0]["token_ids"]
     return ids
+
+
+def stream(url: str, model: str, prompt: str, max_tokens: int, after: Mapping[int, Callable[[], None]]) -> list[int]:
+    """Greedy token ids, streamed. `after[n]` is called as soon as the client has n tokens."""
+    body = {
+        "model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
+        "stream": True, "return_token_ids": True,
+    }  # fmt: skip
+    ids: list[int] = []
+    due = sorted(after)
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=180) as answer:
+        assert answer.status_code == 200
+        for line in answer.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            assert "error" not in event, event
+            for choice in event["choices"]:
+                ids += choice["token_ids"] or []
+            while due and len(ids) >= due[0]:
+                after[due.pop(0)]()
+    assert not due, "the stream ended first"
+    return ids
+
+
+def metric(url: str, role: str, name: str, **labels: str) -> float:
+    """Sum of a metric's samples with these labels, over the processes of a role in the gateway's service discovery."""
+    total = 0.0
+    for group in httpx.get(f"{url}/sd/prometheus", timeout=30).json():
+        if group["labels"]["role"] != role:
+            continue
+        for target in group["targets"]:
+            text = httpx.get(f"http://{target}/metrics", timeout=30).text
+            total += sum(
+                sample.value
+                for family in text_string_to_metric_families(text)
+                for sample in family.samples
+                if sample.name == name and labels.items() <= sample.labels.items()
+            )
+    return total
 
 
 def wait_until(what: str, happened: Any, timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""The fake's OpenAI dialect: the fields that it reads, and answers in the shapes of vLLM 0.29.
+"""The fake's OpenAI API: the fields that it reads, and answers in the shapes of vLLM 0.29.
 
 Shapes: vllm/entrypoints/openai/{completion,chat_completion}/{protocol,serving}.py. Unset fields are left out and null
 ones kept, or the other way round, exactly where vLLM does so.
@@ -25,7 +25,7 @@ class StreamOptions(msgspec.Struct):
 
 
 class FakeRequest(msgspec.Struct):
-    """What the fake reads of a request; all else is ignored."""
+    """The fields of a request that the fake reads; it ignores all others."""
 
     model: str | None = None
     prompt: str | list[int | str | list[int]] | None = None
@@ -55,11 +55,11 @@ class FakeRequest(msgspec.Struct):
 
     @property
     def chat(self) -> bool:
-        """Chat, or plain completion."""
+        """Return whether it is a chat, not a plain completion."""
         return self.messages is not None
 
     def new_tokens(self) -> int:
-        """Most tokens of one sequence."""
+        """Return the most tokens that one sequence may have."""
         asked = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         return max(1, asked if asked is not None else _CHAT_TOKENS if self.chat else 16)
 

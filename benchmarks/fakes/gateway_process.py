@@ -31,7 +31,7 @@ START_S = 60.0
 
 @dataclass(frozen=True)
 class GatewayTask:
-    """What the process is told on stdin, before any Updates."""
+    """What the process reads from stdin first; Updates follow."""
 
     config: str  # Config as JSON
     endpoints: tuple[ReplicaEndpoint, ...]
@@ -41,7 +41,7 @@ class GatewayTask:
 
 @dataclass(frozen=True)
 class Update:
-    """Who is there now, as the directory would tell."""
+    """The replicas and the admission that there are now, as the directory would tell."""
 
     endpoints: tuple[ReplicaEndpoint, ...]
     admission: AdmissionEndpoint | None = None
@@ -68,7 +68,7 @@ class GatewayProcess:
             raise RuntimeError(f"the gateway process ended with {self.process.wait()} before it listened")
 
     def update(self, endpoints: Sequence[ReplicaEndpoint], admission: AdmissionEndpoint | None = None) -> None:
-        """Who is there now. `admission` is for gateways."""
+        """Tell the process which replicas there are now. `admission` is for gateways."""
         self._tell(Update(tuple(endpoints), admission))
 
     def kill(self) -> None:
@@ -104,7 +104,7 @@ class GatewayProcess:
 
 
 class _Told:
-    """The parent's lines. Its end is ours."""
+    """Reads the parent's lines; sets `stop` when there are no more."""
 
     def __init__(self, lines: asyncio.StreamReader, stop: asyncio.Event) -> None:
         self._lines = lines
@@ -128,7 +128,7 @@ async def _gateway(task: GatewayTask, told: _Told, stop: asyncio.Event) -> None:
     if task.admission is not None:
         server.set_admission(task.admission)
     deadline = time.monotonic() + START_S
-    while task.endpoints and not all(server.door.ready().values()) and time.monotonic() < deadline:
+    while task.endpoints and not all(server.pipeline.ready().values()) and time.monotonic() < deadline:
         await asyncio.sleep(0.02)
     print(f"{config.gateway.host}:{config.gateway.port}", flush=True)
 

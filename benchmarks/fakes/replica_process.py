@@ -1,4 +1,4 @@
-"""Several fake replicas in one process of their own, told by JSON on stdin what to be."""
+"""Several fake replicas in one process of their own, which reads their description as JSON from stdin."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deployments.directory.members import ReplicaEndpoint
 
 @dataclass(frozen=True)
 class FakeReplica:
-    """One replica to be."""
+    """The description of one fake replica."""
 
     replica_id: str
     service: ServiceModel

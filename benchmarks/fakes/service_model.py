@@ -1,4 +1,4 @@
-"""A service model of an attention replica: what a request costs, stated, so that it can be simulated or acted out.
+"""A service model of an attention replica: the stated cost of requests, to be simulated or run in real time.
 
 One engine works in steps, as vLLM's scheduler does. A step gives every decoding sequence one token and spends the rest
 of its token budget on prefill, first come first served (chunked prefill):
@@ -7,7 +7,7 @@ of its token budget on prefill, first come first served (chunked prefill):
 
 A sequence starts when a decode slot and the KV blocks for its whole prompt and completion are free (so nothing is ever
 preempted). Prompt blocks are shared and kept after their last user in the order of use, and are not computed again.
-No clock in here: `benchmarks.fakes.replica` acts it out, `benchmarks.replica_choice` simulates it.
+No clock in here: `benchmarks.fakes.replica` runs it in real time, `benchmarks.replica_choice` simulates it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,12 @@ BLOCK_TOKENS = 16  # vLLM's default
 class ServiceModel:
     """One replica's speed and size."""
 
-    slots: int
+    slots: int  # decode slots
     kv_cache_tokens: int
     base_s: float  # of a step
     sequence_s: float  # a step's further time per decoding sequence
     prefill_tokens_per_s: float
     step_tokens: int = 2048  # most tokens of one step
-
-    def decode_tokens_per_s(self, running: int) -> float:
-        """All sequences together, without prefill."""
-        return running / (self.base_s + self.sequence_s * running)
 
 
 @dataclass(eq=False)
@@ -45,7 +41,7 @@ class SimulatedSequence:
     computed_tokens: int = 0  # of the prompt, cached ones included
     cached_tokens: int = 0
     generated: int = 0
-    private_blocks: int = 0  # held by this job alone
+    private_blocks: int = 0  # held by this sequence alone
     shared: list[int] = field(default_factory=list)  # prompt blocks that others may use too
 
 

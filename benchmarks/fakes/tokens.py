@@ -16,31 +16,31 @@ BYTES_PER_TOKEN = 4
 
 
 def tokenize(text: bytes) -> list[int]:
-    """Ids of a text; equal beginnings of whole tokens give equal ids."""
+    """Return the ids of a text; equal beginnings give equal ids."""
     padded = text + b" " * (-len(text) % BYTES_PER_TOKEN)
     return [chunk % VOCABULARY for chunk in array("I", padded)]
 
 
 def word(token: int) -> str:
-    """Text of one generated token."""
+    """Return the text of one generated token."""
     return f" {token:x}"
 
 
 class NextTokens:
-    """A prompt being continued, deterministically."""
+    """The tokens that follow a prompt, each a function of all before it."""
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self._state = crc32(array("I", prompt).tobytes())
 
     def next(self) -> int:
-        """The next token's id."""
+        """Return the next token's id."""
         token = self._state % VOCABULARY
         self._state = crc32(array("I", (token,)).tobytes(), self._state)
         return token
 
 
 def block_hashes(ids: Sequence[int]) -> list[int]:
-    """One per full block, covering all before it."""
+    """Return one hash per full block, which covers all tokens before its end."""
     raw, state, hashes = array("I", ids), 0, []
     for end in range(BLOCK_TOKENS, len(raw) + 1, BLOCK_TOKENS):
         state = hash((state, raw[end - BLOCK_TOKENS : end].tobytes()))

@@ -61,19 +61,19 @@ class FaultCluster:
         self._folder.cleanup()
 
     def start_gateway(self, index: int) -> None:
-        """In the place of one that ended. Returns when it listens."""
+        """Start a gateway in place of one that ended. Returns when it listens."""
         self._gateways[index] = GatewayProcess(self._configs[index], self._endpoints(), self._admission_endpoint())
 
     def kill_gateway(self, index: int) -> None:
-        """SIGKILL."""
+        """Kill a gateway (SIGKILL)."""
         self._taken(index).kill()
 
     def drain_gateway(self, index: int) -> None:
-        """SIGTERM; returns when it has ended."""
+        """Stop a gateway (SIGTERM). Returns when it has ended."""
         self._taken(index).stop()
 
     def replace_admission(self) -> None:
-        """SIGKILL; a new one elsewhere."""
+        """Kill the common admission (SIGKILL) and start another one on another port."""
         assert self._admission is not None
         self._admission.kill()
         self._admission = self._start_admission()
@@ -108,7 +108,7 @@ class FaultCluster:
         )
 
     def _hold_port(self) -> int:
-        """Bound, not listening: nobody else gets the port while its gateway is dead. Gateways share their ports."""
+        """Reserve a port by binding it without listening: nobody else gets it while its gateway is dead."""
         held = socket.socket()
         self._held.append(held)
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -22,7 +22,7 @@ _GIVE_UP_S = 60.0
 
 @dataclass(frozen=True)
 class RequestShape:
-    """What the clients ask for."""
+    """The size of the requests that the clients send."""
 
     model: str
     prompt_bytes: int
@@ -31,7 +31,7 @@ class RequestShape:
 
 @dataclass(eq=False)
 class ClientRequest:
-    """A request on its way, at one gateway."""
+    """A request in flight at one gateway."""
 
     gateway: int
     connection: Connection

@@ -17,7 +17,7 @@ _ORIGIN = re.compile(r"(?!http://[^/]*:80$)(?!https://[^/]*:443$)[a-z][a-z0-9+.-
 
 
 class GatewayConfig(Section):
-    """The one door for clients: REST and gRPC."""
+    """What clients talk to: REST and gRPC, with keys, bounds and TLS."""
 
     host: str = Field("127.0.0.1", description="Address that REST and gRPC listen on.")
     port: int = Field(8000, ge=1, le=65535, description="REST port.")

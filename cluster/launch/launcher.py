@@ -66,7 +66,7 @@ def up_detached(
     assert child.stdin is not None
     child.stdin.write((json.dumps(asdict(task)) + "\n").encode())
     child.stdin.close()
-    _relay(read_end, child, signals)
+    _forward(read_end, child, signals)
     if task.leave:
         child.wait()  # it has one last record to write
     state = folder.read()
@@ -74,7 +74,7 @@ def up_detached(
     on_ready(state)
 
 
-def _relay(read_end: int, child: subprocess.Popen[bytes], signals: Signals) -> None:
+def _forward(read_end: int, child: subprocess.Popen[bytes], signals: Signals) -> None:
     """Pass the supervisor's stages on to stderr until it is ready; a signal meant for us goes to it."""
     told = 0
     while True:

@@ -141,11 +141,6 @@ def _index(path: Path, weight_map: Mapping[str, str], total_size: int | None) ->
     )
 
 
-def read_header(shard: Path) -> dict[str, tuple[int, int]]:
-    """Byte ranges of a safetensors file by tensor name. Raises CheckpointError as `read_entries` does."""
-    return {name: (entry.begin, entry.end) for name, entry in read_entries(shard).items()}
-
-
 def read_entries(shard: Path) -> dict[str, TensorEntry]:
     """Entries of a safetensors file by tensor name, with byte ranges from the file's start.
 

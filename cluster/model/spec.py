@@ -60,7 +60,6 @@ class ModelSpec:
     expert_quant: ExpertQuant | None
     attention_params: int  # main model but for routed experts: embeddings and head too
     mtp_attention_params: int  # the same for all MTP layers, with the embeddings and heads that they bring
-    embedding_params: int  # the input embedding: part of attention_params, but looked up, not multiplied
 
     @property
     def expert_params(self) -> int:
@@ -75,23 +74,6 @@ class ModelSpec:
         hidden, inner = self.hidden_size, self.moe_intermediate_size
         blocks = 2 * ceil(inner / rows) * ceil(hidden / columns) + ceil(hidden / rows) * ceil(inner / columns)
         return self.expert_params + 4 * blocks
-
-    @property
-    def routed_params(self) -> int:
-        """Parameters of all routed experts, MTP layers included."""
-        return self.expert_params * self.num_experts * len(self.moe_layers)
-
-    @property
-    def total_params(self) -> int:
-        """All parameters of the main model, MTP layers left out (as DeepSeek-V3's 671 B counts)."""
-        layers = sum(layer < self.num_hidden_layers for layer in self.moe_layers)
-        return self.attention_params + layers * self.num_experts * self.expert_params
-
-    @property
-    def active_params(self) -> int:
-        """Parameters that one token is multiplied with: no input embedding, top_k of the experts."""
-        layers = sum(layer < self.num_hidden_layers for layer in self.moe_layers)
-        return self.attention_params - self.embedding_params + layers * self.top_k * self.expert_params
 
 
 def load_model_spec(path: Path | str) -> ModelSpec:
@@ -142,7 +124,6 @@ def load_model_spec(path: Path | str) -> ModelSpec:
         # An MTP layer brings eh_proj (2H x H), an embedding and a head.
         mtp_attention_params=len(mtp_layers)
         * (_attention_params(raw, hidden) + moe_block + 2 * hidden * hidden + 2 * vocab * hidden),
-        embedding_params=0 if raw.tied else vocab * hidden,
     )  # fmt: skip
 
 

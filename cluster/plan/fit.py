@@ -1,4 +1,4 @@
-"""Do the planned processes fit on the nodes? First come, first served; experts to where most memory is free."""
+"""Places the planned processes on nodes, in their order, each where most memory is free, and says what does not fit."""
 
 from __future__ import annotations
 

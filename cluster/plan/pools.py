@@ -1,4 +1,4 @@
-"""Expert pools: which slots of the placement are for workers on which kind of node."""
+"""Pools of expert workers: which slots of the placement (each the place of one worker) belong to which kind of node."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def expert_pools(experts: ExpertsConfig) -> tuple[Pool, ...]:
 
 @dataclass(frozen=True)
 class SparePool:
-    """Workers that come and go with the load; each of their slots copies one of a pool's."""
+    """Workers that come and go with the load. Each holds the same share as one worker of the pool that they help."""
 
     pool: Pool  # named and placed like the one that they help, with slots of their own
-    helped: range  # slots that they copy
+    helped: range  # slots of that pool
     scaling: ExpertSpares
 
 
 def spare_pools(experts: ExpertsConfig) -> tuple[SparePool, ...]:
-    """Their slots come after all others."""
+    """The spare workers of each pool that has some; their slots come after those of all pools."""
     made, first = [], experts.workers
     for pool in expert_pools(experts):
         scaling = pool.experts.spares
@@ -56,6 +56,6 @@ def spare_pools(experts: ExpertsConfig) -> tuple[SparePool, ...]:
 
 
 def with_copies(shares: Sequence[_Share], experts: ExpertsConfig) -> list[_Share]:
-    """What each slot holds: `shares` of the workers, then those that the spare slots copy, evenly."""
+    """The share of each slot: `shares` of the workers, then of those that the spare slots help, in turn."""
     slots = [one.helped[at % len(one.helped)] for one in spare_pools(experts) for at in range(len(one.pool.slots))]
     return [*shares, *(shares[slot] for slot in slots)]

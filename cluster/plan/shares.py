@@ -29,38 +29,38 @@ def split_shares(num_experts: int, shares: Sequence[float], replicas: int) -> tu
             f"experts.replicas_per_expert is {replicas} but there are only {workers} workers to hold the copies: "
             f"set experts.workers to {replicas} or more, or lower experts.replicas_per_expert"
         )
-    slots = num_experts * replicas
-    if workers > slots:
+    copies = num_experts * replicas
+    if workers > copies:
         raise PlanError(
-            f"{workers} expert workers for {slots} copies of experts ({num_experts} experts x {replicas}): some would "
-            f"hold nothing; set experts.workers to {slots} or less, or raise experts.replicas_per_expert"
+            f"{workers} expert workers for {copies} copies of experts ({num_experts} experts x {replicas}): some would "
+            f"hold nothing; set experts.workers to {copies} or less, or raise experts.replicas_per_expert"
         )
     if any(not 0 < share < float("inf") for share in shares):
         raise PlanError(f"experts.shares must all be finite and above 0, but are {list(shares)}")
 
     held: list[tuple[int, ...]] = []
     start = 0
-    for count in _counts(slots, [Fraction(share) for share in shares], most=num_experts):
+    for count in _counts(copies, [Fraction(share) for share in shares], most=num_experts):
         held.append(tuple(sorted((start + i) % num_experts for i in range(count))))
         start += count
     return tuple(held)
 
 
-def _counts(slots: int, shares: Sequence[Fraction], most: int) -> list[int]:
-    """Slots per worker, each within [1, most], summing to `slots`; largest remainder within those bounds."""
-    quotas = _bounded_quotas(slots, shares, most)
+def _counts(copies: int, shares: Sequence[Fraction], most: int) -> list[int]:
+    """Copies per worker, each within [1, most], summing to `copies`; largest remainder within those bounds."""
+    quotas = _bounded_quotas(copies, shares, most)
     counts = [int(quota) for quota in quotas]
-    # Quotas of at least 1 and at most `most` keep floors and the extra slot within the bounds.
+    # Quotas of at least 1 and at most `most` keep floors and the extra copy within the bounds.
     by_remainder = sorted(range(len(shares)), key=lambda w: (counts[w] - quotas[w], w))
-    for worker in by_remainder[: slots - sum(counts)]:
+    for worker in by_remainder[: copies - sum(counts)]:
         counts[worker] += 1
     return counts
 
 
-def _bounded_quotas(slots: int, shares: Sequence[Fraction], most: int) -> list[Fraction]:
-    """Exact slots per worker in proportion to `shares`, except where a bound holds one at 1 or at `most`.
+def _bounded_quotas(copies: int, shares: Sequence[Fraction], most: int) -> list[Fraction]:
+    """Exact copies per worker in proportion to `shares`, except where a bound holds one at 1 or at `most`.
 
-    Water filling: quota = clamp(level x share, 1, most) with the one level at which the quotas sum to `slots`. That
+    Water filling: quota = clamp(level x share, 1, most) with the one level at which the quotas sum to `copies`. That
     level lies between two of the points where a worker meets a bound; the sum is linear in between.
     """
 
@@ -70,10 +70,10 @@ def _bounded_quotas(slots: int, shares: Sequence[Fraction], most: int) -> list[F
     bends = sorted({bound / share for share in shares for bound in (Fraction(1), Fraction(most))})
     low = bends[0]
     for high in bends:
-        if sum(at(high)) >= slots:
+        if sum(at(high)) >= copies:
             break
         low = high
     below, above = sum(at(low)), sum(at(high))
     if above == below:
         return at(high)
-    return at(low + (high - low) * (slots - below) / (above - below))
+    return at(low + (high - low) * (copies - below) / (above - below))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_SLOT_BYTES = 6  # float32 weight + int16 expert id
+_ENTRY_BYTES = 6  # float32 weight + int16 expert id
 _HEADER_BYTES = 40
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -57,8 +57,10 @@ def wire_traffic(
     dispatch_dtype: str,
     combine_dtype: str,
 ) -> WireTraffic:
-    """To each worker it meets, a token goes as `hidden` values and `top_k` slots; it returns as `hidden` values."""
-    dispatch = workers_per_token * (hidden * DTYPE_BYTES[dispatch_dtype] + top_k * _SLOT_BYTES)
+    """Traffic of a token that goes to each worker as `hidden` values and `top_k` entries (weight, expert id), and comes
+    back as `hidden` values.
+    """
+    dispatch = workers_per_token * (hidden * DTYPE_BYTES[dispatch_dtype] + top_k * _ENTRY_BYTES)
     combine = workers_per_token * hidden * DTYPE_BYTES[combine_dtype]
     return WireTraffic(
         dispatch_dtype=dispatch_dtype,

@@ -1,4 +1,4 @@
-"""The attention deployment as the rest of the cluster sees it: how it is deployed.
+"""How attention replicas are deployed.
 
 Light on purpose: the gateway and whoever builds the application import this module, and only the replicas themselves
 import `deployments.attention.replica`, which costs 15 s and 500 MB of vLLM.
@@ -17,11 +17,8 @@ NAME = "attention"
 REPLICA_CLASS = "deployments.attention.replica.AttentionReplica"
 
 
-def attention_deployment(config: Config, directory: serve.Application | None) -> serve.Application:
-    """The attention replicas, bound and ready to be passed to the gateway.
-
-    With a `directory` the routed experts are remote; without one each replica is a whole, unsplit vLLM engine.
-    """
+def attention_deployment(config: Config, directory: serve.Application) -> serve.Application:
+    """Return the attention replicas, bound and ready to be passed to the gateway."""
     bundles = placement_bundles(config)
     labels = dict(config.attention.placement.labels)
     scaling = config.attention.autoscaling
@@ -49,7 +46,8 @@ def attention_deployment(config: Config, directory: serve.Application | None) ->
 
 
 def placement_bundles(config: Config) -> list[dict[str, float]]:
-    """Placement group of one replica: the replica itself and the first rank share the first bundle."""
+    """Return the bundles of one replica's placement group: the replica itself and the first rank share the first one.
+    """
     attention, placement = config.attention, config.attention.placement
     cpus = 1.0 if placement.num_cpus is None else placement.num_cpus
     first: dict[str, float] = {"CPU": cpus, **placement.resources}

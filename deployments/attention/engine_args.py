@@ -1,4 +1,4 @@
-"""From our configuration to vLLM's engine arguments. Pure: reads `config.json`, imports neither vLLM nor Ray.
+"""Turns our configuration into vLLM's engine arguments. Reads `config.json`; imports neither vLLM nor Ray.
 
 `config.attention.engine_args` has the last word: a mapping that both sides set is merged key by key, anything else is
 replaced.
@@ -25,11 +25,11 @@ WORKER = "deployments.attention.engine_worker.RequestIdsWorker"
 def engine_args(
     config: Config, additional: Mapping[str, Any], load_format: str, graph_breaks: Sequence[str]
 ) -> dict[str, Any]:
-    """Keyword arguments of vLLM's `AsyncEngineArgs`, without the model's path and name.
+    """Return the keyword arguments of vLLM's `AsyncEngineArgs`, without the model's path and name.
 
-    `additional` goes to vLLM's `additional_config` as it is and must survive JSON; empty for an engine that is not
-    split. `graph_breaks` are the ops at which vLLM itself cuts the compiled graph (it wants them all named as soon as
-    one is added). Raises CheckpointError when the model has no readable `config.json`.
+    `additional` goes to vLLM's `additional_config` as it is and must survive JSON. `graph_breaks` are the ops at which
+    vLLM itself cuts the compiled graph (it wants them all named as soon as one is added). Raises CheckpointError when
+    the model has no readable `config.json`.
     """
     attention = config.attention
     args: dict[str, Any] = {
@@ -38,23 +38,22 @@ def engine_args(
         "max_num_seqs": attention.max_num_seqs,
         "tensor_parallel_size": attention.tensor_parallel_size,
         "additional_config": dict(additional),
+        "worker_cls": WORKER,
     }
-    if additional:
-        args["worker_cls"] = WORKER
     if attention.max_model_len is not None:
         args["max_model_len"] = attention.max_model_len
     if attention.speculative_tokens:
         args["speculative_config"] = {"method": "mtp", "num_speculative_tokens": attention.speculative_tokens}
     if attention.device == "cpu":
         args = _merge(args, _cpu_args(config))
-    elif additional and not attention.engine_args.get("enforce_eager"):
+    elif not attention.engine_args.get("enforce_eager"):
         # Graphs of pieces only: a full graph of a decode step would span the remote experts.
         args["compilation_config"] = {"splitting_ops": [*graph_breaks, *REMOTE_OPS], "cudagraph_mode": "PIECEWISE"}
     return _merge(args, attention.engine_args)
 
 
 def engine_env(config: Config) -> dict[str, str]:
-    """Environment of the engine's processes, for the few settings that vLLM takes in no other way.
+    """Return the environment of the engine's processes, for the few settings that vLLM takes in no other way.
 
     CPU threads are counted, not pinned: expert workers and the gateway may share the host, and vLLM's own binding
     leaves all but one thread per physical core idle. They sleep while they wait, for the same reason. Called on the
@@ -92,7 +91,7 @@ def _cpu_args(config: Config) -> dict[str, Any]:
 
 
 def _dtype(config: Config) -> str:
-    """Never `auto` where the checkpoint names a dtype: vLLM's own `auto` rounds float32 to bfloat16."""
+    """Return `auto` only where the checkpoint names no dtype: vLLM's own `auto` rounds float32 to bfloat16."""
     if config.model.dtype != "auto":
         return config.model.dtype
     hf_config = _hf_config(config.model.path)

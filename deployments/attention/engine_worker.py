@@ -1,4 +1,4 @@
-"""vLLM's worker, which also tells the dispatches of its layers which requests a step is for (STEP_REQUEST_IDS).
+"""vLLM's worker, extended: it notes in STEP_REQUEST_IDS which requests a step is for, for logs of its dispatches.
 
 vLLM imports it by the name in `engine_args.WORKER`, in the process that runs the model.
 """
@@ -23,10 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 class RequestIdsWorker(Worker):
-    """Nothing else differs, but for a debug line per step."""
+    """vLLM's worker, which also notes the requests of each step and logs a debug line."""
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """See vLLM's. The ids stay until the next step: MTP drafts later, on the same thread, in `sample_tokens`."""
+        """Note the step's requests, then do what vLLM's worker does. The ids stay until the next step, because MTP
+        drafts later, on the same thread, in `sample_tokens`.
+        """
         tokens = scheduler_output.num_scheduled_tokens
         request_ids = join_request_ids(tokens)
         STEP_REQUEST_IDS.set(request_ids)

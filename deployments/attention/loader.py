@@ -1,4 +1,4 @@
-"""Loads everything but the routed experts, so an attention replica neither reads nor allocates them."""
+"""Loads everything but the routed experts, which an attention replica neither reads nor allocates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class AttentionOnlyLoader(DefaultModelLoader):
-    """vLLM model loader `load_format="deepsplit"`."""
+    """The model loader that vLLM uses for `load_format="deepsplit"`."""
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> torch.nn.Module:
         """Build and load the model (main or MTP), then connect its MoE layers to the expert plane."""
@@ -66,7 +66,7 @@ class AttentionOnlyLoader(DefaultModelLoader):
     def get_all_weights(
         self, model_config: ModelConfig, model: torch.nn.Module
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        """Every tensor that is not a routed expert's, read one at a time; names are filtered before a byte is read."""
+        """Yield every tensor that is not a routed expert's, one at a time; names are filtered before a byte is read."""
         index = load_checkpoint_index(model_config.model)
         shards: dict[str, list[str]] = {}
         for name, shard in index.weight_map.items():
@@ -88,7 +88,9 @@ class AttentionOnlyLoader(DefaultModelLoader):
 
 
 def _wait_for_experts(settings: RemoteExpertsSettings, layers: list[int]) -> None:
-    """The first forward pass comes right after loading; experts of a real checkpoint load for longer than attention."""
+    """Wait until each expert has a holder: the first forward pass comes right after loading, and the experts of a real
+    checkpoint load for longer than attention.
+    """
     placement, num_experts = PlacementFile(settings.placement_file), load_model_spec(settings.model_path).num_experts
     deadline = time.monotonic() + settings.start_timeout_s
     while any((placement.current().route(layer, num_experts) == UNCOVERED).any() for layer in layers):
@@ -102,7 +104,7 @@ def _wait_for_experts(settings: RemoteExpertsSettings, layers: list[int]) -> Non
 
 @functools.cache
 def _client(settings: RemoteExpertsSettings, model_dtype: torch.dtype) -> ExpertClient:
-    """One per process: the main model and its MTP layer share streams, metrics and their scrape target."""
+    """Return the process's only client: the main model and its MTP layer share streams, metrics and a scrape target."""
     spec = load_model_spec(settings.model_path)
     shape = ExpertShape(
         model_id((settings.model_path / "config.json").read_bytes(), spec.moe_layers),

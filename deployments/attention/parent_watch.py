@@ -13,7 +13,8 @@ _NAME = "deepsplit-parent-watch"
 
 
 def end_with_parent() -> None:
-    """Watch the parent from a thread, once per process. Nothing in a process not of multiprocessing."""
+    """Watch the parent from a thread, once per process. Does nothing in a process that multiprocessing did not start.
+    """
     parent = multiprocessing.parent_process()
     if parent is None or any(thread.name == _NAME for thread in threading.enumerate()):
         return

@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 class PlacementFollower:
-    """Long-polls the directory, for the engine's processes, which are not in Ray.
+    """Long-polls the directory on behalf of the engine's processes, which have no connection to Ray.
 
-    A thread and not a task: vLLM blocks the replica's event loop until its engine is up, and the engine waits for the
-    first table. A directory that is away leaves the last table in force.
+    It is a thread, not a task: vLLM blocks the replica's event loop until its engine is up, and the engine waits for
+    the first table. While the directory is away, the last table stays in force.
     """
 
     def __init__(self, directory: DeploymentHandle, file: PlacementFile, member: Callable[[], AttentionMember]) -> None:
-        """`member` is what the replica says of itself at this moment."""
+        """`member` returns what the replica registers with at this moment."""
         self._directory = directory
         self._file = file
         self._member = member
@@ -37,7 +37,7 @@ class PlacementFollower:
         self._thread.start()
 
     def stop(self) -> None:
-        """End within one long poll; does not wait for it."""
+        """End within one long poll, without waiting for that."""
         self._stop.set()
 
     def _follow(self) -> None:

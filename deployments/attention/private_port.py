@@ -1,4 +1,4 @@
-"""An attention replica's private HTTP port: vLLM's own application for gateways, and what the replica says of itself.
+"""An attention replica's private HTTP port: vLLM's own application, for gateways, and a stream of the replica's load.
 
 Private: every request needs the token that the directory hands to gateways, and mutual TLS if `internal_tls` is set.
 """
@@ -46,7 +46,8 @@ class ReplicaServer:
         return f"{'https' if self._https else 'http'}://{shown}:{port}"
 
     async def stop(self, grace_s: float) -> None:
-        """Tell the gateways to send nothing more, let running requests end for `grace_s`, then break them off."""
+        """Tell the gateways to send nothing more, let running requests end for `grace_s` seconds, then break them off.
+        """
         self._draining = True
         loop = asyncio.get_running_loop()
         until = loop.time() + grace_s
@@ -55,10 +56,10 @@ class ReplicaServer:
         await self._server.stop(2 * LOAD_INTERVAL_S)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._knows(scope):
+        if not self._is_authorized(scope):
             await _reply(send, 401, b"this port is for the cluster's own gateways")
         elif scope["path"] == LOAD_PATH:
-            await self._tell_load(receive, send)
+            await self._stream_load(receive, send)
         else:
             self._running += 1
             try:
@@ -66,11 +67,11 @@ class ReplicaServer:
             finally:
                 self._running -= 1
 
-    def _knows(self, scope: Scope) -> bool:
+    def _is_authorized(self, scope: Scope) -> bool:
         shown = dict(scope["headers"]).get(b"authorization", b"")
         return hmac.compare_digest(shown, b"Bearer " + self.token.encode())
 
-    async def _tell_load(self, receive: Receive, send: Send) -> None:
+    async def _stream_load(self, receive: Receive, send: Send) -> None:
         gone = asyncio.create_task(_until_disconnect(receive))
         try:
             try:

@@ -1,4 +1,4 @@
-"""Routed experts that are computed elsewhere: what vLLM builds in place of its own class.
+"""The class that vLLM builds in place of its own routed experts; it has them computed by expert workers.
 
 Legend: T rows (tokens), H hidden size, K experts per token.
 """
@@ -60,12 +60,12 @@ class RemoteExpertsMethod(FusedMoEMethodBase):
 
     @property
     def mk_can_overlap_shared_experts(self) -> bool:
-        """True: `apply` itself runs the shared expert, while the routed ones are away."""
+        """Return True: `apply` itself runs the shared expert, while the rows are away."""
         return True
 
     @property
     def is_monolithic(self) -> bool:
-        """False: vLLM's router chooses, `apply` gets its choice."""
+        """Return False: vLLM's router chooses, and `apply` gets its choice."""
         return False
 
     def create_weights(
@@ -80,7 +80,7 @@ class RemoteExpertsMethod(FusedMoEMethodBase):
         """Allocate nothing."""
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
-        """No local kernel, so nothing to configure."""
+        """Return None: there is no local kernel to configure."""
         return None
 
     def apply(
@@ -92,7 +92,7 @@ class RemoteExpertsMethod(FusedMoEMethodBase):
         shared_experts: SharedExperts | None,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        """x [T, H] -> weighted sum of the routed experts [T, H], same dtype and device."""
+        """Return the weighted sum of the routed experts [T, H] of `x` [T, H], in its dtype and on its device."""
         assert isinstance(layer, RemoteRoutedExperts)
 
         def compute_shared_expert() -> None:

@@ -34,6 +34,7 @@ from deployments.attention.engine_args import engine_args, engine_env
 from deployments.attention.placement_follower import PlacementFollower
 from deployments.attention.plugin import LOAD_FORMAT, check_installed
 from deployments.attention.private_port import ReplicaServer
+from deployments.attention.request_faults import told_as_client_errors
 from deployments.attention.settings import RemoteExpertsSettings
 from deployments.directory.members import AttentionMember, EngineStats
 from deployments.hosting.autoscaling import OCCUPANCY
@@ -54,10 +55,9 @@ class LocalCheckpoint(CallbackBase):
 
 
 def llm_config(config: Config, args: dict[str, Any]) -> LLMConfig:
-    """Ray Serve LLM's description of the engine that `args` (see `engine_args`) start."""
-    name = config.model.name or config.model.path.name
+    """Return Ray Serve LLM's description of the engine that `args` (see `engine_args`) start."""
     return LLMConfig(
-        model_loading_config=ModelLoadingConfig(model_id=name, model_source=str(config.model.path)),
+        model_loading_config=ModelLoadingConfig(model_id=config.model.served_name, model_source=str(config.model.path)),
         accelerator_config={"kind": "cpu" if config.attention.device == "cpu" else "gpu"},
         engine_kwargs=args,
         # vLLM's metrics stay in this process's own Prometheus registry, where `engine_stats` reads them.
@@ -73,24 +73,28 @@ class LocalEngine(VLLMEngine):
     by then. Saves a second import of vLLM (10 s and 0.5 GB) and a hop in shared memory per step.
     """
 
+    aliases: tuple[str, ...] = ()  # further names of the model in requests
+
     def _start_async_llm_engine(
         self, vllm_engine_args: AsyncEngineArgs, vllm_engine_config: VllmConfig, placement_group: PlacementGroup
     ) -> EngineClient:
         parallel = vllm_engine_config.parallel_config
         if current_platform.is_cpu() and parallel.world_size == 1:
             parallel.distributed_executor_backend = "uni"
-        return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
+        vllm_engine_args.served_model_name = [*vllm_engine_args.served_model_name, *self.aliases]
+        engine = super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
+        engine.generate = told_as_client_errors(engine.generate)
+        return engine
 
 
 class AttentionReplica(LLMServer):
     """One vLLM engine. Raises StartupError when the engine cannot start."""
 
-    async def __init__(self, config_json: str, directory: DeploymentHandle | None) -> None:  # type: ignore[misc]
-        """Starts the engine; returns when it is ready for requests. Serve awaits it."""
+    async def __init__(self, config_json: str, directory: DeploymentHandle) -> None:  # type: ignore[misc]
+        """Start the engine; returns when it is ready for requests. Serve awaits this."""
         # What the engine leaves behind in its temporary folder (sockets, rendezvous files) goes away with ours.
         cluster_folder = Path(ray._private.worker._global_node.get_session_dir_path()).parent
         self._scratch = tempfile.TemporaryDirectory(prefix="attention-", dir=cluster_folder)
-        self._follower: PlacementFollower | None = None
         config = Config.model_validate_json(config_json)
         log_file = start_logging(config.logging, "attention")
         tempfile.tempdir = self._scratch.name
@@ -100,7 +104,6 @@ class AttentionReplica(LLMServer):
         self._drain_timeout_s = config.gateway.drain_timeout_s
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._max_num_seqs = config.attention.max_num_seqs
-        self._plane_file: ExpertPlaneFile | None = None
         self._measured: EngineStats | None = None  # at the last scrape
         node = ray.util.get_node_ip_address()
         registry = ProcessRegistry(REGISTRY)  # vLLM's
@@ -111,39 +114,33 @@ class AttentionReplica(LLMServer):
         self._member = AttentionMember(
             self._replica_id, os.getpid(), node, "starting", scrape=(self._scrape.target,)
         )
-        additional: dict[str, Any] = {}
-        load_format = "auto"
-        if directory is not None:
-            check_installed()
-            settings = RemoteExpertsSettings(
-                placement_file=Path(self._scratch.name) / "placement.json",
-                model_path=config.model.path,
-                dispatch=config.dispatch,
-                internal_tls=config.internal_tls,
-                monitoring=config.monitoring.model_copy(
-                    update={"host": config.monitoring.host or config.own_host(node)}
-                ),
-                node=node,
-                replica_id=self._replica_id,
-                start_timeout_s=config.ray.start_timeout_s,
-            )
-            additional, load_format = settings.as_additional_config(), LOAD_FORMAT
-            self._plane_file = ExpertPlaneFile(settings.plane_file)
-            file = PlacementFile(settings.placement_file)
-            self._engine_scrape_file = settings.scrape_file
-            self._follower = PlacementFollower(directory, file, self._member_now)
-        args = engine_args(config, additional, load_format, CompilationConfig._attention_ops)
+        check_installed()
+        settings = RemoteExpertsSettings(
+            placement_file=Path(self._scratch.name) / "placement.json",
+            model_path=config.model.path,
+            dispatch=config.dispatch,
+            internal_tls=config.internal_tls,
+            monitoring=config.monitoring.model_copy(update={"host": config.monitoring.host or config.own_host(node)}),
+            node=node,
+            replica_id=self._replica_id,
+            start_timeout_s=config.ray.start_timeout_s,
+        )
+        self._plane_file = ExpertPlaneFile(settings.plane_file)
+        self._engine_scrape_file = settings.scrape_file
+        self._follower = PlacementFollower(directory, PlacementFile(settings.placement_file), self._member_now)
+        args = engine_args(config, settings.as_additional_config(), LOAD_FORMAT, CompilationConfig._attention_ops)
         self._start_timeout_s = config.ray.start_timeout_s
+        self._aliases = config.model.aliases
         await super().__init__(llm_config(config, args), engine_cls=LocalEngine)
         self._server = ReplicaServer(await self.__serve_build_asgi_app__(), self._load, config.internal_tls)
         url = await self._server.start(config.own_host(node))
         self._member = replace(self._member, state="ready", url=url, token=self._server.token)
-        if directory is not None:
-            await directory.register_replica.remote(self._member)  # the follower's next poll would do, but comes later
+        await directory.register_replica.remote(self._member)  # the follower's next poll would do, but comes later
 
     async def start(self) -> None:
         """Start the engine. Unlike the base class, sends no telemetry, which would start one more Ray actor."""
         self.engine = self._engine_cls(self._llm_config)
+        self.engine.aliases = self._aliases
         try:
             async with asyncio.timeout(self._start_timeout_s):
                 await self.engine.start()
@@ -159,14 +156,16 @@ class AttentionReplica(LLMServer):
             ) from error
 
     async def _load(self) -> ReplicaLoad:
-        """For the gateways. Raises if the engine is dead."""
+        """Return this replica's load, for the gateways. Raises if the engine is dead."""
         stats = await self.engine_stats()
         plane = self._expert_plane_state()
-        cache = self.engine._engine_client.vllm_config.cache_config
+        engine = self.engine._engine_client.vllm_config
+        cache = engine.cache_config
         return ReplicaLoad(
             self._replica_id,
             max_num_seqs=self._max_num_seqs,
             kv_cache_tokens=(cache.num_gpu_blocks or 0) * cache.block_size,
+            max_model_len=engine.model_config.max_model_len,
             running=stats.running,
             waiting=stats.waiting,
             kv_cache_usage=stats.kv_cache_usage,
@@ -175,19 +174,19 @@ class AttentionReplica(LLMServer):
         )
 
     async def engine_stats(self) -> EngineStats:
-        """What the engine last reported. Raises if the engine is dead."""
+        """Return what the engine last reported. Raises if the engine is dead."""
         await self.check_health()
         stats = _engine_stats()
         assert stats is not None, "the engine is there as soon as this class is"
         return stats
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What Serve asks for when it sets the number of replicas."""
+        """Tell Serve what it needs when it sets the number of replicas."""
         stats = await self.engine_stats()
         return {OCCUPANCY: (stats.running + stats.waiting) / self._max_num_seqs}
 
     def _measure(self) -> None:
-        """For a scrape, on its thread; before the engine is there, it has nothing to say."""
+        """Bring the metrics up to date, on the scraping thread. Does nothing before the engine is there."""
         stats = _engine_stats()
         if stats is None:
             return
@@ -201,10 +200,10 @@ class AttentionReplica(LLMServer):
         self._measured = stats
 
     def _expert_plane_state(self) -> ExpertPlaneState:
-        return ExpertPlaneState() if self._plane_file is None else self._plane_file.read(time.time())
+        return self._plane_file.read(time.time())
 
     def _member_now(self) -> AttentionMember:
-        """What the directory is told: with the engine's scrape target, once that listens."""
+        """Return what this replica registers with: with the engine's scrape target, once that listens."""
         if len(self._member.scrape) == 1 and (engine := read_scrape_file(self._engine_scrape_file)) is not None:
             self._member = replace(self._member, scrape=(*self._member.scrape, engine))
         return self._member
@@ -226,7 +225,7 @@ class AttentionReplica(LLMServer):
 
 
 def _engine_stats() -> EngineStats | None:
-    """From vLLM's metrics in this process; None before the engine is there."""
+    """Read the engine's state from vLLM's metrics in this process; None before the engine is there."""
     totals: dict[str, float] = {}
     for metric in get_metrics_snapshot():
         if isinstance(metric, Counter | Gauge):

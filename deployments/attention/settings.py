@@ -1,4 +1,4 @@
-"""What a Serve replica tells vLLM's worker process about the expert plane: our part of `additional_config`."""
+"""What a Serve replica tells vLLM's worker process of the expert plane: our part of `additional_config`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SETTINGS_KEY = "deepsplit"
 
 
 class RemoteExpertsSettings(BaseModel):
-    """What reaches vLLM's worker process, as `additional_config["deepsplit"]`."""
+    """The settings that reach vLLM's worker process as `additional_config["deepsplit"]`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,26 +29,28 @@ class RemoteExpertsSettings(BaseModel):
 
     @property
     def plane_file(self) -> Path:
-        """File in which the engine tells its Serve replica how long rows wait at the expert workers."""
+        """Return the file in which the engine tells its Serve replica how long rows wait at the expert workers."""
         return self.placement_file.with_name("expert_plane")
 
     @property
     def scrape_file(self) -> Path:
-        """Where the engine tells its Serve replica where its metrics are (deployments.hosting.scrape)."""
+        """Return the file in which the engine tells its Serve replica where its metrics are
+        (deployments.hosting.scrape).
+        """
         return self.placement_file.with_name("scrape")
 
     def as_additional_config(self) -> dict[str, Any]:
-        """The mapping for vLLM's `additional_config`."""
+        """Return the mapping for vLLM's `additional_config`."""
         return {SETTINGS_KEY: self.model_dump(mode="json")}
 
 
 def current_settings() -> RemoteExpertsSettings | None:
-    """Settings of the engine that is being built; None if it is not split."""
+    """Return the settings of the engine that is being built; None if it is not split."""
     return settings_of(get_current_vllm_config())
 
 
 def settings_of(vllm_config: VllmConfig) -> RemoteExpertsSettings | None:
-    """Our part of an engine's `additional_config`; None if it is not split."""
+    """Return our part of an engine's `additional_config`; None if it is not split."""
     additional = vllm_config.additional_config
     raw = additional.get(SETTINGS_KEY) if isinstance(additional, dict) else None
     return None if raw is None else RemoteExpertsSettings.model_validate(raw)

@@ -1,4 +1,6 @@
-"""Before a pod or a host goes, as Kubernetes' preStop hook: `python -m deployments.directory.node_drain --wait-s 600`.
+"""Drains a node before its pod or host goes: `python -m deployments.directory.node_drain --wait-s 600`.
+
+It is Kubernetes' preStop hook.
 
 The gateways on this node refuse what is new, its attention replicas get nothing new, and the command waits until
 nothing that runs needs the node any more. Connects to the node's own Ray, with the token in its environment.
@@ -17,14 +19,14 @@ from deployments.directory.replica import NAME as DIRECTORY
 
 SETTLE_S = 5.0  # until load balancers have heard that this pod takes no more connections
 _POLL_S = 0.5
-_AWAY_S = 10.0  # a directory that is away for longer has nobody left to protect
+_AWAY_S = 10.0  # if the directory is away for longer, nothing is waited for
 _CALL_TIMEOUT_S = 5.0
 
 
 def drain(
     leave: Callable[[bool], int], wait_s: float, monotonic: Callable[[], float], sleep: Callable[[float], None]
 ) -> str:
-    """Say that the node goes, let that settle, and ask until `leave(True)` says that 0 requests need it; returns how it
+    """Say that the node goes, let that settle, and ask until `leave(True)` says that 0 requests need it. Returns how it
     ended. Gives up after `wait_s`, and when the directory has not answered for a while.
     """
     deadline = monotonic() + wait_s
@@ -46,7 +48,7 @@ def drain(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fails if Ray is not there."""
+    """Drain this node. Fails if Ray does not run on it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--wait-s", type=float, required=True, help="longest wait, in seconds")
     wait_s = parser.parse_args(arguments).wait_s

@@ -1,4 +1,4 @@
-"""Where Ray's own node agents have their metrics."""
+"""Finds the scrape targets of Ray's own node agents."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ _REFRESH_S = 5.0
 
 
 class RayAgents:
-    """Asks Ray on a thread of its own, because that blocks: `targets` answers at once with what is known."""
+    """Asks Ray for its nodes on a thread of its own, because that blocks."""
 
     def __init__(self) -> None:
-        self._targets: tuple[ScrapeTarget, ...] = ()
+        self.targets: tuple[ScrapeTarget, ...] = ()  # one per live node, as of Ray's last answer
         self._asked_s = float("-inf")
         self._asking: threading.Thread | None = None
 
-    def targets(self, now_s: float) -> tuple[ScrapeTarget, ...]:
-        """One per live node; at most _REFRESH_S and one question old."""
+    def refresh(self, now_s: float) -> None:
+        """Ask Ray again if it was last asked more than _REFRESH_S ago. Does not wait for the answer."""
         busy = self._asking is not None and self._asking.is_alive()
         if ray.is_initialized() and now_s - self._asked_s > _REFRESH_S and not busy:
             self._asked_s = now_s
             self._asking = threading.Thread(target=self._ask, name="ray-agents", daemon=True)
             self._asking.start()
-        return self._targets
 
     def _ask(self) -> None:
         nodes: list[dict[str, Any]] = ray.nodes()
-        self._targets = tuple(
+        self.targets = tuple(
             ScrapeTarget("ray", f"{_host(node['NodeManagerAddress'])}:{node['MetricsExportPort']}",
                          node["NodeManagerAddress"])
             for node in nodes

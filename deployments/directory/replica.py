@@ -57,7 +57,7 @@ class Directory:
         held = split_shares(spec.num_experts, experts.worker_shares(), experts.replicas_per_expert)
         self._shares = [dict.fromkeys(spec.moe_layers, ids) for ids in with_copies(held, experts)]  # by slot
         self._workers = experts.workers  # slots from here on are those of redundant workers
-        self._model = config.model.name or config.model.path.name
+        self._model = config.model.served_name
         self._membership = Membership(self._shares, experts.heartbeat_timeout_s, time.monotonic(), self._on_lost)
         self._registry = Registry(_POLLS_UNTIL_LOST * LONG_POLL_S, first_version=time.time_ns())
         self._table_changed = asyncio.Event()
@@ -221,7 +221,8 @@ class Directory:
         now = time.monotonic()
         self._expire(now)
         workers = [member.scrape for member in self._membership.members() if member.scrape is not None]
-        if self._registry.update_view([self._scrape.target, *workers, *self._agents.targets(now)]):
+        self._agents.refresh(now)
+        if self._registry.update_view([self._scrape.target, *workers, *self._agents.targets]):
             self._view_changed.set()
             self._view_changed = asyncio.Event()
             self._update_metrics()

@@ -1,4 +1,4 @@
-"""The experts' arithmetic: SwiGLU of the held experts, weighted and summed per row.
+"""The arithmetic of the experts: SwiGLU of the held ones, weighted and summed per row.
 
 Legend: T rows, K experts per token, N held experts of the layer, P rows of one expert, H hidden, I intermediate.
 """
@@ -30,8 +30,8 @@ class ExpertCompute:
         kernel: Literal["auto", "torch"] = "auto",
         on_rows: Callable[[list[int]], None] = lambda rows_N: None,
     ) -> None:
-        """`auto` also holds small models' weights in the layout of vLLM's kernel, if it is installed (_BOTH_BYTES).
-        `on_rows` is told how many rows each held expert of the layer got, with each batch.
+        """`kernel="auto"` also holds small models' weights (_BOTH_BYTES) in the layout of vLLM's kernel, if vLLM is
+        installed. `on_rows` is called with each batch's number of rows per held expert of the layer.
         """
         torch.set_num_threads(threads)
         self._on_rows = on_rows

@@ -1,4 +1,4 @@
-"""What an expert worker's process holds: weights, kernels, gRPC server. Knows nothing of Ray."""
+"""An expert worker without Ray: weights, kernels and gRPC server put together."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Progress:
-    """Logs every tenth of a load that takes long enough to wonder about."""
+    """Logs each tenth of a long load."""
 
     def __init__(self) -> None:
         self._tenths = 0
@@ -34,7 +34,7 @@ class _Progress:
 
 
 class ExpertHost:
-    """Loads some experts (layer -> expert ids) and serves them. Raises CheckpointError or StartupError."""
+    """Loads a share of the experts (expert ids by layer) and serves them. Raises CheckpointError or StartupError."""
 
     def __init__(self, config: Config, experts: Mapping[int, tuple[int, ...]], meter: ExpertMeter) -> None:
         if config.internal_tls is not None:
@@ -60,12 +60,12 @@ class ExpertHost:
         )
 
     def measure(self) -> None:
-        """Bring the metrics up to date."""
+        """Bring the metrics up to date, before a scrape."""
         self._meter.fold()
         self._meter.metrics.waiting.set(self._server.waiting())
 
     def busy_s(self) -> float:
-        """Seconds in which experts were computed, so far."""
+        """Return the seconds in which experts were computed, so far."""
         return self._server.busy_s()
 
     def start(self, host: str) -> str:

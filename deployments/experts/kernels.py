@@ -1,11 +1,10 @@
 """The kernels of an expert worker: torch's GEMMs per expert, grouped on GPUs, and on CPU vLLM's fused MoE kernel.
 
-Measured by benchmarks/expert_kernels.py: on experts of a small
-model, where calls cost more than arithmetic, vLLM's is 6-18x faster. On those of DeepSeek-V3's size it gains up to 1.5x
-with one or two rows (`vec`), nothing with AMX, and loses with many. It needs weights in a layout of its own.
+Measured by benchmarks/expert_kernels.py: on the experts of a small model, where calls cost more than arithmetic, vLLM's
+kernel is 6-18x faster. On experts of DeepSeek-V3's size it gains up to 1.5x with one or two rows (`vec`), nothing with
+AMX, and loses with many. It needs weights in a layout of its own.
 
-Legend: T tokens, P rows (pairs of token and expert), N held experts, H hidden size, I
-intermediate size.
+Legend: T tokens, P rows (pairs of token and expert), N held experts, H hidden size, I intermediate size.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Rows:
 
     @property
     def per_expert(self) -> float:
-        """Mean rows of the experts that have any."""
+        """Return the mean number of rows of the experts that have any."""
         return len(self.tokens_P) / max(1, sum(count > 0 for count in self.counts_N))
 
 
@@ -59,7 +58,7 @@ def add_torch(experts: LayerExperts, hidden_TH: torch.Tensor, rows: Rows, output
 
 
 def add_grouped(experts: LayerExperts, hidden_TH: torch.Tensor, rows: Rows, output_TH: torch.Tensor) -> None:
-    """The same in two grouped GEMMs over all experts: bfloat16 on GPUs, where a call per expert costs too much."""
+    """Do the same in two grouped GEMMs over all experts: bfloat16 on GPUs, where a call per expert costs too much."""
     ends_N = torch.tensor(rows.counts_N).cumsum(0).to(output_TH.device, torch.int32)
     x_PH = hidden_TH[rows.tokens_P]
     gate_PI, up_PI = functional.grouped_mm(x_PH, experts.gate_up_N2IH.transpose(1, 2), offs=ends_N).chunk(2, dim=-1)
@@ -68,7 +67,7 @@ def add_grouped(experts: LayerExperts, hidden_TH: torch.Tensor, rows: Rows, outp
 
 
 def add_vllm(packed: LayerExperts, hidden_TH: torch.Tensor, rows: Rows, output_TH: torch.Tensor) -> None:
-    """The same in one call of vLLM's kernel, which sees each row as a token with one expert of weight 1."""
+    """Do the same in one call of vLLM's kernel, which sees each row as a token with one expert of weight 1."""
     hidden_PH = hidden_TH[rows.tokens_P]
     out_PH = torch.empty_like(hidden_PH)
     ones_P1 = torch.ones(len(hidden_PH), 1)
@@ -80,7 +79,7 @@ def add_vllm(packed: LayerExperts, hidden_TH: torch.Tensor, rows: Rows, output_T
 
 
 def vllm_fits(experts: LayerExperts) -> bool:
-    """Whether vLLM's kernel can run these experts here; loads its operator library. False if vLLM is not installed."""
+    """Return whether vLLM's kernel can run these experts here. Loads its operator library; False without vLLM."""
     down_NHI = experts.down_NHI
     return (
         down_NHI.dtype is torch.bfloat16
@@ -91,7 +90,7 @@ def vllm_fits(experts: LayerExperts) -> bool:
 
 
 def pack(experts: LayerExperts) -> LayerExperts:
-    """A copy in the layout of `add_vllm`."""
+    """Return a copy of the weights in the layout of `add_vllm`."""
     packed = LayerExperts(experts.ids, torch.empty_like(experts.gate_up_N2IH), torch.empty_like(experts.down_NHI))
     isa = _isa()
     torch.ops._C.prepack_moe_weight(experts.gate_up_N2IH, packed.gate_up_N2IH, isa)
@@ -100,7 +99,7 @@ def pack(experts: LayerExperts) -> LayerExperts:
 
 
 def _isa() -> str:
-    """vLLM's kernel for this processor; asking also gets the operating system's leave to use AMX tiles."""
+    """Return the name of vLLM's kernel for this processor; also asks the operating system for the use of AMX tiles."""
     return "amx" if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() else "vec"
 
 

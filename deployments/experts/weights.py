@@ -1,4 +1,4 @@
-"""Reads a worker's own routed experts from safetensors shards into stacked tensors, and nothing else.
+"""Reads a worker's share of the routed experts from safetensors shards into stacked tensors, and nothing else.
 
 Each tensor's byte range is read straight into its place (`preadv`): memory peaks at the final weights plus one tensor.
 
@@ -40,7 +40,7 @@ class LayerExperts:
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """What one worker holds."""
+    """The weights of one worker's share."""
 
     layers: Mapping[int, LayerExperts]
     num_experts: int  # of the model, per layer
@@ -48,7 +48,7 @@ class ExpertWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory."""
+        """Return the size in memory."""
         return sum(layer.gate_up_N2IH.nbytes + layer.down_NHI.nbytes for layer in self.layers.values())
 
 
@@ -60,7 +60,7 @@ def load_experts(
     device: str = "cpu",
     on_progress: OnProgress | None = None,
 ) -> ExpertWeights:
-    """Experts of `assignment` (layer -> global ids) as `dtype`; FP8 is dequantised.
+    """Return the experts of `assignment` (global ids by layer) as `dtype`; FP8 is dequantised.
 
     `on_progress(done_bytes, total_bytes)` is called after each tensor. Opens only the shards that it needs.
     Raises CheckpointError if a tensor is missing or of a wrong shape or dtype, or a shard is missing or truncated.
@@ -81,7 +81,7 @@ def load_experts(
 
 
 def dequantise(weight_RC: torch.Tensor, scale_inv: torch.Tensor, block: tuple[int, int], out_RC: torch.Tensor) -> None:
-    """out = weight x its block's scale, in float32, then rounded to out's dtype.
+    """Compute weight x its block's scale in float32 and write it to `out_RC`, rounded to its dtype.
 
     weight_RC: float8_e4m3fn [R, C]. scale_inv: float32 [ceil(R/rows), ceil(C/columns)]; the last blocks may be ragged.
 

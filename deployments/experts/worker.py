@@ -44,28 +44,28 @@ DIRECTORY_AWAY = (RayError, RayServeException, TimeoutError)
 logger = logging.getLogger(__name__)
 
 
-class BusyShare:
-    """Of a worker's time, from a count of busy seconds."""
+class BusyFraction:
+    """The fraction of its time that a worker computes, from a running count of busy seconds."""
 
     def __init__(self, now_s: float) -> None:
         self._then_s = now_s
         self._busy_s = 0.0
 
     def since_last(self, busy_s: float, now_s: float) -> float:
-        """Share since the last call, 0 to 1."""
+        """Return the fraction since the last call, 0 to 1."""
         passed_s, worked_s = now_s - self._then_s, busy_s - self._busy_s
         self._then_s, self._busy_s = now_s, busy_s
         return min(1.0, worked_s / passed_s) if passed_s > 0 else 0.0
 
 
 class ExpertWorker:
-    """Serve replica. Serves gRPC on its own port; Serve only starts, watches and stops it."""
+    """Serve replica. It serves gRPC on a port of its own; Serve only starts, watches and stops it."""
 
     # Serve awaits an async constructor.
     async def __init__(  # type: ignore[misc]
         self, config_json: str, directory: DeploymentHandle, slots: range
     ) -> None:
-        """`slots`: those of the worker's pool, one of which it takes."""
+        """`slots`: the slots of the worker's pool; the directory gives it one of them."""
         config = Config.model_validate_json(config_json)
         # Waiting OpenMP threads sleep: spinning ones steal the cores of other workers on the host. Read by torch's
         # OpenMP runtime when it is loaded, so before the import below.
@@ -85,8 +85,8 @@ class ExpertWorker:
         meter = ExpertMeter(ExpertMetrics(registry))
         self._scrape = scrape_process(registry, "experts", worker_id, node, config)
         self._member = WorkerMember(
-            worker_id, assignment.slot, os.getpid(), node, "", "loading", 0.0, self._scrape.target
-        )  # fmt: skip
+            worker_id, assignment.slot, os.getpid(), node, "", "loading", scrape=self._scrape.target
+        )
         with contextlib.suppress(*DIRECTORY_AWAY):
             await self._register()
         self._beating = asyncio.create_task(self._beat())
@@ -95,7 +95,7 @@ class ExpertWorker:
         registry.before_scrape(self._host.measure)
         address = self._host.start(config.experts.host or config.own_host(node))
         self._member = dataclasses.replace(self._member, address=address, state="ready")
-        with contextlib.suppress(*DIRECTORY_AWAY):  # the next heartbeat will announce it
+        with contextlib.suppress(*DIRECTORY_AWAY):  # the next heartbeat will register it
             await self._register()
         logger.info(
             "expert worker ready at %s after %.1f s: slot %d, %.1f MiB read", address, time.monotonic() - started,
@@ -114,16 +114,16 @@ class ExpertWorker:
     async def _register(self) -> None:
         answer = self._directory.register_worker.remote(self._member, self._seen_epoch)
         if not await asyncio.wait_for(answer, CALL_TIMEOUT_S):
-            self._failure = f"slot {self._member.slot} was given to another worker while this one was not heard of"
+            self._failure = f"slot {self._member.slot} was given to another worker while this one sent no heartbeats"
 
     async def _beat(self) -> None:
-        busy = BusyShare(time.monotonic())
+        busy = BusyFraction(time.monotonic())
         while self._failure is None:
             await asyncio.sleep(self._heartbeat_interval_s)
             host = getattr(self, "_host", None)  # not there while it loads
-            share = 0.0 if host is None else busy.since_last(host.busy_s(), time.monotonic())
+            fraction = 0.0 if host is None else busy.since_last(host.busy_s(), time.monotonic())
             try:
-                answer = self._directory.heartbeat.remote(self._member.worker_id, share)
+                answer = self._directory.heartbeat.remote(self._member.worker_id, fraction)
                 reply: HeartbeatReply = await asyncio.wait_for(answer, CALL_TIMEOUT_S)
                 self._seen_epoch = max(self._seen_epoch, reply.epoch)
                 self._plane_busy = reply.plane_busy
@@ -133,11 +133,11 @@ class ExpertWorker:
                 logger.warning("the directory is away (%s); serving goes on", type(error).__name__)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What Serve asks spare workers for when it sets their number."""
+        """Tell Serve what it needs when it sets the number of redundant workers."""
         return {BUSY: self._plane_busy}
 
     async def check_health(self) -> None:
-        """Serve replaces a worker whose check raises."""
+        """Raise if this worker must be replaced; Serve does so."""
         if self._failure is None and self._beating.done():
             self._failure = f"heartbeats ended: {self._beating.exception()!r}"
         if self._failure is not None:
@@ -159,20 +159,22 @@ class ExpertWorker:
 
 
 def _load(config: Config, experts: Mapping[int, tuple[int, ...]], meter: ExpertMeter) -> ExpertHost:
-    """In a thread, import of torch included: the event loop must go on with heartbeats."""
+    """Load the weights. Called in a thread, because the event loop must go on with heartbeats; imports torch there."""
     from deployments.experts.host import ExpertHost
 
     return ExpertHost(config, experts, meter)
 
 
 def expert_deployments(config: Config, directory: serve.Application) -> tuple[serve.Application, ...]:
-    """The expert workers, bound; one deployment per pool, and one for the spare workers of each that has some."""
+    """Return the expert workers, bound: one deployment per pool, and one for the redundant workers of each that has
+    some.
+    """
     fixed = [_deployment(config, pool, directory) for pool in expert_pools(config.experts)]
-    spare = [
+    redundant = [
         _deployment(config, one.pool, directory, spare_autoscaling(one.scaling, len(one.helped)))
         for one in spare_pools(config.experts)
     ]
-    return (*fixed, *spare)
+    return (*fixed, *redundant)
 
 
 def _deployment(

@@ -10,6 +10,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from cluster.errors import ClientGone, DeepsplitError, Overloaded, Plane, Reason, RequestTimeout
 from deployments.admission.waiting_room import WaitingRoom
@@ -98,6 +99,11 @@ class Lease:
         self.tenant = tenant
         self._meter.identified(tenant)
 
+    def named(self, request_id: str) -> None:
+        """Its body brought its id."""
+        self.head = replace(self.head, request_id=request_id)
+        self._meter.named(self.head)
+
     def hold(self, size: int) -> None:
         """So many further bytes of its body are held until it ends. Raises Overloaded."""
         self._memory.hold(size)
@@ -167,5 +173,3 @@ class Lease:
 def new_ticket() -> str:
     """A ticket for `Ask`: unique among all gateways."""
     return uuid.uuid4().hex
-
-

@@ -31,11 +31,13 @@ class State(Enum):
 
 def outcome_of(error: BaseException | None, status: int) -> str:
     """How a request ended, for metrics: `status` is the replica's, 0 if it answered nothing."""
-    if isinstance(error, DeepsplitError) and not isinstance(error, EngineRefused):
+    if isinstance(error, EngineRefused):
+        status = error.status  # which may come in the middle of an answer that began well
+    elif isinstance(error, DeepsplitError):
         return error.outcome
-    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+    elif isinstance(error, asyncio.CancelledError | GeneratorExit):
         return CANCELLED
-    if error is not None and not isinstance(error, EngineRefused):
+    elif error is not None:
         return BUG
     return OK if status < 400 else CLIENT_ERROR if status < 500 else ENGINE_ERROR
 
@@ -93,6 +95,10 @@ class RequestMeter:
         self._first_s: float | None = None
         self._last_s = 0.0
         self._first_tokens = 0
+
+    def named(self, head: Head) -> None:
+        """Its body brought its id."""
+        self._head = head
 
     def identified(self, tenant: Tenant) -> None:
         """Whose it is."""

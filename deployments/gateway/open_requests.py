@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
-from cluster.errors import Draining, Overloaded, Plane, Reason, RequestTimeout
+from cluster.config import GatewayConfig
+from cluster.errors import Draining, Overloaded, Plane, QuotaExceeded, Reason
+from deployments.gateway.arrivals import Arrivals
 from deployments.gateway.lease import Lease
 from routing.requests.request import Tenant
 
 RETRY_DRAINING_S = 2.0
+LEAST_ARRIVAL_S = 1.0  # how long a message may take to arrive, however many others want its place
 _RETRY_FULL_S = 1.0
 _JITTER = 0.5  # those refused together are told different times, up to this share longer
 _DRAIN_POLL_S = 0.05
@@ -23,47 +26,42 @@ T = TypeVar("T")
 class Session:
     """A call that brings one request after another, and may be quiet in between."""
 
-    def __init__(self, tenant: Tenant, idle_timeout_s: float) -> None:
+    def __init__(self, tenant: Tenant, quiet: Arrivals, idle_s: float, until_s: float) -> None:
+        """`until_s`: when it has lasted long enough, on the loop's clock."""
         self.tenant = tenant
-        self._idle_timeout_s = idle_timeout_s
-        self._quiet: asyncio.Timeout | None = None
-        self._evicted = False
+        self._quiet = quiet
+        self._idle_s = idle_s
+        self._until_s = until_s
+        self._ending: Draining | None = None
 
-    async def next(self, request: Awaitable[T]) -> T:
+    async def next(self, message: Callable[[], Awaitable[T]]) -> T:
         """The next request, once it comes. Raises RequestTimeout when the call was quiet for too long, Overloaded when
-        its place was needed.
+        its place was needed, Draining when it must be opened anew.
         """
-        try:
-            async with asyncio.timeout(self._idle_timeout_s) as self._quiet:
-                return await request
-        except TimeoutError as error:
-            if self._evicted:
-                raise _full("the gateway needed this call's place: nothing was asked on it") from error
-            raise RequestTimeout(
-                f"nothing was asked on this call for {self._idle_timeout_s:g} s (gateway.stream_idle_timeout_s)"
-            ) from error
-        finally:
-            self._quiet = None
+        left_s = self._until_s - asyncio.get_running_loop().time()
+        if self._ending is None and left_s <= 0:
+            self._ending = _stopping("this call is older than gateway.connection_max_age_s: open a new one")
+        if self._ending is not None:
+            raise self._ending
+        return await self._quiet.next(self.tenant.name, message, self._idle_s)
 
-    def evict(self) -> bool:
-        """End the call if it is quiet; whether it was."""
-        if self._quiet is None or self._quiet.expired():
-            return False
-        self._evicted = True
-        self._quiet.reschedule(asyncio.get_running_loop().time())
-        return True
+    def finish(self, error: Draining) -> None:
+        """Take no further request on it."""
+        self._ending = error
 
 
 class OpenRequests:
     """Counts them, bounds them, and ends them when the gateway stops."""
 
-    def __init__(self, most: int, session_idle_s: float) -> None:
-        """`most`: requests and sessions together."""
-        self._most = most
-        self._session_idle_s = session_idle_s
+    def __init__(self, config: GatewayConfig) -> None:
+        self._config = config
         self._leases: set[Lease] = set()
-        self._sessions: dict[Session, None] = {}  # the oldest first
+        self._sessions: set[Session] = set()
         self._by_tenant: Counter[str] = Counter()  # sessions
+        # A quiet session may be receiving its next message.
+        largest = max(1, config.max_bodies_mib // config.max_body_mib)
+        what = "the next request of this call (see gateway.stream_idle_timeout_s)"
+        self._quiet = Arrivals(what, largest, LEAST_ARRIVAL_S, Reason.BODIES)
         self.draining = False
 
     def __len__(self) -> int:
@@ -73,10 +71,9 @@ class OpenRequests:
         """Raises Draining or Overloaded if nothing more is taken now. Ends a quiet session to make room."""
         if self.draining:
             raise _stopping("this gateway is stopping: send the request again")
-        if len(self._leases) + len(self._sessions) < self._most:
-            return
-        if not any(session.evict() for session in self._sessions):
-            raise _full(f"this gateway holds {self._most} requests, its limit (gateway.max_streams)")
+        most = self._config.max_streams
+        if len(self._leases) + len(self._quiet) >= most and not self._quiet.evict():
+            raise _full(f"this gateway holds {most} requests, its limit (gateway.max_streams)")
 
     @contextmanager
     def holding(self, lease: Lease) -> Iterator[None]:
@@ -87,22 +84,25 @@ class OpenRequests:
         finally:
             self._leases.discard(lease)
 
-    @asynccontextmanager
-    async def session(self, tenant: Tenant) -> AsyncIterator[Session]:
-        """A call that brings one request after another. Raises Draining, or Overloaded: sessions count against their
-        tenant's `max_streams`, and one tenant never holds more than half of what the gateway holds.
+    @contextmanager
+    def session(self, tenant: Tenant) -> Iterator[Session]:
+        """A call that brings one request after another. Raises Draining, Overloaded, or QuotaExceeded: at each gateway
+        a tenant may have as many as its `max_streams`.
         """
         self.check()
-        most = min(self._most // 2 or 1, tenant.max_streams or self._most)
-        if self._by_tenant[tenant.name] >= most:
-            raise _full(f"tenant {tenant.name} holds {most} streams at this gateway, its limit (max_streams)")
-        session = Session(tenant, self._session_idle_s)
-        self._sessions[session] = None
+        if tenant.max_streams is not None and self._by_tenant[tenant.name] >= tenant.max_streams:
+            what = f"tenant {tenant.name} has {tenant.max_streams} streams of requests open, its limit (max_streams)"
+            raise QuotaExceeded(
+                what, retry_after_s=_jittered(_RETRY_FULL_S), plane=Plane.QUOTA, reason=Reason.MAX_STREAMS
+            )
+        until_s = asyncio.get_running_loop().time() + self._config.connection_max_age_s
+        session = Session(tenant, self._quiet, self._config.stream_idle_timeout_s, until_s)
+        self._sessions.add(session)
         self._by_tenant[tenant.name] += 1
         try:
             yield session
         finally:
-            del self._sessions[session]
+            self._sessions.discard(session)
             self._by_tenant[tenant.name] -= 1
             if not self._by_tenant[tenant.name]:
                 del self._by_tenant[tenant.name]
@@ -110,12 +110,14 @@ class OpenRequests:
     async def drain(self, grace_s: float) -> None:
         """Refuse what is new, let what runs end for `grace_s` seconds, then end it with an error."""
         self.draining = True
+        bye = _stopping("this gateway is stopping: open the call again")
+        self._quiet.end_all(bye)
+        for session in self._sessions:
+            session.finish(bye)
         await self._until_none(grace_s)
         error = f"the gateway stopped and this request was not done within {grace_s:g} s: send it again"
         for lease in list(self._leases):
             lease.cut(_stopping(error))
-        for session in list(self._sessions):
-            session.evict()
         await self._until_none(1.0)
 
     async def _until_none(self, within_s: float) -> None:

@@ -7,18 +7,18 @@ end) -> attempts on replicas (`upstream/attempts.py`) -> write (the protocol's o
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from cluster.config import GatewayConfig
-from cluster.errors import ModelNotFound, PermissionDenied, RequestError
+from cluster.errors import DeepsplitError, ModelNotFound, PermissionDenied, RequestError
 from deployments.admission.waiting_room import WaitingRoom
 from deployments.gateway.detokenizer import ModelTokenizer
 from deployments.gateway.head import Head
 from deployments.gateway.lease import BodyMemory, Lease, new_ticket
 from deployments.gateway.limit_headers import rate_limit_headers
-from deployments.gateway.meter import RequestMeters
+from deployments.gateway.meter import RequestMeter, RequestMeters, State
 from deployments.gateway.open_requests import OpenRequests, Session
 from deployments.gateway.outline import Outline, outline
 from deployments.gateway.upstream.attempts import Attempts
@@ -71,7 +71,7 @@ class Pipeline:
         self._log_bodies = log_bodies
         self._prompt_size = PromptSize()
         self._memory = BodyMemory(config.max_bodies_mib * 2**20)
-        self.open_requests = OpenRequests(config.max_streams, config.stream_idle_timeout_s)
+        self.open_requests = OpenRequests(config)
 
     def ready(self) -> Mapping[str, bool]:
         """Model name -> whether a request for it would find a replica now; all False while draining."""
@@ -91,8 +91,7 @@ class Pipeline:
         `session`: the call that it came on, which has been let in already. Raises DeepsplitError: of those that refuse
         strangers and too many at once, so that they cannot make the gateway hold their bodies.
         """
-        meter = self._meters.request(head, self._models[0], head.path in GENERATE_PATHS)
-        lease = Lease(head, self._room, self._memory, self._prompt_size, meter)
+        lease = Lease(head, self._room, self._memory, self._prompt_size, self._meter(head))
         try:
             async with lease.bounded(self._config.request_timeout_s):
                 lease.identified(self.identify(head.key) if session is None else session.tenant)
@@ -107,11 +106,24 @@ class Pipeline:
             raise
         lease.end(None)
 
-    @asynccontextmanager
-    async def session(self, key: str | None) -> AsyncIterator[Session]:
-        """A call that brings one request after another. Raises Unauthenticated, Draining, Overloaded."""
-        async with self.open_requests.session(self.identify(key)) as session:
+    @contextmanager
+    def session(self, head: Head) -> Iterator[Session]:
+        """A call that brings one request after another. One that is refused counts as a request: raises
+        Unauthenticated, Draining, Overloaded, QuotaExceeded.
+        """
+        meter = self._meter(head)
+        with ExitStack() as stack:
+            try:
+                tenant = self.identify(head.key)
+                meter.identified(tenant)
+                session = stack.enter_context(self.open_requests.session(tenant))
+            except DeepsplitError as error:
+                meter.end(State.ARRIVED, error, 0, None, 0)
+                raise
             yield session
+
+    def _meter(self, head: Head) -> RequestMeter:
+        return self._meters.request(head, self._models[0], head.path in GENERATE_PATHS)
 
     # --- outline ---
 
@@ -142,12 +154,14 @@ class Pipeline:
         """A prompt that no replica can hold is the request's fault, and no overload."""
         context = self._context_tokens()
         own = self._config.max_prompt_tokens
-        if not outlined.sequences or (context is None and own is None):
+        if not outlined.sequences or (context is None and own is None) or outlined.truncate_prompt_tokens == -1:
             return
         most = min(tokens for tokens in (own, None if context is None else context - 1) if tokens is not None)
         tokens = outlined.prompt_ids // max(1, outlined.prompts)
         if not outlined.prompt_ids and outlined.prompts == 1 and len(outlined.prompt_text) > most:
             tokens = await self._tokenizer.count(outlined.prompt_text)  # a token is at least a byte
+        if outlined.truncate_prompt_tokens is not None:
+            tokens = min(tokens, outlined.truncate_prompt_tokens)
         if tokens <= most:
             return
         if context is not None and tokens >= context:
@@ -180,6 +194,8 @@ class Pipeline:
 
     def _ask(self, lease: Lease, outlined: Outline) -> Ask:
         prompt_tokens = lease.estimate(len(outlined.prompt_text), outlined.prompt_ids)
+        if (cut := outlined.truncate_prompt_tokens) is not None and cut >= 0:
+            prompt_tokens = min(prompt_tokens, cut * outlined.prompts)
         bound, context = outlined.max_new_tokens, self._context_tokens()
         if context is not None:
             left = max(1, context - prompt_tokens // max(1, outlined.prompts))

@@ -52,7 +52,7 @@ class GatewayServer:
         self._config = config
         self._cluster_status = cluster_status
         self._registry = registry
-        self._models = (config.model.name or config.model.path.name, *config.model.aliases)
+        self._models = (config.model.served_name, *config.model.aliases)
         self._metrics = GatewayMetrics(registry)
         self._background = BackgroundTasks(logger)
         self._targets: Sequence[ScrapeTarget] = ()
@@ -79,7 +79,7 @@ class GatewayServer:
         self._http = HttpServer(rest.app, server_ssl_context(gateway.tls) if gateway.tls else None, bounds)
         self._grpc: GrpcServer | None = None
         if gateway.grpc_port is not None:
-            self._grpc = GrpcServer(gateway, self._models[0], self.pipeline, models)
+            self._grpc = GrpcServer(gateway, self.pipeline, models)
 
     def _pipeline(self) -> Pipeline:
         config = self._config
@@ -133,7 +133,7 @@ class GatewayServer:
         if self._config.gateway.replicas > 1:
             self._http.close_listener()
             if self._grpc is not None:
-                self._grpc.drain(grace_s)
+                await self._grpc.drain()
         await self.pipeline.open_requests.drain(grace_s)
 
     async def stop(self, grace_s: float) -> None:

@@ -1,4 +1,4 @@
-"""A process's scrape target, where the configuration says that it listens."""
+"""Opens a process's scrape target where the configuration says."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ANY_ADDRESS = ("0.0.0.0", "::")
 
 
 class ProcessScrape:
-    """Listens from construction on. Raises StartupError."""
+    """A scrape target that listens from its construction on. Raises StartupError."""
 
     def __init__(
         self,
@@ -32,10 +32,10 @@ class ProcessScrape:
         first_port: int,
         certificates: Mapping[str, Path],
     ) -> None:
-        """`certificates`: by the configuration's section, those that this process shows."""
+        """`certificates`: the certificates that this process presents, by section of the configuration."""
         metrics = ProcessMetrics(registry)
         metrics.info.info({"version": version("deepsplit")})
-        registry.before_scrape(lambda: _look_at(certificates, metrics))
+        registry.before_scrape(lambda: _update_expiry(certificates, metrics))
         try:
             self._exporter = start_exporter(registry, host, first_port)
         except OSError as error:
@@ -52,7 +52,7 @@ class ProcessScrape:
 
 
 def scrape_process(registry: ProcessRegistry, role: Role, worker: str, node: str, config: Config) -> ProcessScrape:
-    """The scrape target of a process that has the whole configuration. Raises StartupError."""
+    """Open the scrape target of a process that has the whole configuration. Raises StartupError."""
     certificates: dict[str, Path] = {}
     if config.internal_tls is not None and role != "directory":  # which has no port of its own
         certificates["internal_tls"] = config.internal_tls.cert_file
@@ -63,21 +63,21 @@ def scrape_process(registry: ProcessRegistry, role: Role, worker: str, node: str
 
 
 def write_scrape_file(file: Path, target: ScrapeTarget) -> None:
-    """How an engine's process, which is connected to nothing of ours, tells its replica where it listens."""
+    """Write where an engine's process listens, for its replica: the process has no connection to Ray."""
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(target)))
     partial.replace(file)
 
 
 def read_scrape_file(file: Path) -> ScrapeTarget | None:
-    """None while the engine has not written it."""
+    """Return where the engine's process listens; None while it has not written that."""
     try:
         return ScrapeTarget(**json.loads(file.read_text()))
     except FileNotFoundError:
         return None
 
 
-def _look_at(certificates: Mapping[str, Path], metrics: ProcessMetrics) -> None:
+def _update_expiry(certificates: Mapping[str, Path], metrics: ProcessMetrics) -> None:
     for section, file in certificates.items():
         # A file that is half-written or gone keeps its last value: whoever serves with it reports it.
         with contextlib.suppress(StartupError):

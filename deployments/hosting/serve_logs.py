@@ -1,4 +1,4 @@
-"""Logging of a Serve replica and of the processes that it starts, as the configuration's `logging` asks for."""
+"""Sets up the logging of a Serve replica and of the processes that it starts, as the configuration asks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from monitoring.logs import Process, child_config, take_over_serve
 
 
 def start_logging(settings: LoggingConfig, role: str, worker_id: str | None = None) -> RotatingFileHandler:
-    """To be called first in a replica's constructor. Returns its log file."""
+    """Set up a replica's logging, first thing in its constructor. Returns the handler of its log file."""
     return take_over_serve(settings.format, settings.level, _process(role, worker_id))
 
 
 def write_engine_logging(settings: LoggingConfig, beside: RotatingFileHandler, path: Path) -> dict[str, str]:
-    """Write `path` for vLLM's processes; returns the environment that makes them read it."""
+    """Write the logging of vLLM's processes to `path`. Returns the environment that makes them read it."""
     path.write_text(json.dumps(child_config(settings.format, settings.level, _process("engine"), beside)))
     return {"VLLM_LOGGING_CONFIG_PATH": str(path)}
 

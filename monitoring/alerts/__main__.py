@@ -14,17 +14,17 @@ _HEAD = "# Generated from monitoring/alerts by `make rules`; do not edit.\n"
 
 
 def all_groups() -> list[Group]:
-    """Every group of rules."""
+    """Return every group of rules."""
     return [*slos.groups(), *experts.groups(), *attention.groups(), *targets.groups()]
 
 
 def rules(runbooks: str = RUNBOOKS) -> str:
-    """A rule file of Prometheus; `runbooks` is the base of the pages' URLs."""
+    """Return a rule file for Prometheus; `runbooks` is the base of the pages' URLs."""
     return _HEAD + _yaml({"groups": [group.document(runbooks) for group in all_groups()]})
 
 
 def prometheus_rule(name: str, runbooks: str = RUNBOOKS) -> str:
-    """The same as a PrometheusRule of the Prometheus operator."""
+    """Return the same rules as a PrometheusRule for the Prometheus operator."""
     return _HEAD + _yaml({
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
@@ -38,7 +38,7 @@ def _yaml(document: dict[str, object]) -> str:
 
 
 def main() -> None:
-    """Entry point."""
+    """Print the rules."""
     parser = argparse.ArgumentParser(prog="python -m monitoring.alerts", description="Prints the alerting rules.")
     parser.add_argument("--prometheus-rule", metavar="NAME", help="as a PrometheusRule of this name")
     parser.add_argument("--runbooks", metavar="URL", default=RUNBOOKS, help="where docs/runbooks is served")

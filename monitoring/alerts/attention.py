@@ -17,7 +17,7 @@ _NOT_TOO_LONG = f'sum by (model, class) (rate({_ERRORS}_bucket{{le="2.0"}}[30m])
 
 
 def groups() -> list[Group]:
-    """One group."""
+    """Return the alerts, in one group."""
     return [
         Group("deepsplit-attention-alerts", "30s", [
             Alert(
@@ -47,9 +47,9 @@ def groups() -> list[Group]:
     ]  # fmt: skip
 
 
-def _shedding(share: str, wait: str, severity: Severity) -> Alert:
+def _shedding(fraction: str, wait: str, severity: Severity) -> Alert:
     return Alert(
-        "DeepsplitShedding", f"{_SHED} > {share}", wait, severity,
+        "DeepsplitShedding", f"{_SHED} > {fraction}", wait, severity,
         "{{ $labels.model }}: requests are refused; the plane that limits is {{ $labels.plane }}.",
         "{{ $value | humanizePercentage }} of the requests were refused because of this plane.",
         "gateway",

@@ -12,7 +12,7 @@ _TIME = "sum by (model, expert_worker) (rate(deepsplit_dispatch_worker_seconds_t
 
 
 def groups() -> list[Group]:
-    """Recordings first: the alerts read them."""
+    """Return the recordings, and then the alerts that read them."""
     others = f"(sum by (model) ({REPLY_SECONDS}) - on (model) group_right () {REPLY_SECONDS})"
     return [
         # Workers without replies are left out: their mean would be 0/0, which makes every sum over it NaN.

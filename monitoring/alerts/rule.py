@@ -1,4 +1,4 @@
-"""Rules as data, and as the documents that Prometheus and its operator read."""
+"""Alerting and recording rules as data, and the documents of them that Prometheus reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Record:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def document(self, _runbooks: str) -> dict[str, object]:
-        """As Prometheus reads it."""
+        """Return the document that Prometheus reads."""
         labels = {"labels": dict(self.labels)} if self.labels else {}
         return {"record": self.name, "expr": self.expr, **labels}
 
@@ -39,7 +39,7 @@ class Alert:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def document(self, runbooks: str) -> dict[str, object]:
-        """As Prometheus reads it; `runbooks` is the base of the pages' URLs."""
+        """Return the document that Prometheus reads; `runbooks` is the base of the pages' URLs."""
         annotations = {
             "summary": self.summary,
             "description": self.description,
@@ -52,12 +52,12 @@ class Alert:
 
 @dataclass(frozen=True)
 class Group:
-    """Rules that are evaluated one after the other, every `interval`."""
+    """Rules that Prometheus evaluates one after the other, every `interval`."""
 
     name: str
     interval: str
     rules: Sequence[Record | Alert]
 
     def document(self, runbooks: str) -> dict[str, object]:
-        """As Prometheus reads it."""
+        """Return the document that Prometheus reads."""
         return {"name": self.name, "interval": self.interval, "rules": [rule.document(runbooks) for rule in self.rules]}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from monitoring.alerts.rule import Alert, Group, Record, Severity
 
-# Share of events that must be good.
+# Fraction of events that must be good.
 SLOS = {"ttft": 0.99, "tpot": 0.99, "errors": 0.999}
 
 # Outcomes that are our fault. `request_timeout` is one: a hung engine shows in nothing else; a client that sets itself
@@ -34,7 +34,7 @@ class _Burn:
     long: str
     short: str
     severity: Severity
-    budget: str  # share of the budget that is gone when the alert fires
+    budget: str  # fraction of the budget that is gone when the alert fires
 
 
 _BURNS = (
@@ -51,12 +51,12 @@ _WHAT = {
 
 
 def ratio(window: str) -> str:
-    """Name of the recorded share of bad events, by model, class and slo."""
+    """Return the name of the recorded fraction of bad events, by model, class and SLO."""
     return f"model_class:deepsplit_slo_bad:ratio_rate{window}"
 
 
 def groups() -> list[Group]:
-    """Recordings first: the alerts read them."""
+    """Return the recordings, and then the alerts that read them."""
     records: list[Record] = []
     for window in WINDOWS:
         records.extend(_records(window))

@@ -9,7 +9,7 @@ _ANY = 'count by (model) (up{job="deepsplit"})'
 
 
 def groups() -> list[Group]:
-    """One group."""
+    """Return the alerts, in one group."""
     return [
         Group("deepsplit-target-alerts", "30s", [
             Alert(

@@ -16,12 +16,12 @@ from monitoring.links import RUNBOOKS
 
 
 def all_boards() -> list[Board]:
-    """Every dashboard."""
+    """Return every dashboard."""
     return [OVERVIEW, GATEWAY, ATTENTION, EXPERTS, DISPATCHER]
 
 
 def main() -> None:
-    """Entry point."""
+    """Write the dashboards."""
     parser = argparse.ArgumentParser(prog="python -m monitoring.boards", description="Writes the dashboards.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--runbooks", metavar="URL", default=RUNBOOKS, help="where docs/runbooks is served")

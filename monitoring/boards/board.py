@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["lines", "stack", "shares", "stat", "bars", "heatmap", "matrix"]
+Kind = Literal["lines", "stack", "fractions", "stat", "bars", "heatmap", "matrix"]
 NOW = ("stat", "bars", "matrix")  # kinds that show the latest value only
 
 # Selectors of the dashboards' variables. Rules' recordings have no node.
@@ -17,7 +17,7 @@ RATE = "[$__rate_interval]"
 
 @dataclass(frozen=True)
 class Query:
-    """PromQL, and what its series are called: text with {{label}}."""
+    """A PromQL expression and the legend of its series, which may contain {{label}}."""
 
     expr: str
     legend: str
@@ -25,7 +25,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Limits:
-    """From which value on a panel turns orange and red; red first if low values are the bad ones."""
+    """The values from which a panel turns orange and red. If low values are bad, `critical` is the lower one."""
 
     warning: float
     critical: float
@@ -37,7 +37,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Chart:
-    """One panel. `bad` says what it shows and what a bad value means."""
+    """One panel. `bad` says what it shows and what a bad value means; `alert` names the runbook."""
 
     title: str
     unit: str  # Grafana's unit id
@@ -68,39 +68,39 @@ class Board:
     by_tenant: bool = False
 
     def charts(self) -> list[Chart]:
-        """All panels."""
+        """Return all panels."""
         return [chart for row in self.rows for chart in row.charts]
 
 
-def quantiles(metric: str, selector: str, by: str = "", shares: tuple[float, ...] = (0.5, 0.99)) -> tuple[Query, ...]:
-    """Quantiles of a histogram over all targets, by one label or none."""
+def quantiles(metric: str, selector: str, by: str = "", levels: tuple[float, ...] = (0.5, 0.99)) -> tuple[Query, ...]:
+    """Return queries for quantiles of a histogram over all targets, by one label or none."""
     labels, legend = (f"le, {by}", f" {{{{{by}}}}}") if by else ("le", "")
     return tuple(
         Query(
-            f"histogram_quantile({share:g}, sum by ({labels}) (rate({metric}_bucket{{{selector}}}{RATE})))",
-            f"p{share * 100:g}{legend}",
+            f"histogram_quantile({level:g}, sum by ({labels}) (rate({metric}_bucket{{{selector}}}{RATE})))",
+            f"p{level * 100:g}{legend}",
         )
-        for share in shares
+        for level in levels
     )
 
 
 def rate(metric: str, selector: str, by: str) -> str:
-    """Per second, summed over all targets, by some labels."""
+    """Return the rate per second, summed over all targets, by some labels."""
     return f"sum by ({by}) (rate({metric}{{{selector}}}{RATE}))"
 
 
 def total(metric: str, selector: str) -> str:
-    """Per second, summed over all targets."""
+    """Return the rate per second, summed over all targets."""
     return f"sum (rate({metric}{{{selector}}}{RATE}))"
 
 
 def mean(metric: str, selector: str) -> str:
-    """Mean of a histogram over all targets."""
+    """Return the mean of a histogram over all targets."""
     return f"{total(f'{metric}_sum', selector)} / {total(f'{metric}_count', selector)}"
 
 
 def padded(expr: str, label: str, digits: int) -> str:
-    """A number in a label with leading zeros: Prometheus and Grafana sort labels as text."""
+    """Pad a number in a label with leading zeros: Prometheus and Grafana sort labels as text."""
     for length in range(1, digits):
         zeros, any_of_length = "0" * (digits - length), "." * length
         expr = f'label_replace({expr}, "{label}", "{zeros}$1", "{label}", "({any_of_length})")'
@@ -108,5 +108,5 @@ def padded(expr: str, label: str, digits: int) -> str:
 
 
 def top(expr: str, count: int = 10) -> str:
-    """The largest: what keeps a panel readable with a thousand nodes."""
+    """Return the largest series only, which keeps a panel readable with a thousand nodes."""
     return f"topk({count}, {expr})"

@@ -37,9 +37,9 @@ TIME = Row("Where does the time go?", (
         alert="DeepsplitTpotBudgetBurn",
     ),
     Chart(
-        "By stage, share of time", "percentunit",
+        "By stage, fraction of time", "percentunit",
         "wait growing: more workers. compute growing: slow hosts or imbalance. return growing: the network.",
-        (Query(rate(f"{_STAGE}_sum", HERE, "stage"), "{{stage}}"),), "shares", alert="DeepsplitTpotBudgetBurn",
+        (Query(rate(f"{_STAGE}_sum", HERE, "stage"), "{{stage}}"),), "fractions", alert="DeepsplitTpotBudgetBurn",
     ),
     Chart(
         "Stages, p50", "s", "Half of the dispatches take at most so long in each stage.",
@@ -61,7 +61,7 @@ TIME = Row("Where does the time go?", (
 STRAGGLERS = Row("Stragglers", (
     Chart(
         "Who is last", "percentunit",
-        "Share of the dispatches in which a worker took longest; the ten worst. With n even workers each has 1/n.",
+        "Fraction of the dispatches in which a worker took longest; the ten worst. With n even workers each has 1/n.",
         (Query(
             top(f"{rate('deepsplit_dispatch_last_replies_total', HERE, 'expert_worker')} / on () group_left () "
                 f"{total('deepsplit_dispatch_last_replies_total', HERE)}"), "{{expert_worker}}"),),
@@ -131,7 +131,7 @@ FAILURES = Row("Failures", (
     ),
     Chart(
         "Waiting for a holder", "percentunit",
-        "Share of time that engines wait because nobody holds an expert. Must be 0.",
+        "Fraction of time that engines wait because nobody holds an expert. Must be 0.",
         (Query(f"max (rate(deepsplit_dispatch_uncovered_wait_seconds_total{{{HERE}}}{RATE}))", "worst engine"),),
         limits=Limits(0.01, 0.1), alert="DeepsplitExpertsUncovered",
     ),

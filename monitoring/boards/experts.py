@@ -37,7 +37,7 @@ LOAD = Row("Load of the experts", (
 
 HOSTS = Row("Hosts", (
     Chart(
-        "Busy share", "percentunit",
+        "Busy fraction", "percentunit",
         "Time in which a worker computes: mean and the ten busiest. Near 100 % its queue grows; all near 100 %: more "
         "workers.",
         (

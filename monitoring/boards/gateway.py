@@ -69,11 +69,11 @@ REQUESTS = Row("Requests", (
 LATENCY = Row("Latency", (
     Chart(
         "Time to first token", "s",
-        "From arrival, queueing included. Above the promise of its class: objective missed.",
+        "From arrival, queueing included. Above the promise of its class: the SLO is missed.",
         (*quantiles("deepsplit_ttft_seconds", HERE, "class"), _promise("ttft")), alert="DeepsplitTtftBudgetBurn",
     ),
     Chart(
-        "Time per further token", "s", "Mean per request. Above the promise of its class: objective missed.",
+        "Time per further token", "s", "Mean per request. Above the promise of its class: the SLO is missed.",
         (*quantiles("deepsplit_tpot_seconds", HERE, "class"), _promise("tpot")), alert="DeepsplitTpotBudgetBurn",
     ),
     Chart(
@@ -91,7 +91,7 @@ LATENCY = Row("Latency", (
     Chart(
         "Predicted minus actual time to first token", "s",
         "Near 0 is good. Below: admission promises too much; above: it refuses what would have fitted.",
-        quantiles("deepsplit_ttft_prediction_error_seconds", HERE, shares=(0.05, 0.5, 0.95)),
+        quantiles("deepsplit_ttft_prediction_error_seconds", HERE, levels=(0.05, 0.5, 0.95)),
         alert="DeepsplitPredictionOff",
     ),
 ))  # fmt: skip
@@ -137,7 +137,7 @@ PROCESSES = Row("Gateways", (
         (Query(top(f"max by (worker) (process_resident_memory_bytes{{{_GATEWAYS}}})"), "{{worker}}"),),
     ),
     Chart(
-        "Open files", "percentunit", "Share of the process' limit; at 100 % connections are refused.",
+        "Open files", "percentunit", "Fraction of the process' limit; at 100 % connections are refused.",
         (Query(top(f"max by (worker) (process_open_fds{{{_GATEWAYS}}} / process_max_fds{{{_GATEWAYS}}})"),
                "{{worker}}"),),
         limits=Limits(0.7, 0.9),

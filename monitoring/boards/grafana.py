@@ -142,6 +142,6 @@ def _matrix(_chart: Chart) -> table.Panel:
 
 
 _KINDS: dict[str, Callable[[Chart], Any]] = {
-    "lines": _lines, "stack": _lines, "shares": _lines, "stat": _stat, "bars": _bars, "heatmap": _heatmap,
+    "lines": _lines, "stack": _lines, "fractions": _lines, "stat": _stat, "bars": _bars, "heatmap": _heatmap,
     "matrix": _matrix,
 }  # fmt: skip

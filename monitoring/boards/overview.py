@@ -35,9 +35,9 @@ PROMISES = Row("Are the promises kept?", (
         "stat", 4, Limits(1, 2),
     ),
     Chart(
-        "Objectives met, last hour", "percentunit",
-        "Share of requests that kept their class's promise. Below what is promised the budget shrinks: 99 % for ttft "
-        "and tpot, 99.9 % without an error of ours.",
+        "SLOs met, last hour", "percentunit",
+        "Fraction of requests that kept their class's promise. Below what is promised the budget shrinks: 99 % for "
+        "ttft and tpot, 99.9 % without an error of ours.",
         (Query(f"1 - {ratio('1h')}{{{MODEL}}}", _EACH),), "stat", 10, Limits(0.99, 0.95), "DeepsplitTtftBudgetBurn",
     ),
     Chart(
@@ -49,8 +49,8 @@ PROMISES = Row("Are the promises kept?", (
         "Burn rate", "suffix:x",
         "How many times faster than allowed the budget goes, over an hour. 1 just uses it up; 14.4 pages.",
         tuple(
-            Query(f'{ratio("1h")}{{{MODEL},slo="{name}"}} / {1 - share:g}', _EACH)
-            for name, share in SLOS.items()
+            Query(f'{ratio("1h")}{{{MODEL},slo="{name}"}} / {1 - promised:g}', _EACH)
+            for name, promised in SLOS.items()
         ),
         width=12, limits=Limits(1, 14.4), alert="DeepsplitErrorBudgetBurn",
     ),
@@ -63,11 +63,11 @@ PROMISES = Row("Are the promises kept?", (
 
 CLIENTS = Row("What do clients see?", (
     Chart(
-        "Time to first token", "s", "By class. Above the class's promise the objective is missed.",
+        "Time to first token", "s", "By class. Above the class's promise the SLO is missed.",
         quantiles("deepsplit_ttft_seconds", HERE, "class"), alert="DeepsplitTtftBudgetBurn",
     ),
     Chart(
-        "Time per further token", "s", "By class. Above the class's promise the objective is missed.",
+        "Time per further token", "s", "By class. Above the class's promise the SLO is missed.",
         quantiles("deepsplit_tpot_seconds", HERE, "class"), alert="DeepsplitTpotBudgetBurn",
     ),
     Chart(
@@ -88,7 +88,7 @@ PLANES = Row("Which plane limits?", (
     Chart(
         "How full each plane is", "percentunit",
         "The plane nearest to 100 % is the one that limits. Experts busy: time in which they compute. Waiting at "
-        "experts: share of a dispatch that rows spend in workers' queues.",
+        "experts: fraction of a dispatch that rows spend in workers' queues.",
         (
             Query(f"sum (deepsplit_engine_running_sequences{{{HERE}}}) / sum (deepsplit_engine_decode_slots{{{HERE}}})",
                   "decode slots"),
@@ -105,7 +105,7 @@ PLANES = Row("Which plane limits?", (
         "At admission (p99), and per step in expert workers' queues (worst replica). Seconds at admission: too few "
         "slots; a growing queue at the experts: too few workers.",
         (
-            *quantiles("deepsplit_queue_seconds", HERE, shares=(0.99,)),
+            *quantiles("deepsplit_queue_seconds", HERE, levels=(0.99,)),
             Query(f"max (deepsplit_engine_experts_queue_seconds{{{HERE}}})", "experts, per step"),
         ),
     ),
@@ -131,7 +131,7 @@ PLANES = Row("Which plane limits?", (
 MEMBERS = Row("Who is there?", (
     Chart(
         "Ready processes", "short",
-        "Fewer ready than wanted: capacity is missing, and with experts perhaps the spare copy.",
+        "Fewer ready than wanted: capacity is missing, and with experts perhaps redundant ones.",
         (
             Query(f'max by (member) (deepsplit_members{{{MODEL},state="ready"}})', "{{member}} ready"),
             Query(f"max by (member) (deepsplit_members_wanted{{{MODEL}}})", "{{member}} wanted"),
@@ -154,7 +154,7 @@ MEMBERS = Row("Who is there?", (
         "bars", 4, Limits(1, 2), "DeepsplitTargetDown",
     ),
     Chart(
-        "Busiest nodes", "percentunit", "CPU share, from Ray's node agents. A node at 100 % slows every process on it.",
+        "Busiest nodes", "percentunit", "CPU, from Ray's node agents. A node at 100 % slows every process on it.",
         (Query(top(f"max by (node) (ray_node_cpu_utilization{{{HERE}}}) / 100", 5), "{{node}}"),),
         "bars", 4, Limits(0.9, 0.98),
     ),
@@ -168,6 +168,6 @@ MEMBERS = Row("Who is there?", (
 
 OVERVIEW = Board(
     "overview", "deepsplit / Overview",
-    "Are objectives met, what do clients see, which plane limits, who is missing. The others go into each plane.",
+    "Are SLOs met, what do clients see, which plane limits, who is missing. The others go into each plane.",
     (PROMISES, CLIENTS, PLANES, MEMBERS), by_tenant=True,
 )  # fmt: skip

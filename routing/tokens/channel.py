@@ -1,4 +1,4 @@
-"""What both ends of the expert plane agree on: method name, channel options, who may talk to whom."""
+"""What both ends of the expert plane agree on: method name, model id, channel options."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ MODEL_KEY = "deepsplit-model"  # metadata key: both ends must serve the same con
 
 
 def model_id(config_json: bytes, moe_layers: tuple[int, ...]) -> str:
-    """A short name of what must agree on both ends of a stream: the checkpoint's config.json, and its MoE layers."""
+    """Return a hash of what must be the same on both ends of a stream: the checkpoint's config.json and its MoE layers.
+    """
     return sha256(config_json + repr(moe_layers).encode()).hexdigest()[:16]
 
 
 def channel_options(settings: DispatchConfig) -> list[tuple[str, int]]:
-    """Options of channel and server: bounded messages, and pings that find a hung or cut-off peer."""
+    """Return the options of channel and server: bounded messages, and pings that find a hung or cut-off peer."""
     max_bytes = settings.max_message_mib << 20
     keepalive_ms = int(settings.keepalive_interval_s * 1000)
     return [

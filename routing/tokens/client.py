@@ -1,4 +1,4 @@
-"""The attention side of the expert plane: send, receive, and the one retry loop there is.
+"""The attention side of the expert plane: it sends rows, receives sums, and holds the only retry loop.
 
 Legend: T rows (tokens), H hidden size, K experts per token.
 """
@@ -36,7 +36,7 @@ _WATCHDOG_S = 0.1  # resolution of call_timeout_s, and how often the load file i
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """What both ends must agree on."""
+    """What attention and expert workers must agree on; a worker refuses the stream of a client of another model."""
 
     model_id: str
     hidden_size: int
@@ -44,7 +44,7 @@ class ExpertShape:
 
 
 class ExpertClient:
-    """Computes routed experts on remote workers. Thread-safe: one dispatch at a time."""
+    """Computes routed experts on remote workers. Thread-safe: threads take turns, one dispatch at a time."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class ExpertClient:
             raise UncoveredExperts(
                 f"layer {layer}: no live expert worker holds expert(s) {', '.join(map(str, experts[:8]))}"
                 f"{'...' if len(experts) > 8 else ''}{waited}; see `deepsplit status`, and "
-                f"experts.replicas_per_expert for spare holders{self._last_loss}"
+                f"experts.replicas_per_expert for redundant experts{self._last_loss}"
             )
         time.sleep(_POLL_S)
 
@@ -236,7 +236,7 @@ class ExpertClient:
         return SentPart(part, worker.worker_id, tuple(frames))
 
     def _pieces(self, rows: int, hidden: int, top_k: int) -> list[slice]:
-        """Row ranges whose request and reply both stay under the message bound."""
+        """Split rows into ranges whose request and reply both stay under the message bound."""
         widest = max(self._dispatch_dtype, self._combine_dtype, key=lambda dtype: dtype.itemsize)
         per_row = request_bytes(1, hidden, top_k, widest) - HEADER_BYTES
         most = max(1, ((self._settings.max_message_mib << 20) - HEADER_BYTES - MAX_REQUEST_IDS_BYTES) // per_row)
@@ -245,7 +245,7 @@ class ExpertClient:
     # --- receiving ---
 
     def _collect(self, dispatch: InFlight) -> Exception | None:
-        """Take every outstanding reply; returns the last loss, whose rows stay in `remaining_TK`."""
+        """Take every outstanding reply. Returns the last error; the rows that it cost stay in `remaining_TK`."""
         lost: Exception | None = None
         outstanding, dispatch.sent = dispatch.sent, []
         for position, sent in enumerate(outstanding):

@@ -15,13 +15,13 @@ from monitoring.dispatch_meter import DispatchSample
 from routing.tokens.split_combine import Part, combine
 from routing.tokens.wire import HEADER_BYTES, NO_EXPERT
 
-_LEAST_SHARE = 1e-3  # of a row's weight, below which nothing of it is left
-_BLOCKED_S = 20e-6  # a reply that took no longer to read had come before
+_LEAST_WEIGHT = 1e-3  # fraction of a row's weight that must be left when it goes without some experts
+_BLOCKED_S = 20e-6  # a reply that took no longer to read than this had arrived before
 
 
 @dataclass(frozen=True)
 class SentPart:
-    """One worker's part, in as many frames as the message bound asks for."""
+    """One worker's part of a dispatch, sent in as many frames as the message bound asks for."""
 
     part: Part
     worker_id: str
@@ -30,7 +30,7 @@ class SentPart:
 
 @dataclass(frozen=True)
 class ReceivedPart:
-    """What came back of it."""
+    """One worker's reply to its part, put together from all frames."""
 
     output_RH: torch.Tensor
     queue_s: float
@@ -38,13 +38,14 @@ class ReceivedPart:
 
 
 class InFlight:
-    """Not thread-safe."""
+    """The state of one dispatch. Not thread-safe."""
 
     def __init__(
         self, layer: int, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, expert_ids_TK: np.ndarray,
         deadline: float, uncovered_deadline: float,
     ) -> None:  # fmt: skip
-        """`weights_TK` float32; `expert_ids_TK` int16 and the object's own; deadlines in monotonic seconds."""
+        """`weights_TK` float32; `expert_ids_TK` int16, which this object takes over and changes; deadlines in monotonic
+        seconds."""
         self.layer = layer
         self.hidden_TH = hidden_TH
         self.weights_TK = weights_TK
@@ -64,16 +65,16 @@ class InFlight:
         return bool((self.remaining_TK != NO_EXPERT).any())
 
     def all_sent(self) -> None:
-        """The last row was handed over."""
+        """Record that the last frame was handed to gRPC."""
         self._sent_at = time.monotonic()
 
     def meanwhile_done(self) -> None:
-        """The shared expert, which runs while rows are away, is done."""
+        """Record that the shared expert, which runs while rows are away, is done."""
         self._meanwhile_at = time.monotonic()
         self.sample.shared_s = self._meanwhile_at - self._sent_at
 
     def take(self, sent: SentPart, received: ReceivedPart) -> None:
-        """Sum up one part's reply."""
+        """Add one part's reply to the output."""
         now, sample = time.monotonic(), self.sample
         self._received.append((now, received))
         sample.workers.append((sent.worker_id, received.queue_s + received.compute_s))
@@ -84,8 +85,8 @@ class InFlight:
         sample.combine_s += time.monotonic() - now
 
     def all_taken(self) -> None:
-        """Every part came back or was lost: the slowest worker's share of the round trip, and what is left of it for
-        the way there and back.
+        """Record that every part came back or was lost: how long the slowest worker took, and how much of the round
+        trip is left for the network.
         """
         if not self._received:
             return
@@ -100,12 +101,12 @@ class InFlight:
             sample.return_s = (sample.return_s or 0.0) + max(0.0, away_s)
 
     def go_without(self, uncovered: tuple[int, ...]) -> bool:
-        """Drop these experts from every row that has others left; False if there was no such row."""
+        """Drop these experts from every row that has others left. Returns False if there was no such row."""
         missing_TK = np.isin(self.remaining_TK, uncovered)
         weights_TK = self.weights_TK.numpy()
         lost_T = np.where(missing_TK, weights_TK, 0.0).sum(1)
         kept_T = weights_TK.sum(1) - self._dropped_T - lost_T
-        droppable_T = (lost_T > 0) & (kept_T > _LEAST_SHARE * weights_TK.sum(1))
+        droppable_T = (lost_T > 0) & (kept_T > _LEAST_WEIGHT * weights_TK.sum(1))
         self._dropped_T += np.where(droppable_T, lost_T, 0.0).astype(np.float32)
         self.remaining_TK[missing_TK & droppable_T[:, None]] = NO_EXPERT
         self.sample.degraded_rows = int((self._dropped_T != 0).sum())

@@ -15,10 +15,12 @@ from routing.tokens.wire import DispatchReply, ErrorReply, decode_reply
 
 
 class WorkerLink:
-    """A long-lived bidirectional stream. The thread that sends is the thread that receives: no reader thread, so a
-    reply costs one wake-up. Not thread-safe; the client holds its lock.
+    """A long-lived bidirectional stream. Not thread-safe: the client calls it under its lock.
 
-    A link breaks once and for good: its owner drops it and opens another.
+    The thread that sends also receives. gRPC's synchronous Python stream has threads of its own behind it (one takes
+    frames from the queue, one polls completions), so a round trip still wakes several of them.
+
+    A link that broke stays broken: its owner drops it and opens another.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class WorkerLink:
         self._outbox.put(frame)
 
     def receive(self, frame_id: int, timeout_s: float) -> DispatchReply:
-        """The reply to `frame_id`, whatever else arrives before it.
+        """Return the reply to the frame `frame_id`, whatever else arrives before it.
 
         Raises WorkerLost when the stream breaks or nothing comes in `timeout_s`, or the worker's own error.
         """
@@ -77,7 +79,7 @@ class WorkerLink:
         return WorkerLost(f"expert worker {self.address}{hint}: {code.name}: {details}")
 
     def expire(self, now: float) -> None:
-        """Called by the watchdog: break the stream when its deadline has passed."""
+        """Break the stream if its deadline has passed. The client's watchdog thread calls this."""
         if now > self._deadline:
             self._timed_out = True
             self._call.cancel()

@@ -1,4 +1,4 @@
-"""Which worker holds which experts: the table that the directory publishes and every dispatch reads."""
+"""The placement table: which worker holds which experts. The directory publishes it, every dispatch reads it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PlacementTable:
     workers: tuple[WorkerEndpoint, ...]
 
     def to_json(self) -> str:
-        """JSON text that `from_json` reads back."""
+        """Return JSON text that `from_json` reads back."""
         workers = [
             {"id": w.worker_id, "address": w.address, "experts": {str(k): list(v) for k, v in w.experts.items()}}
             for w in self.workers
@@ -38,7 +38,7 @@ class PlacementTable:
 
     @classmethod
     def from_json(cls, text: str) -> PlacementTable:
-        """Inverse of `to_json`."""
+        """Read what `to_json` wrote."""
         data = json.loads(text)
         return cls(
             data["epoch"],
@@ -49,7 +49,8 @@ class PlacementTable:
         )
 
     def route(self, layer: int, num_experts: int, excluded: frozenset[str] = frozenset()) -> np.ndarray:
-        """Worker index for each expert of `layer`: int16[num_experts], UNCOVERED where no usable worker holds it.
+        """Return the worker's index for each expert of `layer`: int16[num_experts], UNCOVERED where no usable worker
+        holds it.
 
         Where several workers hold an expert, the one with the fewest experts of this layer so far gets it, so the
         load of an excluded worker spreads over the other holders.
@@ -74,8 +75,8 @@ class PlacementTable:
 class PlacementFile:
     """The table as a small file that the attention replica replaces atomically and its engine processes read.
 
-    The engine's worker is a child process without a connection to Ray; a `stat` per dispatch (about 1 us) is all that
-    watching costs it.
+    The engine's worker is a child process without a connection to Ray. It asks for the file's modification time before
+    each dispatch, which takes about 1 us.
     """
 
     path: Path
@@ -89,7 +90,7 @@ class PlacementFile:
         partial.replace(self.path)
 
     def current(self) -> PlacementTable:
-        """The newest table; an empty one (epoch 0) before the first was written."""
+        """Return the newest table, or an empty one (epoch 0) before the first was written."""
         try:
             stat = self.path.stat()
         except FileNotFoundError:

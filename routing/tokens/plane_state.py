@@ -1,7 +1,7 @@
-"""How an engine's expert workers do, on its way from the engine's process to its Serve replica.
+"""The state of the expert plane as an engine sees it, passed from the engine's process to its Serve replica.
 
-A file, because the engine's worker process is connected to nothing else of ours; it lies beside the placement file,
-which goes the other way.
+It travels in a file, because the engine's worker process has no connection to Ray. The placement file beside it goes
+the other way.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ class StepQueueTime:
         self._finished_s = -math.inf
 
     def add(self, layer: int, queue_s: float, now_s: float) -> None:
-        """One layer's dispatch waited `queue_s`. A step is over when the first MoE layer comes again."""
+        """Record that one layer's dispatch waited `queue_s`. A step ends when the first MoE layer comes again."""
         if self._first_layer is None or layer < self._first_layer:
             self._first_layer = layer
         elif layer == self._first_layer:
             self.steps += 1
-            share = 1.0 - math.exp((self._finished_s - now_s) / _MEMORY_S)
-            self.mean_s += share * (self._step_s - self.mean_s)
+            weight = 1.0 - math.exp((self._finished_s - now_s) / _MEMORY_S)
+            self.mean_s += weight * (self._step_s - self.mean_s)
             self._finished_s, self._step_s = now_s, 0.0
         self._step_s += queue_s
 
 
 @dataclass(frozen=True)
 class ExpertPlaneState:
-    """What an engine says of its expert workers."""
+    """What an engine reports of its expert workers."""
 
-    queue_s: float = 0.0  # that a step's rows wait there, summed over layers
-    degraded: bool = False  # rows went without some of their experts lately
+    queue_s: float = 0.0  # seconds that the rows of a step wait in workers' queues, summed over layers
+    degraded: bool = False  # lately, rows were computed without some of their experts
 
 
 @dataclass(frozen=True)
 class ExpertPlaneFile:
-    """Replaced atomically by the engine's process and read by its Serve replica."""
+    """A small file that the engine's process replaces atomically and its Serve replica reads."""
 
     path: Path
 
     def write(self, plane: ExpertPlaneState) -> None:
-        """Readers see the old state or the new one. Raises OSError."""
+        """Replace the file: readers see the old state or the new one. Raises OSError."""
         partial = self.path.with_suffix(".partial")
         partial.write_text(f"{plane.queue_s!r} {int(plane.degraded)}")
         partial.replace(self.path)
 
     def read(self, now_s: float) -> ExpertPlaneState:
-        """Idle and whole if nothing was written lately. `now_s`: Unix time."""
+        """Return the last state, or that of an idle plane if nothing was written lately. `now_s`: Unix time."""
         try:
             if now_s - self.path.stat().st_mtime > FRESH_S:
                 return ExpertPlaneState()

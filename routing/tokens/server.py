@@ -1,4 +1,4 @@
-"""The expert side of the expert plane: streams in, one batch per layer through the experts, replies out.
+"""The expert side of the expert plane: it takes requests from streams, computes them in batches per layer, and replies.
 
 Legend: T rows (tokens), H hidden size, K experts per token.
 """
@@ -36,11 +36,13 @@ from routing.tokens.wire import (
 logger = logging.getLogger(__name__)
 
 # (layer, hidden_TH, expert_ids_TK int32 with -1 unused, weights_TK float32) -> output_TH float32
-Experts = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+ComputeExperts = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
-class _Work:
+class _QueuedRequest:
+    """A request in the batcher's queue, and its result once `done`."""
+
     request: DispatchRequest
     arrived: float  # monotonic seconds
     done: bool = False  # written and read under the batcher's lock
@@ -55,38 +57,39 @@ class _Work:
 
 
 class LayerBatcher:
-    """Runs the experts on one thread at a time and joins rows of the same layer that wait meanwhile.
+    """Computes requests on one thread at a time, those of the same layer together.
 
-    Whichever stream's thread finds the experts idle computes for everybody who waits, so a lone request costs no
-    thread switch and concurrent ones share a batch.
+    This is flat combining (Hendler, Incze, Shavit, Tzafrir: Flat Combining and the Synchronization-Parallelism
+    Tradeoff, SPAA 2010): each stream's thread queues its request, and whichever thread gets the lock computes all that
+    are queued. A lone request costs no thread switch, and concurrent ones share a batch.
     """
 
     def __init__(
-        self, experts: Experts, meter: ExpertMeter | None = None, clock: Callable[[], float] = time.monotonic
+        self, experts: ComputeExperts, meter: ExpertMeter | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._experts = experts
         self._meter = meter
         self._clock = clock
-        self._waiting: deque[_Work] = deque()
+        self._waiting: deque[_QueuedRequest] = deque()
         self._computing = threading.Lock()
-        self.busy_s = 0.0  # that the experts were computed, so far
+        self.busy_s = 0.0  # seconds in which experts were computed, so far
 
-    def submit(self, request: DispatchRequest) -> _Work:
-        """Compute one request, possibly together with others. Errors are in the result."""
-        work = _Work(request, self._clock())
+    def submit(self, request: DispatchRequest) -> _QueuedRequest:
+        """Compute one request, possibly together with others. Blocks until it is done; errors are in the result."""
+        work = _QueuedRequest(request, self._clock())
         self._waiting.append(work)
-        # Whoever gets the lock computes for all that queued before it, so most find their work done when they get it.
+        # Most threads find their request done when they get the lock: the thread before them computed it.
         with self._computing:
             if not work.done:
                 self._compute_waiting()
         return work
 
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """Return the number of requests in the queue."""
         return len(self._waiting)
 
     def _compute_waiting(self) -> None:
-        by_layer: dict[tuple[int, torch.dtype, int], list[_Work]] = {}
+        by_layer: dict[tuple[int, torch.dtype, int], list[_QueuedRequest]] = {}
         while self._waiting:
             work = self._waiting.popleft()
             if self._clock() > work.expires:
@@ -102,15 +105,15 @@ class LayerBatcher:
                 work.error = self._compute(layer, [work]) if error and len(group) > 1 else error
                 work.done = True
 
-    def _compute(self, layer: int, group: list[_Work]) -> DeepsplitError | None:
+    def _compute(self, layer: int, group: list[_QueuedRequest]) -> DeepsplitError | None:
         started = self._clock()
         requests = [work.request for work in group]
         try:
             output_TH = self._experts(
                 layer,
-                _join([r.hidden_TH for r in requests]),
-                _join([r.expert_ids_TK for r in requests]).to(torch.int32),
-                _join([r.weights_TK for r in requests]),
+                _concatenate([r.hidden_TH for r in requests]),
+                _concatenate([r.expert_ids_TK for r in requests]).to(torch.int32),
+                _concatenate([r.weights_TK for r in requests]),
             )
         except DeepsplitError as error:
             return error
@@ -128,11 +131,11 @@ class LayerBatcher:
             queued = tuple(started - work.arrived for work in group)
             self._meter.batch(BatchSample(len(output_TH), compute_us / 1e6, queued))
         if logger.isEnabledFor(logging.DEBUG):
-            _say_batch(layer, group, compute_us)
+            _log_batch(layer, group, compute_us)
         return None
 
 
-def _say_batch(layer: int, group: list[_Work], compute_us: int) -> None:
+def _log_batch(layer: int, group: list[_QueuedRequest], compute_us: int) -> None:
     fields = {
         "request_id": join_request_ids(dict.fromkeys(work.request.request_ids for work in group)),
         "layer": layer,
@@ -144,7 +147,7 @@ def _say_batch(layer: int, group: list[_Work], compute_us: int) -> None:
     logger.debug("batch computed", extra={"fields": fields})
 
 
-def _join(tensors: list[torch.Tensor]) -> torch.Tensor:
+def _concatenate(tensors: list[torch.Tensor]) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
@@ -153,7 +156,7 @@ class ExpertServer:
 
     def __init__(
         self,
-        experts: Experts,
+        experts: ComputeExperts,
         hidden_size: int,
         model_id: str,
         settings: DispatchConfig,
@@ -209,11 +212,11 @@ class ExpertServer:
                 yield self._answer(frame)
 
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """Return the number of requests in the queue."""
         return self._batcher.waiting()
 
     def busy_s(self) -> float:
-        """Seconds in which experts were computed, so far."""
+        """Return the seconds in which experts were computed, so far."""
         return self._batcher.busy_s
 
     @contextmanager

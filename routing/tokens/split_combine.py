@@ -1,4 +1,4 @@
-"""Split rows by worker, combine what comes back. Pure functions; the client does the sending.
+"""Splits rows by worker and combines what comes back. Pure functions; the client does the sending.
 
 Legend: T rows (tokens), R rows of one part, H hidden size, K experts per token, E experts of the layer.
 """
@@ -25,7 +25,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Split:
-    """What `split` decided and `combine` reads."""
+    """The result of `split`, which `combine` reads."""
 
     parts: tuple[Part, ...]
     uncovered: tuple[int, ...]  # experts that are needed and that no usable worker holds

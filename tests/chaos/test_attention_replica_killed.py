@@ -8,13 +8,14 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.cli import Cli, free_port, wait_until
+from tests.cli import Cli, free_port, metric, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leftovers")]
 
@@ -77,12 +78,19 @@ def test_a_request_is_sent_again_before_its_first_token(url: str) -> None:
     wait_until("two replicas", lambda: both_take_requests(url), 120)
     body = {"model": "demo", "prompt": PROMPT, "max_tokens": 4, "temperature": 0}
     expected = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
-    for replica in status(url)["attention"][:1]:
-        os.kill(replica["pid"], signal.SIGKILL)
-    for _ in range(6):  # whichever replica they are sent to
-        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["choices"][0]["text"] == expected
+    again = metric(url, "gateway", "deepsplit_resends_total", kind="again")
+    victim = status(url)["attention"][0]["pid"]
+    os.kill(victim, signal.SIGSTOP)  # it takes requests and answers none
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=60) for _ in range(4)]
+        wait_until("the answers of the other replica", lambda: any(one.done() for one in asked), 20)
+        open_requests = sum(not one.done() for one in asked)
+        os.kill(victim, signal.SIGKILL)
+        answers = [one.result() for one in asked]
+    assert open_requests, "no request was in flight when the replica was killed"
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert [answer.json()["choices"][0]["text"] for answer in answers] == [expected] * 4
+    assert metric(url, "gateway", "deepsplit_resends_total", kind="again") > again
 
 
 def read(url: str, body: dict[str, Any], once_begun: Any) -> tuple[list[int], str, dict[str, Any]]:

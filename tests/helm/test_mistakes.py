@@ -25,6 +25,14 @@ MISTAKES: dict[str, tuple[Values, str]] = {
     "unknown configuration key": (
         {"config": {"experts": {"wokers": 3}}}, "config.experts: Additional property wokers is not allowed",
     ),
+    "unknown engine argument": (
+        {"config": {"attention": {"engine_args": {"max_num_batched_tokns": 1}}}},
+        "config.attention.engine_args: Additional property max_num_batched_tokns is not allowed",
+    ),
+    "engine argument of a wrong type": (
+        {"config": {"attention": {"engine_args": {"max_num_batched_tokens": "many"}}}},
+        "config.attention.engine_args.max_num_batched_tokens: Invalid type. Expected: integer, given: string",
+    ),
     "configuration value of a wrong type": (
         {"config": {"attention": {"max_num_seqs": "many"}}}, "config.attention.max_num_seqs: Invalid type",
     ),

@@ -178,3 +178,48 @@ def test_mtp_acceptance_is_visible(client: openai.OpenAI, server: RestServer) ->
 
 def test_ready(server: RestServer) -> None:
     assert httpx.get(f"{server.url}/ready", timeout=10).status_code == 200
+
+
+LOOP = {"$ref": "#/definitions/a", "definitions": {"a": {"$ref": "#/definitions/a"}}}
+COMPLETION: dict[str, Any] = {"prompt": "class Worker", "max_tokens": 4}
+CHAT: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 4}
+RESPONSE: dict[str, Any] = {"input": "class Worker", "max_output_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", COMPLETION | {"logprobs": 21}),
+        ("/v1/completions", COMPLETION | {"allowed_token_ids": []}),
+        ("/v1/completions", COMPLETION | {"prompt": [[]]}),
+        ("/v1/completions", COMPLETION | {"prompt": [999_999_999]}),
+        ("/v1/completions", COMPLETION | {"min_p": 0.3, "temperature": 1}),
+        ("/v1/completions", COMPLETION | {"structured_outputs": {"regex": "["}}),
+        ("/v1/completions", COMPLETION | {"structured_outputs": {"grammar": "root ::= root"}}),
+        ("/v1/completions", COMPLETION | {"structured_outputs": {"json": LOOP}}),
+        ("/v1/completions", COMPLETION | {"structured_outputs": {"json": {"type": "string", "pattern": "a\x00b"}}}),
+        ("/v1/completions", COMPLETION | {"structured_outputs": {"choice": ["a\x00b"]}}),
+        ("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 30}),
+        ("/v1/chat/completions", CHAT | {"structured_outputs": {"json": {"allOf": [{"$ref": "#"}]}}}),
+        ("/v1/responses", RESPONSE | {"top_logprobs": 50, "include": ["message.output_text.logprobs"]}),
+        ("/v1/responses", RESPONSE | {"text": {"format": {"type": "json_schema", "name": "x", "schema": LOOP}}}),
+        ("/v1/messages", CHAT | {"model": "tiny", "top_k": -7}),
+        ("/v1/completions", COMPLETION | {"prompt": "word " * 500}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 500}]}),
+        ("/v1/completions", COMPLETION | {"prompt": [7] * MAX_MODEL_LEN}),
+    ],
+)
+def test_the_engine_refuses_a_stream_as_it_refuses_without_one(
+    server: RestServer, path: str, fields: dict[str, Any]
+) -> None:
+    def asked(stream: bool) -> tuple[int, bytes, str]:
+        answer = httpx.post(server.url + path, json={**fields, "stream": stream}, timeout=30)
+        return answer.status_code, answer.content, answer.headers["content-type"]
+
+    whole = asked(stream=False)
+    assert whole[0] == 400, whole
+    started = time.monotonic()
+    assert asked(stream=True) == whole
+    assert time.monotonic() - started < 1.5  # no other replica was waited for
+    assert "Internal" not in whole[1].decode()
+    assert httpx.get(f"{server.url}/ready", timeout=10).status_code == 200

@@ -1,184 +1,92 @@
-"""vLLM's JSON answers to deepsplit.v1 messages. What vLLM sends beyond the messages' fields is dropped."""
+"""vLLM's JSON answers to deepsplit.v1 messages: fields of the same name, and the few that are shaped differently.
+
+What vLLM sends beyond the messages' fields is dropped. All functions raise EngineRefused for an event that is an error,
+and ParseError, msgspec.DecodeError or TypeError for what no vLLM sends.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import msgspec
+from google.protobuf.json_format import ParseDict
+from google.protobuf.message import Message
 
 from cluster.errors import EngineRefused
-from deployments.gateway.grpc.vllm_answers import (
-    Answer,
-    Chat,
-    ChatLogprobs,
-    Completion,
-    CompletionLogprobs,
-    Function,
-    Message,
-    Text,
-    Tokens,
-    Usage,
-)
 from deployments.gateway.models import ModelObject
 from deployments.protos.deepsplit.v1 import inference_pb2 as pb
 
-_CHAT = msgspec.json.Decoder(Chat)
-_COMPLETION = msgspec.json.Decoder(Completion)
+Json = dict[str, Any]
+M = TypeVar("M", bound=Message)
+
+_OBJECT = msgspec.json.Decoder(dict)
 
 
 def chat_response(data: bytes) -> pb.ChatResponse:
-    """Raises msgspec.DecodeError for what no vLLM sends, as all here do."""
-    answer = _CHAT.decode(data)
-    response = pb.ChatResponse(id=answer.id, model=answer.model, created=answer.created, usage=_usage(answer.usage))
-    response.prompt_token_ids.extend(answer.prompt_token_ids or ())
-    for choice in answer.choices:
-        turned = response.choices.add(
-            index=choice.index, message=_message(choice.message), finish_reason=choice.finish_reason or "",
-            logprobs=_chat_logprobs(choice.logprobs), token_ids=choice.token_ids or (),
-        )  # fmt: skip
-        _set_stop_reason(turned, choice.stop_reason)
-    return response
+    """Of a whole chat."""
+    return _answer(data, pb.ChatResponse())
 
 
 def chat_chunk(data: bytes) -> pb.ChatChunk:
-    """Raises EngineRefused for an event that is an error."""
-    answer = _CHAT.decode(data)
-    _raise_for(answer)
-    chunk = pb.ChatChunk(id=answer.id, model=answer.model, created=answer.created, usage=_usage(answer.usage))
-    chunk.prompt_token_ids.extend(answer.prompt_token_ids or ())
-    for choice in answer.choices:
-        turned = chunk.choices.add(
-            index=choice.index, delta=_message(choice.delta), finish_reason=choice.finish_reason or "",
-            logprobs=_chat_logprobs(choice.logprobs), token_ids=choice.token_ids or (),
-        )  # fmt: skip
-        _set_stop_reason(turned, choice.stop_reason)
-    return chunk
-
-
-def completion(data: bytes) -> Completion:
-    """Raises EngineRefused for an event that is an error."""
-    answer = _COMPLETION.decode(data)
-    _raise_for(answer)
-    return answer
+    """Of one event of a chat."""
+    return _answer(data, pb.ChatChunk())
 
 
 def completion_response(data: bytes) -> pb.CompletionResponse:
-    """Of a whole answer."""
-    answer = completion(data)
-    return pb.CompletionResponse(
-        id=answer.id, model=answer.model, created=answer.created, choices=_completion_choices(answer),
-        usage=_usage(answer.usage),
-    )  # fmt: skip
+    """Of a whole completion."""
+    return _answer(data, pb.CompletionResponse())
 
 
 def completion_chunk(data: bytes) -> pb.CompletionChunk:
-    """Raises EngineRefused for an event that is an error."""
-    answer = completion(data)
-    return pb.CompletionChunk(
-        id=answer.id, model=answer.model, created=answer.created, choices=_completion_choices(answer),
-        usage=_usage(answer.usage),
-    )  # fmt: skip
+    """Of one event of a completion."""
+    return _answer(data, pb.CompletionChunk())
 
 
 def tokenize_response(data: bytes) -> pb.TokenizeResponse:
     """Of POST /tokenize."""
-    answer = msgspec.json.decode(data, type=Tokens)
-    return pb.TokenizeResponse(
-        count=answer.count, max_model_len=answer.max_model_len, tokens=answer.tokens, token_strs=answer.token_strs or ()
-    )
+    return _turned(_OBJECT.decode(data), pb.TokenizeResponse())
 
 
 def detokenize_response(data: bytes) -> pb.DetokenizeResponse:
     """Of POST /detokenize."""
-    return pb.DetokenizeResponse(text=msgspec.json.decode(data, type=Text).prompt)
+    return pb.DetokenizeResponse(text=_OBJECT.decode(data)["prompt"])
 
 
 def models_response(models: Sequence[ModelObject]) -> pb.ListModelsResponse:
     """Of the models that a tenant may use."""
-    return pb.ListModelsResponse(
-        models=[
-            pb.Model(
-                id=one["id"], created=one["created"], owned_by=one["owned_by"],
-                max_model_len=one["max_model_len"] or 0,
-            )
-            for one in models
-        ]
-    )  # fmt: skip
+    return _turned({"models": models}, pb.ListModelsResponse())
 
 
-# --- parts ---
+def _turned(fields: Json, message: M) -> M:
+    return ParseDict(fields, message, ignore_unknown_fields=True)
 
 
-class _Stopped(Protocol):
-    stop_text: str
-    stop_token_id: int
+def _answer(data: bytes, message: M) -> M:
+    answer: Json = _OBJECT.decode(data)
+    if error := answer.get("error"):
+        code = error.get("code")
+        raise EngineRefused(code if isinstance(code, int) else 500, error.get("message", ""))
+    if usage := answer.get("usage"):
+        for details in ("prompt_tokens_details", "completion_tokens_details"):
+            usage |= usage.get(details) or {}
+    for choice in answer.get("choices") or ():
+        reason = choice.pop("stop_reason", None)
+        if reason is not None:
+            choice["stop_text" if isinstance(reason, str) else "stop_token_id"] = reason
+        if choice.get("logprobs") is not None:
+            choice["logprobs"] = [*_logprobs(choice["logprobs"])]
+        for number, call in enumerate((choice.get("message") or choice.get("delta") or {}).get("tool_calls") or ()):
+            call |= {"index": number if call.get("index") is None else call["index"], **(call.get("function") or {})}
+    return _turned(answer, message)
 
 
-def _raise_for(answer: Answer) -> None:
-    if answer.error is not None:
-        status = answer.error.code if isinstance(answer.error.code, int) else 500
-        raise EngineRefused(status, answer.error.message)
-
-
-def _set_stop_reason(choice: _Stopped, reason: int | str | None) -> None:
-    if isinstance(reason, str):
-        choice.stop_text = reason
-    elif reason is not None:
-        choice.stop_token_id = reason
-
-
-def _usage(usage: Usage | None) -> pb.Usage | None:
-    if usage is None:
-        return None
-    return pb.Usage(
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens or 0,
-        total_tokens=usage.total_tokens,
-        cached_tokens=None if usage.prompt_tokens_details is None else usage.prompt_tokens_details.cached_tokens,
-        reasoning_tokens=(
-            None if usage.completion_tokens_details is None else usage.completion_tokens_details.reasoning_tokens
-        ),
-    )
-
-
-def _message(message: Message | None) -> pb.Message:
-    if message is None:
-        return pb.Message()
-    turned = pb.Message(role=message.role or "", content=message.content, reasoning=message.reasoning)
-    for number, call in enumerate(message.tool_calls or ()):
-        function = call.function or Function()
-        index = number if call.index is None else call.index
-        turned.tool_calls.add(
-            id=call.id or "", name=function.name or "", arguments=function.arguments or "", index=index
-        )
-    return turned
-
-
-def _chat_logprobs(logprobs: ChatLogprobs | None) -> Iterator[pb.TokenLogprob]:
-    for one in (logprobs.content if logprobs else None) or ():
-        top = [pb.TokenLogprob.Alternative(token=each.token, logprob=each.logprob) for each in one.top_logprobs or ()]
-        yield pb.TokenLogprob(token=one.token, logprob=one.logprob, top=top)
-
-
-def _completion_choices(answer: Completion) -> Iterable[pb.CompletionChoice]:
-    for choice in answer.choices:
-        turned = pb.CompletionChoice(
-            index=choice.index, text=choice.text, finish_reason=choice.finish_reason or "",
-            logprobs=_completion_logprobs(choice.logprobs), token_ids=choice.token_ids or (),
-            prompt_token_ids=choice.prompt_token_ids or (),
-        )  # fmt: skip
-        _set_stop_reason(turned, choice.stop_reason)
-        yield turned
-
-
-def _completion_logprobs(logprobs: CompletionLogprobs | None) -> Iterator[pb.TokenLogprob]:
-    if logprobs is None:
-        return
-    tops = logprobs.top_logprobs or [None] * len(logprobs.tokens)
-    for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, tops, strict=False):
-        alternatives = [
-            pb.TokenLogprob.Alternative(token=each, logprob=value)
-            for each, value in (top or {}).items() if value is not None
-        ]  # fmt: skip
-        yield pb.TokenLogprob(token=token, logprob=logprob, top=alternatives)
+def _logprobs(logprobs: Json) -> Iterator[Json]:
+    """Of a chat, which lists tokens, or of a completion, which has a list per property."""
+    for token in logprobs.get("content") or ():
+        yield token | {"top": token.get("top_logprobs")}
+    tokens = logprobs.get("tokens") or ()
+    tops = logprobs.get("top_logprobs") or [None] * len(tokens)
+    for token, logprob, top in zip(tokens, logprobs.get("token_logprobs") or (), tops, strict=False):
+        alternatives = [{"token": text, "logprob": value} for text, value in (top or {}).items() if value is not None]
+        yield {"token": token, "logprob": logprob, "top": alternatives}

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
 
 import grpc
 from google.protobuf.message import Message
 
-from cluster.errors import RequestTimeout
-from deployments.gateway.grpc.errors import replica_error
-from deployments.gateway.head import REQUEST_ID, Head, read_head
+from cluster.errors import ClientGone, RequestTimeout
+from deployments.gateway.grpc.errors import Metadata, replica_error
+from deployments.gateway.head import REQUEST_ID, Head, clean_id, read_head
 from deployments.gateway.lease import Lease
 from deployments.gateway.open_requests import Session
 from deployments.gateway.pipeline import AnswerHead, Pipeline
@@ -19,37 +19,45 @@ from deployments.gateway.upstream import sse
 
 
 class CallContext:
-    """A gRPC call: its metadata, and how its answers are written."""
+    """A gRPC call: its metadata, and how its messages are read and written."""
 
     def __init__(self, context: grpc.aio.ServicerContext, write_stall_s: float) -> None:
         """`write_stall_s`: until a client that reads nothing is given up."""
-        self._context = context
+        self.context = context
         self._write_stall_s = write_stall_s
-        self.metadata = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
+        self._metadata = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
 
     def head(self, path: str, request_id: str = "") -> Head:
         """The head of a request on this call. `request_id`: the message's own, where it has one."""
-        remaining_s: float | None = self._context.time_remaining()
-        head = read_head("POST", path, self.metadata, remaining_s, request_id)
-        self._context.set_trailing_metadata(((REQUEST_ID, head.request_id),))
+        head = read_head("POST", path, self._metadata, self.context.time_remaining(), request_id)
+        self.end_with(head)
         return head
+
+    def end_with(self, head: Head, limits: Metadata = ()) -> None:
+        """Trailing metadata: the request's id, and where the tenant's budgets stand."""
+        self.context.set_trailing_metadata(((REQUEST_ID, head.request_id), *limits))
 
     async def announce(self, head: Head) -> None:
         """Send initial metadata, which a call can do once, before its first message."""
-        await self._context.send_initial_metadata(((REQUEST_ID, head.request_id),))
+        await self._written(self.context.send_initial_metadata(((REQUEST_ID, head.request_id),)))
 
-    def add_limits(self, head: Head, answer: AnswerHead) -> None:
-        """The tenant's budgets go along at the end."""
-        limits = [(name, value) for name, value in answer.headers.items() if name.startswith("x-ratelimit-")]
-        self._context.set_trailing_metadata(((REQUEST_ID, head.request_id), *limits))
+    async def read(self) -> bytes | None:
+        """The next message as it came; None when the client sends no more."""
+        raw = await self.context.read()
+        return None if raw is grpc.aio.EOF else raw
 
     async def write(self, message: Message) -> None:
-        """Send a message of a stream. Raises RequestTimeout when the client reads nothing."""
+        """Send a message. Raises RequestTimeout when the client reads nothing, ClientGone."""
+        await self._written(self.context.write(message))
+
+    async def _written(self, writing: Awaitable[None]) -> None:
         try:
             async with asyncio.timeout(self._write_stall_s):
-                await self._context.write(message)
+                await writing
         except TimeoutError as error:
             raise RequestTimeout(f"the client read nothing for {self._write_stall_s:g} s") from error
+        except grpc.aio.BaseError as error:
+            raise ClientGone("the client went away") from error
 
 
 class RequestContext:
@@ -59,6 +67,12 @@ class RequestContext:
         self._pipeline = pipeline
         self.call = call
         self.lease = lease
+
+    def named(self, request_id: str) -> None:
+        """The message has an id of its own, which goes before what metadata say; empty: it has none."""
+        if request_id:
+            self.lease.named(clean_id(request_id))
+            self.call.end_with(self.lease.head)
 
     async def ask(self, body: bytes) -> bytes:
         """The replica's whole JSON answer. Raises DeepsplitError; EngineRefused for the engine's own errors."""
@@ -71,6 +85,7 @@ class RequestContext:
         `announce`: send initial metadata before the first. Raises as `ask` does.
         """
         split = sse.EventSplitter()
+        done = False  # the replica's connection is read to its end all the same, and can be used again
         async with aclosing(self._items(body)) as items:
             async for chunk in items:
                 if announce:
@@ -78,9 +93,8 @@ class RequestContext:
                     await self.call.announce(self.lease.head)
                 for event in split.feed(chunk):
                     data = sse.data_of(event)
-                    if data == sse.DONE:
-                        return
-                    if data is not None:
+                    done = done or data == sse.DONE
+                    if data is not None and not done:
                         yield data
 
     async def _items(self, body: bytes) -> AsyncGenerator[bytes, None]:
@@ -88,10 +102,11 @@ class RequestContext:
         async with aclosing(self._pipeline.run(self.lease, outlined, body)) as items:
             head = await anext(items)
             assert isinstance(head, AnswerHead), "an answer begins with its head"
+            limits = tuple(pair for pair in head.headers.items() if pair[0].startswith("x-ratelimit-"))
+            self.call.end_with(self.lease.head, limits)
             if head.status != 200 or head.content_type.startswith(sse.CONTENT_TYPE) != outlined.stream:
                 whole = b"".join([chunk async for chunk in items if isinstance(chunk, bytes)])
                 raise replica_error(head.status if head.status != 200 else 500, whole)
-            self.call.add_limits(self.lease.head, head)
             async for chunk in items:
                 assert isinstance(chunk, bytes), "an answer has one head"
                 yield chunk

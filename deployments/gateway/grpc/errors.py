@@ -13,7 +13,6 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from cluster.errors import DeepsplitError, EngineRefused, Refusal
-from deployments.gateway.grpc.vllm_answers import ErrorBody
 from deployments.gateway.limit_headers import rate_limit_headers
 
 Metadata = tuple[tuple[str, str | bytes], ...]
@@ -32,6 +31,16 @@ _CODES = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+
+
+class _Error(msgspec.Struct):
+    message: str = ""
+
+
+class _ErrorBody(msgspec.Struct):
+    """What OpenAI's API answers in place of 200."""
+
+    error: _Error
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ def failure(error: DeepsplitError) -> Failure:
 def replica_error(status: int, body: bytes) -> EngineRefused:
     """From an answer of the replica that is not 200."""
     try:
-        message = msgspec.json.decode(body, type=ErrorBody).error.message
+        message = msgspec.json.decode(body, type=_ErrorBody).error.message
     except (msgspec.DecodeError, UnicodeDecodeError):  # not OpenAI's shape: a server in between, or FastAPI itself
         message = body.decode("utf-8", "replace")
     return EngineRefused(status, message or f"the replica answered {status}")

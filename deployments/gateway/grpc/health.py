@@ -1,4 +1,4 @@
-"""grpc.health.v1 over the door's readiness. No lock, no shared state: a watcher that reads nothing blocks nobody."""
+"""grpc.health.v1 over the pipeline's readiness. No lock: a watcher that reads nothing blocks nobody."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from contextlib import suppress
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+_TELL_S = 1.0
+_TELL_POLL_S = 0.01
 _Status = health_pb2.HealthCheckResponse
 
 
@@ -20,6 +22,7 @@ class Health(health_pb2_grpc.HealthServicer):
         self._services = services
         self._poll_s = poll_s
         self._closing = asyncio.Event()
+        self._watchers = 0
 
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
@@ -35,19 +38,27 @@ class Health(health_pb2_grpc.HealthServicer):
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
         """See the protocol. Ends when the server stops."""
         last: int | None = None
-        while True:
-            closing = self._closing.is_set()  # asked first: what is set during a write is still told
-            if (status := self._status(request.service)) != last:
-                yield _Status(status=status)
-                last = status
-            if closing:
-                return
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._closing.wait(), self._poll_s)
+        self._watchers += 1
+        try:
+            while True:
+                closing = self._closing.is_set()  # asked first: what is set during a write is still told
+                if (status := self._status(request.service)) != last:
+                    yield _Status(status=status)
+                    last = status
+                if closing:
+                    return
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), self._poll_s)
+        finally:
+            self._watchers -= 1
 
-    def close(self) -> None:
-        """Not serving from now on."""
+    async def close(self) -> None:
+        """Not serving from now on. When this returns, all watchers that read at all have been told."""
         self._closing.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_TELL_S):
+                while self._watchers:
+                    await asyncio.sleep(_TELL_POLL_S)
 
     def _status(self, service: str) -> int:
         ready = self._ready()

@@ -1,30 +1,42 @@
 """The outermost layer of the gRPC server: who may call, bytes to messages, errors to statuses, bounds on slow clients.
 
 Handlers see valid messages only and raise errors of the tree. A handler of a request gets it with its lease, and writes
-its answers itself; the others (health, reflection, metadata) are as grpc.aio has them.
+its answers itself or returns the only one; the others (health, reflection, metadata) are as grpc.aio has them.
+
+What is bounded of requests' memory: what has been received by gateway.max_bodies_mib (`Lease.hold`), and what is being
+received by as much again for requests and for sessions each, and by SIDE_READS messages of the largest size for calls
+that need no key. What is not bounded: the first 64 KiB or so of each call, which gRPC takes before it is asked for a
+message, and the answers that a client does not read, one per call, until its connection is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from cluster.errors import DeepsplitError, Overloaded, Plane, Reason, RequestError, RequestTimeout
+from cluster.config import GatewayConfig
+from cluster.errors import ClientGone, DeepsplitError, Overloaded, Plane, Reason, RequestError
+from deployments.gateway.arrivals import Arrivals
 from deployments.gateway.body import READ_TIMEOUT_S
+from deployments.gateway.grpc import inference, oip
 from deployments.gateway.grpc.call import CallContext, RequestContext, SessionContext
 from deployments.gateway.grpc.errors import BUG, Failure, failure
-from deployments.gateway.head import api_key
-from deployments.gateway.open_requests import Session
+from deployments.gateway.open_requests import LEAST_ARRIVAL_S, Session
 from deployments.gateway.pipeline import Pipeline
 
 SIDE_CALLS = 256  # health, reflection and metadata calls at once, which need no key
+SIDE_STREAMS = 192  # of these, such as may stay: Watch and reflection
+SIDE_READS = 32  # of these, such as wait for a message
+_LEAST_SIDE_ARRIVAL_S = 0.02
 _RETRY_SIDE_CALLS_S = 1.0
 Parse = Callable[[bytes], Message]
+Behaviour = Callable[..., Awaitable[Message | None] | AsyncGenerator[Message, None]]
+Handle = Callable[[CallContext], Awaitable[None]]
 
 logger = logging.getLogger(__name__)
 
@@ -32,24 +44,14 @@ logger = logging.getLogger(__name__)
 class Interceptor(grpc.aio.ServerInterceptor):
     """Wraps every method."""
 
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        paths: Mapping[str, str],
-        sessions: Mapping[str, str],
-        write_stall_s: float,
-        read_timeout_s: float = READ_TIMEOUT_S,
-        side_calls: int = SIDE_CALLS,
-    ) -> None:
-        """`paths`: method -> path that its request asks for; `sessions`: the same for methods that bring one request
-        after another; all others need no key. `read_timeout_s`: for the one message of a request.
-        """
+    def __init__(self, pipeline: Pipeline, config: GatewayConfig, read_timeout_s: float = READ_TIMEOUT_S) -> None:
+        """`read_timeout_s`: for the one message of a request."""
         self._pipeline = pipeline
-        self._paths = paths
-        self._sessions = sessions
-        self._write_stall_s = write_stall_s
+        self._write_stall_s = config.write_stall_s
         self._read_timeout_s = read_timeout_s
-        self._most_side_calls = side_calls
+        largest = max(1, config.max_bodies_mib // config.max_body_mib)
+        self._arriving = Arrivals("the request", largest, LEAST_ARRIVAL_S, Reason.BODIES)
+        self._side_arriving = Arrivals("the request", SIDE_READS, _LEAST_SIDE_ARRIVAL_S, Reason.SIDE_CALLS)
         self._side_calls = 0
         self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
 
@@ -69,83 +71,71 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     def _wrap(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
-        parse, streams = handler.request_deserializer, handler.response_streaming
-
-        async def request(_: object, context: grpc.aio.ServicerContext) -> Message | None:
-            call = CallContext(context, self._write_stall_s)
-            async with _failing_well(context), self._pipeline.open(call.head(self._paths[method])) as lease:
-                raw = await self._read(context)
-                lease.hold(len(raw))
-                answer: Message | None = await behaviour(
-                    _parsed(raw, parse), RequestContext(self._pipeline, call, lease)
-                )
-                return answer
-
-        async def session(_: object, context: grpc.aio.ServicerContext) -> None:
-            call = CallContext(context, self._write_stall_s)
-            async with (
-                _failing_well(context),
-                self._pipeline.session(api_key(call.metadata)) as opened,
-                aclosing(_messages(context, parse, opened)) as messages,
-            ):
-                await behaviour(messages, SessionContext(self._pipeline, call, opened, self._sessions[method]))
-
-        async def side_call(_: object, context: grpc.aio.ServicerContext) -> Message | None:
-            async with _failing_well(context):
-                with self._side_call():
-                    message = _parsed(await self._read(context), parse)
-                    return await self._answer(behaviour, message, context, streams)
-
-        async def side_stream(_: object, context: grpc.aio.ServicerContext) -> None:
-            async with _failing_well(context):
-                with self._side_call():
-                    async with aclosing(_messages(context, parse, None)) as messages:
-                        await self._answer(behaviour, messages, context, streams)
-
-        wrapped: Callable[[object, grpc.aio.ServicerContext], Awaitable[Message | None]]
-        if method in self._sessions:
-            wrapped = session
-        elif method in self._paths:
-            wrapped = request
+        parse = handler.request_deserializer
+        handle: Handle
+        if method in oip.SESSIONS:
+            handle = self._session(behaviour, parse, oip.SESSIONS[method])
+        elif method in inference.PATHS:
+            handle = self._request(behaviour, parse, inference.PATHS[method])
+        elif method in oip.PATHS:
+            handle = self._request(behaviour, parse, oip.PATHS[method])
         else:
-            wrapped = side_stream if handler.request_streaming else side_call
-        # A unary request is read as a stream of one, the same bytes on the wire: so the wait for it can be bounded.
-        if streams:
-            return grpc.stream_stream_rpc_method_handler(wrapped, None, handler.response_serializer)
-        return grpc.stream_unary_rpc_method_handler(wrapped, None, handler.response_serializer)
+            handle = self._side_call(behaviour, parse, handler.request_streaming, handler.response_streaming)
 
-    async def _answer(
-        self,
-        behaviour: Callable[..., Awaitable[Message] | AsyncGenerator[Message, None]],
-        request: Message | AsyncGenerator[Message, None],
-        context: grpc.aio.ServicerContext,
-        streams: bool,
-    ) -> Message | None:
-        """Of a servicer that is as grpc.aio has them."""
-        answer = behaviour(request, context)
-        if not isinstance(answer, AsyncGenerator):
-            return await answer
-        assert streams, "one message for a unary method"
-        call = CallContext(context, self._write_stall_s)
-        async with aclosing(answer) as messages:
-            async for message in messages:
-                await call.write(message)
-        return None
+        async def call(_: object, context: grpc.aio.ServicerContext) -> None:
+            how = await _outcome(handle, CallContext(context, self._write_stall_s))
+            if how is not None:
+                await context.abort(how.code, how.message, (*context.trailing_metadata(), *how.metadata))
 
-    async def _read(self, context: grpc.aio.ServicerContext) -> bytes:
-        try:
-            async with asyncio.timeout(self._read_timeout_s):
-                raw: bytes = await context.read()
-        except TimeoutError as error:
-            raise RequestTimeout(f"the request did not arrive within {self._read_timeout_s:g} s") from error
-        if raw is grpc.aio.EOF:
-            raise RequestError("the call ended without a request message")
-        return raw
+        # Whatever the method, messages are read and written here, as those of streams: so every wait can be bounded. On
+        # the wire one message looks the same.
+        return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
+
+    def _request(self, behaviour: Behaviour, parse: Parse, path: str) -> Handle:
+        async def handle(call: CallContext) -> None:
+            async with self._pipeline.open(call.head(path)) as lease:
+                raw = await self._arriving.next(lease.tenant.name, call.read, self._read_timeout_s)
+                lease.hold(len(raw or b""))
+                request = RequestContext(self._pipeline, call, lease)
+                await _answer(behaviour(_parsed(raw, parse), request), call)
+
+        return handle
+
+    def _session(self, behaviour: Behaviour, parse: Parse, path: str) -> Handle:
+        async def messages(call: CallContext, session: Session) -> AsyncGenerator[Message, None]:
+            while (raw := await session.next(call.read)) is not None:
+                yield _parsed(raw, parse)
+
+        async def handle(call: CallContext) -> None:
+            with self._pipeline.session(call.head(path)) as session:
+                async with aclosing(messages(call, session)) as requests:
+                    context = SessionContext(self._pipeline, call, session, path)
+                    await _answer(behaviour(requests, context), call)
+
+        return handle
+
+    def _side_call(self, behaviour: Behaviour, parse: Parse, stream_in: bool, stream_out: bool) -> Handle:
+        async def read(call: CallContext) -> bytes | None:
+            return await self._side_arriving.next("", call.read, self._read_timeout_s)
+
+        async def messages(call: CallContext) -> AsyncGenerator[Message, None]:
+            while (raw := await read(call)) is not None:
+                yield _parsed(raw, parse)
+
+        async def handle(call: CallContext) -> None:
+            with self._counted(SIDE_STREAMS if stream_in or stream_out else SIDE_CALLS):
+                if stream_in:
+                    async with aclosing(messages(call)) as requests:
+                        await _answer(behaviour(requests, call.context), call)
+                else:
+                    await _answer(behaviour(_parsed(await read(call), parse), call.context), call)
+
+        return handle
 
     @contextmanager
-    def _side_call(self) -> Iterator[None]:
-        """Watches that nobody counts could take every call there is."""
-        if self._side_calls >= self._most_side_calls:
+    def _counted(self, most: int) -> Iterator[None]:
+        """Calls that nobody counts could take all memory there is; streams leave room for probes."""
+        if self._side_calls >= most:
             raise Overloaded(
                 f"{self._side_calls} health, reflection and metadata calls are open, this server's limit",
                 retry_after_s=_RETRY_SIDE_CALLS_S, plane=Plane.GATEWAY, reason=Reason.SIDE_CALLS,
@@ -157,35 +147,35 @@ class Interceptor(grpc.aio.ServerInterceptor):
             self._side_calls -= 1
 
 
-async def _messages(
-    context: grpc.aio.ServicerContext, parse: Parse, session: Session | None
-) -> AsyncGenerator[Message, None]:
-    while True:
-        raw = await (context.read() if session is None else session.next(context.read()))
-        if raw is grpc.aio.EOF:
-            return
-        yield _parsed(raw, parse)
+async def _answer(answer: Awaitable[Message | None] | AsyncGenerator[Message, None], call: CallContext) -> None:
+    if isinstance(answer, AsyncGenerator):
+        async with aclosing(answer) as messages:
+            async for message in messages:
+                await call.write(message)
+    elif (only := await answer) is not None:
+        await call.write(only)
 
 
-def _parsed(raw: bytes, parse: Parse) -> Message:
+def _parsed(raw: bytes | None, parse: Parse) -> Message:
+    if raw is None:
+        raise RequestError("the call ended without a request message")
     try:
         return parse(raw)
     except DecodeError as error:
         raise RequestError("the request is not a valid message: wrong type, cut short, or text not UTF-8") from error
 
 
-@asynccontextmanager
-async def _failing_well(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+async def _outcome(handle: Handle, call: CallContext) -> Failure | None:
+    """None: it went well. What the call held is gone when this returns, however long the client takes to be told."""
     try:
-        yield
+        await handle(call)
+    except ClientGone as error:
+        raise asyncio.CancelledError("the client went away") from error  # nobody is left to tell
     except DeepsplitError as error:
-        await _abort(context, failure(error))
-    except grpc.aio.BaseError:  # an abort, or the connection is gone
+        return failure(error)
+    except grpc.aio.BaseError:  # a servicer's own abort
         raise
     except Exception:
         logger.exception("gRPC call failed")
-        await _abort(context, BUG)
-
-
-async def _abort(context: grpc.aio.ServicerContext, how: Failure) -> None:
-    await context.abort(how.code, how.message, (*context.trailing_metadata(), *how.metadata))
+        return BUG
+    return None

@@ -9,7 +9,7 @@ from importlib.metadata import version
 import grpc
 
 from cluster.errors import DeepsplitError, ModelNotFound, RequestError
-from deployments.gateway.grpc.answers import completion
+from deployments.gateway.grpc.answers import completion_chunk, completion_response
 from deployments.gateway.grpc.call import RequestContext, SessionContext
 from deployments.gateway.grpc.errors import failure
 from deployments.gateway.grpc.oip_text import DATATYPES, TEXT_INPUT, TEXT_OUTPUT, VERSION, TextRequest, read
@@ -27,9 +27,8 @@ _EXTENSIONS = ("model_stream_infer", "binary_tensor_data")
 class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
     """The proto documents the methods. Those that ask for text get their message with the request's lease."""
 
-    def __init__(self, pipeline: Pipeline, model: str) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        self._model = model
         self._version = version("deepsplit")
 
     async def ServerLive(
@@ -57,15 +56,16 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelMetadataResponse:
-        if request.name != self._model or request.version not in ("", VERSION):
+        if request.name not in self._pipeline.ready() or request.version not in ("", VERSION):
             raise ModelNotFound(f"the model {request.name!r} (version {request.version or VERSION!r}) does not exist")
-        response = pb.ModelMetadataResponse(name=self._model, versions=[VERSION], platform=PLATFORM)
+        response = pb.ModelMetadataResponse(name=request.name, versions=[VERSION], platform=PLATFORM)
         for name, datatype in DATATYPES.items():
             response.inputs.add(name=name, datatype=datatype, shape=[-1 if name == TEXT_INPUT else 1])
         response.outputs.add(name=TEXT_OUTPUT, datatype="BYTES", shape=[-1])
         return response
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: RequestContext) -> pb.ModelInferResponse:
+        context.named(request.id)
         asked = read(request)
         if asked.stream:
             raise RequestError("ModelInfer answers once: use ModelStreamInfer to stream")
@@ -90,7 +90,7 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         else:
             async with aclosing(request.stream(asked.body(stream=True), announce=False)) as events:
                 async for data in events:
-                    for choice in completion(data).choices:
+                    for choice in completion_chunk(data).choices:
                         response = asked.response([choice.text])
                         response.parameters["index"].int64_param = choice.index
                         if choice.finish_reason:
@@ -103,5 +103,5 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             await request.call.write(pb.ModelStreamInferResponse(infer_response=final))
 
     async def _whole(self, asked: TextRequest, request: RequestContext) -> pb.ModelInferResponse:
-        answer = completion(await request.ask(asked.body(stream=False)))
+        answer = completion_response(await request.ask(asked.body(stream=False)))
         return asked.response([choice.text for choice in sorted(answer.choices, key=lambda choice: choice.index)])

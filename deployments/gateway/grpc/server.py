@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 
 import grpc
@@ -12,6 +13,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from cluster.config import GatewayConfig
 from cluster.errors import StartupError
 from cluster.tls.grpc_credentials import public_server_credentials
+from deployments.gateway.body import READ_TIMEOUT_S
 from deployments.gateway.grpc import inference, oip
 from deployments.gateway.grpc.health import Health
 from deployments.gateway.grpc.interceptor import SIDE_CALLS, Interceptor
@@ -26,58 +28,59 @@ _MAX_METADATA_BYTES = 16 * 1024
 _KEEPALIVE_MS = 20_000
 _KEEPALIVE_TIMEOUT_MS = 10_000
 _MIN_PING_MS = 10_000
+_MAX_MS = 2**31 - 1  # the largest that gRPC takes
 
 
 class GrpcServer:
     """Serves a pipeline on gateway.host and gateway.grpc_port, on the running event loop."""
 
-    def __init__(self, config: GatewayConfig, model: str, pipeline: Pipeline, models: ModelPages) -> None:
+    def __init__(
+        self, config: GatewayConfig, pipeline: Pipeline, models: ModelPages, read_timeout_s: float = READ_TIMEOUT_S
+    ) -> None:
         self._config = config
-        self._model = model
         self._pipeline = pipeline
         self._models = models
-        paths = inference.PATHS | oip.PATHS
-        self._interceptor = Interceptor(pipeline, paths, oip.SESSIONS, config.write_stall_s)
+        self._interceptor = Interceptor(pipeline, config, read_timeout_s)
         self._health: Health | None = None
         self._server: grpc.aio.Server | None = None
-        self._draining: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
         """Listen; returns the port. Gateways on one node share it. Raises StartupError."""
         host, port = self._config.host, self._config.grpc_port
         assert port is not None, "gRPC is on"
         # gRPC only says that it could not bind, not why.
-        await asyncio.get_running_loop().run_in_executor(None, _check_address, host, port)
-        server = grpc.aio.server(
-            interceptors=(self._interceptor,),
-            options=self._options(),
-            maximum_concurrent_rpcs=self._config.max_streams + SIDE_CALLS,
-        )
+        addresses = await asyncio.get_running_loop().run_in_executor(None, _addresses, host, port)
+        # `maximum_concurrent_rpcs` is not used: there, calls whose client reads nothing count for as long as their
+        # connection lives, and would keep everybody out. The interceptor and the pipeline bound calls themselves.
+        server = grpc.aio.server(interceptors=(self._interceptor,), options=self._options())
         self._add_services(server)
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        try:
-            if self._config.tls is None:
-                bound: int = server.add_insecure_port(address)
-            else:
-                bound = server.add_secure_port(address, public_server_credentials(self._config.tls))
-        except RuntimeError as error:
-            raise StartupError(f"cannot listen on {address}: {error}; see gateway.grpc_port") from error
+        for address in addresses:
+            try:
+                if self._config.tls is None:
+                    port = server.add_insecure_port(f"{address}:{port}")
+                else:
+                    port = server.add_secure_port(f"{address}:{port}", public_server_credentials(self._config.tls))
+            except RuntimeError as error:
+                raise StartupError(f"cannot listen on {address}:{port}: {error}; see gateway.grpc_port") from error
         await server.start()
         self._server = server
-        return bound
+        return port
 
-    def drain(self, grace_s: float) -> None:
-        """Tell clients to go elsewhere: no new connection, no new call; running ones may end within the grace."""
-        if self._server is not None and self._health is not None:
-            self._health.close()
-            self._draining = asyncio.create_task(self._server.stop(grace_s))
+    async def drain(self) -> None:
+        """Send clients elsewhere: no new connection, no new call; running ones go on. Health watchers hear it first."""
+        if self._server is None or self._health is None or self._stopping is not None:
+            return
+        await self._health.close()
+        # Nobody waits for the end yet; `stop` sets a nearer one.
+        self._stopping = asyncio.create_task(self._server.stop(self._config.request_timeout_s))
 
     async def stop(self, grace_s: float) -> None:
-        """Not serving, for health watchers, from now on; running calls end within the grace or are cancelled."""
-        if self._server is None or self._health is None:
-            return
-        self._health.close()
-        await self._server.stop(grace_s)
+        """Drain; running calls end within the grace or are cancelled."""
+        await self.drain()
+        if self._server is not None and self._stopping is not None:
+            await self._server.stop(grace_s)
+            await self._stopping
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         own = [
@@ -88,7 +91,7 @@ class GrpcServer:
         self._health = Health(self._pipeline.ready, frozenset({"", *own}), HEALTH_POLL_S)
         inference_pb2_grpc.add_InferenceServicer_to_server(inference.Inference(self._models), server)
         open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-            oip.OpenInference(self._pipeline, self._model), server
+            oip.OpenInference(self._pipeline), server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
@@ -96,13 +99,19 @@ class GrpcServer:
         )
 
     def _options(self) -> list[tuple[str, int]]:
+        config = self._config
+        # Calls that run when a connection is old may end: requests, and sessions, which are as old at most.
+        grace_s = config.connection_max_age_s + config.stream_idle_timeout_s + config.request_timeout_s
         return [
             ("grpc.so_reuseport", 1),
-            ("grpc.max_receive_message_length", self._config.max_body_mib * 2**20),
+            ("grpc.max_receive_message_length", config.max_body_mib * 2**20),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_metadata_size", _MAX_METADATA_BYTES),
             ("grpc.absolute_max_metadata_size", _MAX_METADATA_BYTES),
-            ("grpc.max_concurrent_streams", self._config.max_streams),
+            # A proxy may bring everything over one connection.
+            ("grpc.max_concurrent_streams", config.max_streams + SIDE_CALLS),
+            ("grpc.max_connection_age_ms", _milliseconds(config.connection_max_age_s)),
+            ("grpc.max_connection_age_grace_ms", _milliseconds(grace_s)),
             ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
             ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
             ("grpc.keepalive_permit_without_calls", 1),
@@ -111,12 +120,28 @@ class GrpcServer:
         ]
 
 
-def _check_address(host: str, port: int) -> None:
+def _milliseconds(seconds: float) -> int:
+    return min(int(seconds * 1000), _MAX_MS)
+
+
+def _addresses(host: str, port: int) -> list[str]:
+    """Those of the name `host` that this machine has, as gRPC writes them. Raises StartupError if one is taken."""
+    usable: list[str] = []
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            probe.bind(address)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for family, address in dict.fromkeys((family, address) for family, *_, address in found):
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                try:
+                    probe.bind(address)
+                except OSError as error:
+                    if error.errno != errno.EADDRNOTAVAIL or len(found) == 1:
+                        raise
+                else:
+                    usable.append(f"[{address[0]}]" if family is socket.AF_INET6 else str(address[0]))
     except OSError as error:
         raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}; see gateway.grpc_port") from error
+    if not usable:
+        raise StartupError(f"cannot listen on {host}:{port}: this machine has no such address; see gateway.host")
+    return usable

@@ -59,22 +59,30 @@ class _Request(BaseModel):
     """Fields of type `object` are read as prompt text only, whatever they hold."""
 
     model: str | None = None
-    kv_transfer_params: object = None
 
     def outline(self, fields: Fields) -> Outline:
         """Of a request that generates nothing."""
         ids, text = self._prompt()
         return Outline(fields, self.model or None, False, text, ids, 1, 0, 0, False, None)
 
-    def _text(self) -> bytes:
+    def _text(self) -> PromptText:
         raise NotImplementedError
 
     def _prompt(self) -> tuple[int, bytes]:
-        """Token ids and text. Ids of an earlier prefill take the place of all text, in every chat-like request."""
+        """Token ids, and text."""
+        return 0, self._text().joined()
+
+
+class _Rendered(_Request):
+    """A request whose prompt a chat template makes, unless it brings the token ids of an earlier prefill."""
+
+    kv_transfer_params: object = None
+
+    def _prompt(self) -> tuple[int, bytes]:
         transfer = self.kv_transfer_params
         ids = transfer.get("prompt_token_ids") if isinstance(transfer, dict) else None
         if not isinstance(ids, list) or not ids:
-            return 0, self._text()
+            return super()._prompt()
         prompt = PromptText()
         prompt.add(ids)
         return len(ids), prompt.joined()
@@ -83,9 +91,8 @@ class _Request(BaseModel):
         self, fields: Fields, stream: bool | None, bound: int | None, n: int | None, truncation: int | None
     ) -> Outline:
         ids, text = self._prompt()
-        sequences = _count(n)
         return Outline(
-            fields, self.model or None, bool(stream), text, ids, 1, sequences, _bound(bound), False, truncation
+            fields, self.model or None, bool(stream), text, ids, 1, _count(n), _bound(bound), False, truncation
         )
 
 
@@ -119,7 +126,7 @@ class _Completion(_Request):
         )  # fmt: skip
 
 
-class _Chat(_Request):
+class _Chat(_Rendered):
     messages: object = None
     tools: object = None
     documents: object = None
@@ -136,17 +143,17 @@ class _Chat(_Request):
         bound = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return self._generating(fields, self.stream, bound, self.n, self.truncate_prompt_tokens)
 
-    def _text(self) -> bytes:
+    def _text(self) -> PromptText:
         text = PromptText()
         text.tools(self.tools)
         for value in (self.documents, self.chat_template_kwargs, self.chat_template):
             text.add(value)
         text.messages(self.messages)
         text.add(self.response_format, last=True)  # some models' templates show it
-        return text.joined()
+        return text
 
 
-class _Responses(_Request):
+class _Responses(_Rendered):
     input: object = None
     instructions: object = None
     previous_input_messages: object = None
@@ -160,7 +167,7 @@ class _Responses(_Request):
         truncation = None if self.truncation == "disabled" else -1
         return self._generating(fields, self.stream, self.max_output_tokens, 1, truncation)
 
-    def _text(self) -> bytes:
+    def _text(self) -> PromptText:
         text = PromptText()
         text.tools(self.tools)
         for value in (self.chat_template_kwargs, self.instructions, self.previous_input_messages):
@@ -168,7 +175,7 @@ class _Responses(_Request):
         if isinstance(self.input, str):
             text.add(self.input)
         text.messages(self.input)
-        return text.joined()
+        return text
 
 
 class _CountTokens(_Request):
@@ -176,40 +183,52 @@ class _CountTokens(_Request):
     system: object = None
     tools: object = None
     chat_template_kwargs: object = None
-    output_config: object = None
 
-    def _text(self) -> bytes:
+    def _text(self) -> PromptText:
         text = PromptText()
         text.tools(self.tools)
         text.add(self.chat_template_kwargs)
         text.blocks(self.system, "system")
         text.conversation(self.messages)
-        text.add(self.output_config, last=True)  # its JSON schema is chat's response_format
-        return text.joined()
+        return text
 
 
-class _Messages(_CountTokens):
+class _Messages(_Rendered, _CountTokens):
     max_tokens: int
     stream: bool | None = False
+    output_config: object = None
 
     def outline(self, fields: Fields) -> Outline:
         return self._generating(fields, self.stream, self.max_tokens, 1, None)
 
+    def _text(self) -> PromptText:
+        text = super()._text()
+        text.add(self.output_config, last=True)  # its JSON schema becomes a chat's response_format
+        return text
 
-class _Tokenize(_Request):
+
+class _Tokenize(_Rendered):
     prompt: object = None
     messages: object = None
     tools: object = None
     chat_template: object = None
     chat_template_kwargs: object = None
 
-    def _text(self) -> bytes:
+    def _prompt(self) -> tuple[int, bytes]:
+        """With a prompt beside messages the engine takes either: both count, and ids at least as the prompt's bytes."""
+        ids, text = super()._prompt()
+        if ids and isinstance(self.prompt, str):
+            text = self._text().joined()
+            ids = max(ids, len(text)) if isinstance(self.messages, list) else 0
+        return ids, text
+
+    def _text(self) -> PromptText:
         text = PromptText()
         text.tools(self.tools)
         for value in (self.chat_template_kwargs, self.chat_template, self.prompt):
             text.add(value)
         text.messages(self.messages)
-        return text.joined()
+        return text
 
 
 class _Detokenize(_Request):

@@ -98,7 +98,7 @@ class PromptText:
                 continue
             for name in _FIELDS_OF_BLOCK.get(kind, ()):
                 if name == "content" and role == "user":
-                    self._tool_result(block.get(name))
+                    self._tool_result(block.get(name), block.get("tool_use_id"))
                 else:
                     self.add(block.get(name))
 
@@ -123,20 +123,22 @@ class PromptText:
             elif name == "reasoning_content" and message.get("reasoning") is None:  # its old name
                 self.add(value)
 
-    def _tool_result(self, content: object) -> None:
+    def _tool_result(self, content: object, tool_use_id: object) -> None:
         if not isinstance(content, list):
             self.add(content)
             return
         for item in _list(content):
-            match item:
-                case {"type": "text", "text": text}:
-                    self.add(text)
-                case {"type": "tool_reference", "tool_name": name} if name:
-                    self.add(name)
-                case {"type": "tool_reference", "name": name}:
-                    self.add(name)
-                case {"type": "image"}:
-                    self.add(item)
+            if not isinstance(item, dict):
+                continue
+            kind = item.get("type")
+            if kind == "text":
+                self.add(item.get("text"))
+            elif kind == "tool_reference":
+                self.add(item.get("tool_name") or item.get("name"))
+                self.add(tool_use_id)  # references become a message of their own
+                tool_use_id = None
+            elif kind == "image":
+                self.add(item)
 
 
 def _list(value: object) -> list[object]:

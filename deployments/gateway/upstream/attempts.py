@@ -105,22 +105,25 @@ class Attempts:
                     yield item
                 return
             held = b""  # until the first token: a loss costs the client nothing before, and a refusal is told as one
-            async for chunk in upstream:
-                assert isinstance(chunk, bytes), "a replica's answer has one head"
-                held += self._events.feed(chunk)
-                self._report()
-                if held and (self._begun or self._events.saw_token or self._events.finished):
-                    if not self._begun:
-                        yield head
-                    yield held
-                    held = b""
-                if self._events.error is not None:
-                    break
-        if self._events.error is None and self._events.finished:
+            lost: ReplicaLost | None = None
+            try:
+                async for chunk in upstream:
+                    assert isinstance(chunk, bytes), "a replica's answer has one head"
+                    held += self._events.feed(chunk)
+                    self._report()
+                    if held and (self._begun or self._events.saw_token or self._events.finished):
+                        if not self._begun:
+                            yield head
+                        yield held
+                        held = b""
+                    if self._events.error is not None:
+                        break
+            except ReplicaLost as error:
+                lost = error
+        if self._events.finished and self._events.error is None:
             return
-        async with aclosing(self._failed(path)) as items:
-            async for item in items:
-                yield item
+        for item in await self._failed(path, lost or ReplicaLost(f"replica {replica_id} ended its stream early")):
+            yield item
 
     def _whole(self, head: ResponseHead, body: bytes) -> list[ResponseHead | bytes]:
         """An answer that is no stream. Raises ReplicaUnavailable if another replica should be asked."""
@@ -134,41 +137,38 @@ class Attempts:
             self._lease.counted(self._events.prompt_tokens, self._events.generated_tokens, complete=True)
         return [head, body]
 
-    async def _failed(self, path: str) -> AsyncGenerator[ResponseHead | bytes, None]:
-        """A stream that broke off, or that the engine ended with an error. Before its first token that is told as if
-        the client had not asked for a stream: same status, same text. Raises ReplicaUnavailable if the replica, and
-        not the request, is at fault.
+    async def _failed(self, path: str, lost: ReplicaLost) -> list[ResponseHead | bytes]:
+        """What follows in a stream that broke off (`lost`), or that the engine ended with an error. Before its first
+        token the answer is the one to the same request without a stream: same status, same text. Raises
+        ReplicaUnavailable if the replica, and not the request, is at fault.
         """
-        error, replica_id = self._events.error, self._lease.replica_id
+        error = self._events.error
         if self._begun:
-            if error is None:
-                raise ReplicaLost(f"replica {replica_id} ended its stream early")
-            if error.status >= 500:
-                raise ReplicaLost(f"replica {replica_id}: its engine failed")
-            yield b"data: " + error.body + b"\n\n"
-            return
-        if path in (COMPLETIONS, CHAT) and error is not None:
-            answer = ResponseHead(error.status, _JSON), error.body
-        elif path in (COMPLETIONS, CHAT):
-            raise ReplicaLost(f"replica {replica_id} ended its stream early")
-        else:
-            answer = await self._unstreamed(path)  # the events of these paths do not say enough
-        for item in self._whole(*answer):
-            yield item
+            if error is None or error.status >= 500:
+                raise lost
+            return [b"data: " + error.body + b"\n\n"]
+        if path not in (COMPLETIONS, CHAT):
+            return self._whole(*await self._unstreamed(path, lost))  # the events of these paths do not say enough
+        if error is None:
+            raise lost
+        return self._whole(ResponseHead(error.status, _JSON), error.body)
 
-    async def _unstreamed(self, path: str) -> tuple[ResponseHead, bytes]:
-        """How the replica answers the same request without a stream, of one token at most. Raises ReplicaLost if it
-        would have served it.
+    async def _unstreamed(self, path: str, lost: ReplicaLost) -> tuple[ResponseHead, bytes]:
+        """How the replica refuses the same request without a stream, of one token at most. Raises `lost` if it does
+        not.
         """
         bound = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
         body = msgspec.json.encode({**self._outline.fields, "stream": False, bound: 1})
         upstream = self._pool.send(self._lease.replica_id, "POST", path, body, self._lease.head.passed_on())
-        async with aclosing(upstream):
-            head = await anext(upstream)
-            assert isinstance(head, ResponseHead), "a replica's answer begins with its head"
-            answer = b"".join([chunk async for chunk in upstream if isinstance(chunk, bytes)])
+        try:
+            async with aclosing(upstream):
+                head = await anext(upstream)
+                assert isinstance(head, ResponseHead), "a replica's answer begins with its head"
+                answer = b"".join([chunk async for chunk in upstream if isinstance(chunk, bytes)])
+        except ReplicaUnavailable:
+            raise lost from None
         if head.status < 400:
-            raise ReplicaLost(f"replica {self._lease.replica_id} ended its stream early")
+            raise lost
         return head, answer
 
     def _may_ask_another(self) -> bool:

@@ -16,7 +16,7 @@ _LAST_EVENTS = ("message_stop", "response.completed", "response.incomplete", "re
 
 @dataclass(frozen=True)
 class EngineError:
-    """An error event in a stream: what the engine would have answered had it been asked without streaming."""
+    """An error event in a stream: what the engine would have answered, byte for byte, without one."""
 
     status: int
     body: bytes
@@ -91,7 +91,7 @@ class AnswerEvents:
         if data is None:
             return event
         if _is_error(data):
-            self.error = EngineError(_status_of(data), text)
+            self.error = EngineError(_status_of(data), msgspec.json.encode(data))
             return b""
         if self.path not in (COMPLETIONS, CHAT):
             self._follow(data)

@@ -56,7 +56,8 @@ class ReplicaPool:
                 async for chunk in response.content.iter_any():
                     yield chunk
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise ReplicaUnavailable(f"attention replica {replica_id} cannot be reached: {error}") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise ReplicaUnavailable(f"attention replica {replica_id} cannot be reached: {reason}") from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ReplicaLost(f"attention replica {replica_id}: {type(error).__name__}: {error}") from error
         finally:

@@ -1,15 +1,18 @@
 """What `validate` knows of vLLM's arguments: their names, their types, and those that cannot work here."""
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster.config import Config
 from cluster.config.engine_args import REFUSED
-from cluster.config.vllm_arguments import VLLM_VERSION, EngineArguments
+from cluster.config.vllm_arguments import REASONING_PARSERS, TOOL_PARSERS, VLLM_VERSION, EngineArguments
 from tests.unit.cluster.config.test_file import problems
 
 ARGS = "attention.engine_args"
+DOCS = Path(__file__).parents[4] / "docs"
 
 
 def refused(folder: Path, engine_args: str, attention: str = "device: cuda") -> list[str]:
@@ -95,3 +98,18 @@ def test_every_refused_argument_is_one_of_vllm_and_refused_once() -> None:
     names = [name for refused in REFUSED.values() for name in refused]
     assert len(names) == len(set(names))
     assert set(names) <= set(EngineArguments.__annotations__)
+
+
+def test_the_examples_of_the_operators_page_are_valid() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (DOCS / "operations.md").read_text(encoding="utf-8"), re.DOTALL)
+    made = [Config.model_validate({"model": {"path": "m"}, **yaml.safe_load(block)}) for block in blocks]
+    assert [bool(config.attention.engine_args) for config in made].count(True) == 1
+
+
+def test_the_parsers_that_the_operators_page_names_are_there() -> None:
+    rows = [line.split("|") for line in (DOCS / "operations.md").read_text(encoding="utf-8").splitlines()]
+    models = [row for row in rows if len(row) > 4 and row[1].startswith(" DeepSeek-")]
+    assert len(models) == 3
+    for row in models:
+        assert re.findall(r"`(\w+)`", row[2])[0] in TOOL_PARSERS
+        assert set(re.findall(r"`(deepseek_\w+)`", row[3])) <= set(REASONING_PARSERS)

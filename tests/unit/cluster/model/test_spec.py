@@ -35,14 +35,23 @@ def spec_of(folder: Path, **keys: object) -> ModelSpec:
     return load_model_spec(folder)
 
 
+def routed_params(spec: ModelSpec) -> int:
+    """Parameters of all routed experts, MTP layers included."""
+    return spec.expert_params * spec.num_experts * len(spec.moe_layers)
+
+
 def test_deepseek_v3_has_671_billion_parameters_and_37_active(tmp_path: Path) -> None:
     """Published: 671 B in all, 36.7 B active with the head (DeepSeek-V3's README_WEIGHTS.md; "37 B" in the report)."""
     (tmp_path / "config.json").write_text((V3 / "config.json").read_text())  # from the config alone
     spec = load_model_spec(tmp_path)
-    assert spec.total_params == pytest.approx(671e9, rel=0.002)
-    assert spec.active_params == pytest.approx(36.7e9, rel=0.005)
+    layers = sum(layer < spec.num_hidden_layers for layer in spec.moe_layers)
+    total = spec.attention_params + layers * spec.num_experts * spec.expert_params
+    assert total == pytest.approx(671e9, rel=0.002)
+    embedding = spec.vocab_size * spec.hidden_size  # looked up, not multiplied
+    active = spec.attention_params - embedding + layers * spec.top_k * spec.expert_params
+    assert active == pytest.approx(36.7e9, rel=0.005)
     # 685 B is Hugging Face's count: the MTP module with its own experts, embedding and head.
-    assert spec.routed_params + spec.attention_params + spec.mtp_attention_params == pytest.approx(685e9, rel=0.002)
+    assert routed_params(spec) + spec.attention_params + spec.mtp_attention_params == pytest.approx(685e9, rel=0.002)
     assert (spec.num_experts, spec.top_k, spec.num_shared_experts) == (256, 8, 1)
     assert spec.moe_layers == tuple(range(3, 62))
     assert spec.expert_quant == ExpertQuant("fp8", (128, 128))
@@ -70,7 +79,7 @@ def test_parameter_counts_are_those_of_the_tensors(random_checkpoint: MakeCheckp
     }
     mtp = tuple(f"model.layers.{layer}." for layer in spec.moe_layers if layer >= spec.num_hidden_layers)
     rest = {name: size for name, size in sizes.items() if not is_routed_expert(name)}
-    assert spec.routed_params == sum(sizes.values()) - sum(rest.values())
+    assert routed_params(spec) == sum(sizes.values()) - sum(rest.values())
     assert spec.mtp_attention_params == sum(size for name, size in rest.items() if name.startswith(mtp or ("-",)))
     assert spec.attention_params + spec.mtp_attention_params == sum(rest.values())
     assert spec.moe_layers == SHAPES[shape].moe_layers

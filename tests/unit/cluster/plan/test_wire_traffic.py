@@ -32,7 +32,7 @@ def test_bytes_are_those_of_real_frames() -> None:
     tokens, hidden, slots = 3, 16, 4
     traffic = wire_traffic(1.0, 1, hidden, slots, 1, "bfloat16", "float32")
     request = wire.request_bytes(tokens, hidden, slots, torch.bfloat16)
-    reply = wire.encode_reply(wire.Reply(1, 1, 0, 0, 0, torch.zeros(tokens, hidden)))
+    reply = wire.encode_reply(wire.DispatchReply(1, 1, 0, 0, 0, torch.zeros(tokens, hidden)))
     headers = 2 * wire.HEADER_BYTES
     payload = tokens * (traffic.dispatch_bytes_per_layer + traffic.combine_bytes_per_layer)
     assert payload + headers == request + len(reply)

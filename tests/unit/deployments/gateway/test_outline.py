@@ -285,7 +285,7 @@ def test_blocks_of_the_messages_api() -> None:
     }  # fmt: skip
     expected = [
         '[{"name":"f","input_schema":{}}]', "be brief", "user", "one", "assistant", "hm", "i", "f", '{"key":1}',
-        "user", "i", "seven", "g", "j", "eight",
+        "user", "i", "seven", "g", "i", "j", "eight",
     ]  # fmt: skip
     assert read(MESSAGES, max_tokens=1, **fields).prompt_text.decode().splitlines() == expected
     assert read(COUNT_TOKENS, **fields).prompt_text.decode().splitlines() == expected

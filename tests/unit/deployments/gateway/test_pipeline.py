@@ -194,6 +194,18 @@ def test_token_ids_beyond_the_context_too() -> None:
     refused(World(FakePool(max_model_len=100)), RequestError, "maximum context length is 100", prompt=[1] * 100)
 
 
+@pytest.mark.parametrize("cut", [-1, 50, "50"])
+def test_a_prompt_that_is_to_be_cut_is_not_too_long(cut: object) -> None:
+    async def scenario() -> None:
+        world = World(FakePool([SSE, *stream("wxyz")], max_model_len=100))
+        assert text_of((await world.ask(prompt="word " * 120, truncate_prompt_tokens=cut)).body) == "wxyz"
+        refusal = World(FakePool(max_model_len=100))
+        with pytest.raises(RequestError, match="maximum context length"):
+            await refusal.ask(prompt="word " * 120, truncate_prompt_tokens=110)
+
+    run(scenario)
+
+
 def test_json_that_can_be_read_but_not_written_again_leaves_nothing_behind() -> None:
     world = World(FakePool([SSE, *stream("x")]))
 
@@ -260,7 +272,7 @@ def test_requests_whose_bodies_arrive_count_as_held() -> None:
 
 def test_strangers_and_those_who_come_too_late_send_nothing(tmp_path: Path) -> None:
     keys = tmp_path / "keys.yaml"
-    keys.write_text(f"tenants:\n  - name: a\n    keys: [\"{key_hash(new_key())}\"]\n")
+    keys.write_text(f'tenants:\n  - name: a\n    keys: ["{key_hash(new_key())}"]\n')
     keys.chmod(0o600)
 
     async def scenario() -> None:

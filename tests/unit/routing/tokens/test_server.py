@@ -14,7 +14,7 @@ import torch
 
 from cluster.config import DispatchConfig
 from cluster.errors import DispatchTimeout, FrameError
-from routing.tokens.server import Experts, ExpertServer, LayerBatcher, _Work
+from routing.tokens.server import ComputeExperts, ExpertServer, LayerBatcher, _QueuedRequest
 from routing.tokens.wire import DispatchReply, DispatchRequest, ErrorReply, decode_reply, encode_request
 
 
@@ -29,7 +29,7 @@ class Gated:
     def __init__(self) -> None:
         self.seconds = 100.0
         self.batches: list[tuple[int, int]] = []  # (layer, rows)
-        self.done: list[_Work] = []
+        self.done: list[_QueuedRequest] = []
         self.entered, self.open = threading.Event(), threading.Event()
         self.batcher = LayerBatcher(self._compute, clock=lambda: self.seconds)
 
@@ -49,7 +49,7 @@ class Gated:
         return thread
 
 
-def run(gated: Gated, *waiting: DispatchRequest, meanwhile_s: float) -> dict[int, list[_Work]]:
+def run(gated: Gated, *waiting: DispatchRequest, meanwhile_s: float) -> dict[int, list[_QueuedRequest]]:
     """One request of layer 1 computes; `waiting` come, wait for `meanwhile_s`, and then all are answered; by layer."""
     threads = [gated.submit(request(1))]
     assert gated.entered.wait(30)
@@ -61,7 +61,7 @@ def run(gated: Gated, *waiting: DispatchRequest, meanwhile_s: float) -> dict[int
     gated.open.set()
     for thread in threads:
         thread.join(30)
-    by_layer: dict[int, list[_Work]] = {}
+    by_layer: dict[int, list[_QueuedRequest]] = {}
     for work in gated.done:
         by_layer.setdefault(work.request.layer, []).append(work)
     return by_layer
@@ -89,7 +89,7 @@ def frame(layer: int, request_ids: str, deadline_ms: int = 60_000) -> bytes:
     return encode_request(replace(request(layer, deadline_ms), request_ids=request_ids))
 
 
-def server_of(experts: Experts) -> ExpertServer:
+def server_of(experts: ComputeExperts) -> ExpertServer:
     return ExpertServer(experts, 4, "model", DispatchConfig())
 
 

@@ -6,7 +6,9 @@ import json
 
 import msgspec
 import pytest
+from google.protobuf.json_format import ParseError
 
+from cluster.errors import EngineRefused
 from deployments.gateway.grpc.answers import (
     chat_chunk,
     chat_response,
@@ -16,7 +18,7 @@ from deployments.gateway.grpc.answers import (
     models_response,
     tokenize_response,
 )
-from deployments.gateway.grpc.errors import ReplicaRefused
+from deployments.gateway.models import ModelObject
 from deployments.protos.deepsplit.v1 import inference_pb2 as pb
 
 USAGE = {
@@ -113,7 +115,7 @@ def test_a_completion_with_everything() -> None:
 def test_an_error_within_a_stream() -> None:
     event = dump({"error": {"message": "engine died", "type": "InternalServerError", "param": None, "code": 503}})
     for read in (chat_chunk, completion_chunk):
-        with pytest.raises(ReplicaRefused, match="engine died") as raised:
+        with pytest.raises(EngineRefused, match="engine died") as raised:
             read(event)
         assert raised.value.status == 503
 
@@ -123,12 +125,14 @@ def test_tokens_and_models() -> None:
         pb.TokenizeResponse(count=2, max_model_len=64, tokens=[5, 6])
     )
     assert detokenize_response(dump({"prompt": "é"})).text == "é"
-    card = {"id": "tiny", "object": "model", "created": 3, "owned_by": "vllm", "max_model_len": 64, "permission": []}
-    assert models_response(dump({"object": "list", "data": [card]})).models[0] == (
-        pb.Model(id="tiny", created=3, owned_by="vllm", max_model_len=64)
+    card = ModelObject(
+        id="tiny", object="model", created=3, owned_by="us", root="tiny", parent=None, max_model_len=None
+    )
+    assert list(models_response([card, ModelObject(**card | {"max_model_len": 64})]).models) == (
+        [pb.Model(id="tiny", created=3, owned_by="us", max_model_len=length) for length in (0, 64)]
     )
 
 
 def test_what_no_vllm_sends() -> None:
-    with pytest.raises(msgspec.DecodeError):
+    with pytest.raises((ParseError, msgspec.DecodeError, TypeError)):
         chat_response(b'{"choices": 3}')

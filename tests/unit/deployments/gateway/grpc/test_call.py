@@ -1,26 +1,25 @@
-"""What a call carries to the door and how it ends: metadata, deadlines, cancellation, errors."""
+"""What a call carries into the pipeline and how it ends: metadata, deadlines, cancellation, errors."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from pathlib import Path
 
 import grpc
 import pytest
 from google.protobuf.struct_pb2 import Struct
 
-from cluster.errors import Draining, Overloaded, RateLimits, StreamLost, Unauthenticated
-from deployments.gateway.door import Answer, Call
-from deployments.gateway.grpc.call import event_data
-from deployments.gateway.grpc.server import GrpcServer
+from cluster.errors import Draining, Overloaded, Plane, RateLimits, Reason, ReplicaLost
 from deployments.protos.deepsplit.v1 import inference_pb2 as pb
 from deployments.protos.deepsplit.v1.inference_pb2_grpc import InferenceStub
 from tests.unit.deployments.gateway.grpc.grpc_server import (
-    MODEL,
-    ScriptedDoor,
+    Replicas,
+    World,
     answering,
     gateway_config,
+    key,
+    keys_file,
     refused,
     run,
     served,
@@ -33,22 +32,24 @@ from tests.unit.deployments.gateway.grpc.grpc_server import (
 PROMPT = pb.CompletionRequest(text="once")
 
 
-def test_metadata_and_deadline_reach_the_door() -> None:
+def test_metadata_reach_the_pipeline_and_the_replica(tmp_path: Path) -> None:
     async def test() -> None:
-        door = answering(token("a"))
-        metadata = (
-            ("authorization", "Bearer k1"), ("x-request-id", "r" * 500), ("x-deepsplit-priority", "batch"),
-            ("x-deepsplit-ttft-s", "2.5"),
-        )  # fmt: skip
-        async with served(door) as channel:
-            await InferenceStub(channel).Complete(PROMPT, metadata=metadata, timeout=30)
-            await InferenceStub(channel).Complete(PROMPT, metadata=(("x-api-key", "k2"), ("authorization", "Basic x")))
-        first, second = door.calls
-        assert (first.key, first.priority, first.ttft_s, len(first.request_id)) == ("k1", "batch", 2.5, 128)
-        assert first.timeout_s is not None
-        assert 0 < first.timeout_s < 31  # on the wire gRPC rounds the deadline up
-        assert (second.key, second.priority, second.ttft_s, second.timeout_s) == ("k2", None, None, None)
-        assert len(second.request_id) == 32
+        replicas = answering(token("a"))
+        world = World(replicas, gateway_config(), keys_file(tmp_path, k1="classes: [interactive]", k2="weight: 2"))
+        trace = ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+        async with served(world) as channel:
+            stub = InferenceStub(channel)
+            await stub.Complete(PROMPT, metadata=(*key("k1"), ("x-request-id", "r" * 500), trace))
+            other = (("x-api-key", "ds-k2"), ("authorization", "Basic x"), ("x-deepsplit-priority", "batch"))
+            call = stub.Complete(PROMPT, metadata=(*other, ("x-request-id", "  ")))
+            await call
+            error = await refused(stub.Complete(PROMPT, metadata=(*key("k1"), ("x-deepsplit-priority", "batch"))))
+            assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+        first, second = replicas.asked
+        assert first.headers == {"x-request-id": "r" * 128, "traceparent": trace[1]}
+        (made_up,) = second.headers.values()
+        assert (len(made_up), dict(await call.trailing_metadata())) == (32, {"x-request-id": made_up})
+        assert world.requests("ok") == 2
 
     run(test())
 
@@ -58,25 +59,25 @@ def test_metadata_and_deadline_reach_the_door() -> None:
 
 def test_cancelling_aborts_the_generation() -> None:
     async def test() -> None:
-        door = streaming(token("a"), hold=True)
-        async with served(door) as channel:
+        replicas = streaming(token("a"), hold=True)
+        async with served(replicas) as channel:
             call = InferenceStub(channel).CompleteStream(PROMPT)
             await call.read()
             call.cancel()
-            await asyncio.wait_for(door.closed.wait(), 10)
+            await asyncio.wait_for(replicas.closed.wait(), 10)
 
     run(test())
 
 
 def test_cancelling_a_unary_call_aborts_too() -> None:
     async def test() -> None:
-        door = ScriptedDoor([b"{"], hold=True)
-        async with served(door) as channel:
+        replicas = Replicas([b"{"], hold=True)
+        async with served(replicas) as channel:
             call = InferenceStub(channel).Complete(PROMPT)
             waiting = asyncio.ensure_future(call)
-            await asyncio.wait_for(door.entered.wait(), 10)
+            await asyncio.wait_for(replicas.entered.wait(), 10)
             call.cancel()
-            await asyncio.wait_for(door.closed.wait(), 10)
+            await asyncio.wait_for(replicas.closed.wait(), 10)
             with pytest.raises(asyncio.CancelledError):
                 await waiting
 
@@ -85,37 +86,37 @@ def test_cancelling_a_unary_call_aborts_too() -> None:
 
 def test_a_lost_connection_aborts() -> None:
     async def test() -> None:
-        door = streaming(token("a"), hold=True)
-        async with served(door) as channel:
+        replicas = streaming(token("a"), hold=True)
+        async with served(replicas) as channel:
             call = InferenceStub(channel).CompleteStream(PROMPT)
             await call.read()
             await channel.close(None)
-            await asyncio.wait_for(door.closed.wait(), 10)
+            await asyncio.wait_for(replicas.closed.wait(), 10)
 
     run(test())
 
 
 def test_a_deadline_that_passes_aborts() -> None:
     async def test() -> None:
-        door = streaming(token("a"), hold=True)
-        async with served(door) as channel:
+        replicas = streaming(token("a"), hold=True)
+        async with served(replicas) as channel:
             error = await refused(InferenceStub(channel).CompleteStream(PROMPT, timeout=0.5))
             assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            await asyncio.wait_for(door.closed.wait(), 10)
+            await asyncio.wait_for(replicas.closed.wait(), 10)
 
     run(test())
 
 
 def test_stopping_ends_what_still_runs() -> None:
     async def test() -> None:
-        door = streaming(token("a"), hold=True)
-        server = GrpcServer(gateway_config(), MODEL, door)
+        replicas = streaming(token("a"), hold=True)
+        server = World(replicas, gateway_config()).server()
         port = await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             call = InferenceStub(channel).CompleteStream(PROMPT)
             await call.read()
             await server.stop(0.1)
-            await asyncio.wait_for(door.closed.wait(), 10)
+            await asyncio.wait_for(replicas.closed.wait(), 10)
             assert (await refused(call)).code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
     run(test())
@@ -127,10 +128,10 @@ def test_stopping_ends_what_still_runs() -> None:
 def test_a_refusal_carries_pushback_and_budgets() -> None:
     async def test() -> None:
         limits = RateLimits(limit_tokens=100, remaining_tokens=3, reset_tokens_s=2)
-        door = ScriptedDoor(
-            error=Overloaded("too busy", retry_after_s=1.5, plane="experts", reason="ttft", limits=limits)
+        replicas = Replicas(
+            error=Overloaded("too busy", retry_after_s=1.5, plane=Plane.EXPERTS, reason=Reason.TTFT, limits=limits)
         )
-        async with served(door) as channel:
+        async with served(replicas) as channel:
             call = InferenceStub(channel).ChatStream(pb.ChatRequest(), metadata=(("x-request-id", "q"),))
             error = await refused(call)
         assert status_of(error) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "too busy")
@@ -152,28 +153,29 @@ def test_grpcs_own_retries_keep_to_the_pushback() -> None:
     }  # fmt: skip
     service = json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": policy}]})
 
-    class Once(ScriptedDoor):
-        async def answer(self, call: Call) -> Answer:
-            if not self.calls:
-                self.calls.append(call)
-                raise Overloaded("busy", retry_after_s=0.05, plane="attention", reason="ttft")
-            return await super().answer(call)
-
     async def test() -> None:
-        scripted = answering(token("a"))
-        door = Once(scripted.chunks)
-        async with served(door, options=[("grpc.service_config", service)]) as channel:
+        replicas = answering(token("a"))
+        chunks, replicas.chunks = replicas.chunks, ()
+        replicas.error = Overloaded("busy", retry_after_s=0.05, plane=Plane.ATTENTION, reason=Reason.TTFT)
+
+        async def recover() -> None:
+            await replicas.closed.wait()
+            replicas.chunks, replicas.error = chunks, None
+
+        recovering = asyncio.create_task(recover())
+        async with served(replicas, options=[("grpc.service_config", service)]) as channel:
             # Its own backoff would take longer than the deadline.
             assert (await InferenceStub(channel).Complete(PROMPT, timeout=20)).choices[0].text == "a"
-        assert len(door.calls) == 2
+        await recovering
+        assert len(replicas.asked) == 2
 
     run(test())
 
 
 def test_draining_is_unavailable() -> None:
     async def test() -> None:
-        door = ScriptedDoor(error=Draining("bye", retry_after_s=2, plane="gateway", reason="draining"))
-        async with served(door) as channel:
+        replicas = Replicas(error=Draining("bye", retry_after_s=2, plane=Plane.GATEWAY, reason=Reason.DRAINING))
+        async with served(replicas) as channel:
             error = await refused(InferenceStub(channel).Complete(PROMPT))
         assert status_of(error) == (grpc.StatusCode.UNAVAILABLE, "bye")
         assert trailing(error)["grpc-retry-pushback-ms"] == "2000"
@@ -181,46 +183,67 @@ def test_draining_is_unavailable() -> None:
     run(test())
 
 
-def test_unauthenticated() -> None:
+def test_unauthenticated(tmp_path: Path) -> None:
     async def test() -> None:
-        async with served(ScriptedDoor(error=Unauthenticated("no such key"))) as channel:
-            error = await refused(InferenceStub(channel).ListModels(pb.ListModelsRequest()))
-        assert status_of(error) == (grpc.StatusCode.UNAUTHENTICATED, "no such key")
+        world = World(Replicas(), gateway_config(), keys_file(tmp_path, a=""))
+        async with served(world) as channel:
+            error = await refused(InferenceStub(channel).ListModels(pb.ListModelsRequest(), metadata=key("other")))
+        assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert "key" in error.details()
 
     run(test())
 
 
-def test_vllms_own_refusal() -> None:
+REFUSAL = {"error": {"message": "logprobs must be at most 20", "type": "BadRequestError", "code": 400}}
+SAID = (grpc.StatusCode.INVALID_ARGUMENT, "logprobs must be at most 20")
+
+
+@pytest.mark.parametrize("replicas", [answering(REFUSAL, 400), streaming(REFUSAL)], ids=["at once", "in the stream"])
+def test_what_the_engine_refuses_is_told_alike_streamed_or_not(replicas: Replicas) -> None:
+    """vLLM begins some streams before it looks at the request."""
+
     async def test() -> None:
-        error = {"message": "temperature must be >= 0", "type": "BadRequestError", "code": 400}
-        door = answering({"error": error}, 400)
-        async with served(door) as channel:
-            for call in (InferenceStub(channel).Complete(PROMPT), InferenceStub(channel).CompleteStream(PROMPT)):
-                assert status_of(await refused(call)) == (
-                    grpc.StatusCode.INVALID_ARGUMENT, "temperature must be >= 0",
-                )  # fmt: skip
-        assert door.closed.is_set()
+        world = World(replicas, gateway_config())
+        async with served(world) as channel:
+            stub = InferenceStub(channel)
+            assert status_of(await refused(stub.CompleteStream(PROMPT))) == SAID
+            assert status_of(await refused(stub.ChatStream(pb.ChatRequest()))) == SAID
+            if replicas.status == 400:
+                assert status_of(await refused(stub.Complete(PROMPT))) == SAID
+                assert status_of(await refused(stub.Chat(pb.ChatRequest()))) == SAID
+        assert world.requests("client_error") == len(replicas.asked)
 
     run(test())
 
 
 def test_a_stream_that_breaks_keeps_its_tokens_and_ends_with_the_error() -> None:
     async def test() -> None:
-        async with served(streaming(token("a"), error=StreamLost("the replica died"))) as channel:
-            call = InferenceStub(channel).CompleteStream(PROMPT)
+        async with served(streaming(token("a"), error=ReplicaLost("it died"))) as channel:
+            request = pb.CompletionRequest(text="once", sampling=pb.Sampling(seed=7, temperature=1))
+            call = InferenceStub(channel).CompleteStream(request)
             assert (await call.read()).choices[0].text == "a"
-            assert status_of(await refused(call)) == (grpc.StatusCode.ABORTED, "the replica died")
+            error = await refused(call)
+        assert error.code() is grpc.StatusCode.ABORTED
+        assert "seed" in error.details()
 
     run(test())
 
 
-def test_vllms_error_within_a_stream() -> None:
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(
+    ("status", "code", "outcome"),
+    [(400, grpc.StatusCode.INVALID_ARGUMENT, "client_error"), (500, grpc.StatusCode.INTERNAL, "engine_error")],
+)
+def test_vllms_error_within_a_stream(begun: bool, status: int, code: grpc.StatusCode, outcome: str) -> None:
     async def test() -> None:
-        event = {"error": {"message": "engine died", "code": 500}}
-        async with served(streaming(token("a"), event)) as channel:
-            assert status_of(await refused(InferenceStub(channel).CompleteStream(PROMPT))) == (
-                grpc.StatusCode.INTERNAL, "engine died",
-            )  # fmt: skip
+        event = {"error": {"message": "no such thing", "code": status}}
+        world = World(streaming(*[token("a")] * begun, event), gateway_config(max_resends=0))
+        async with served(world) as channel:
+            error = await refused(InferenceStub(channel).CompleteStream(PROMPT))
+        if begun and status == 500:  # the replica's fault: another one would go on
+            assert (error.code(), world.requests("stream_lost")) == (grpc.StatusCode.ABORTED, 1)
+        else:
+            assert (*status_of(error), world.requests(outcome)) == (code, "no such thing", 1)
 
     run(test())
 
@@ -247,10 +270,10 @@ def test_calls_that_cannot_begin(
     metadata: tuple[tuple[str, str], ...], timeout: float | None, code: grpc.StatusCode
 ) -> None:
     async def test() -> None:
-        door = answering(token("a"))
-        async with served(door) as channel:
+        replicas = answering(token("a"))
+        async with served(replicas) as channel:
             error = await refused(InferenceStub(channel).Complete(PROMPT, metadata=metadata, timeout=timeout))
-        assert (error.code(), door.calls) == (code, [])
+        assert (error.code(), replicas.asked) == (code, [])
 
     run(test())
 
@@ -265,10 +288,10 @@ def test_calls_that_cannot_begin(
 )
 def test_requests_that_say_nothing_valid(request_: pb.CompletionRequest) -> None:
     async def test() -> None:
-        door = answering(token("a"))
-        async with served(door) as channel:
+        replicas = answering(token("a"))
+        async with served(replicas) as channel:
             error = await refused(InferenceStub(channel).Complete(request_))
-        assert (error.code(), door.calls) == (grpc.StatusCode.INVALID_ARGUMENT, [])
+        assert (error.code(), replicas.asked) == (grpc.StatusCode.INVALID_ARGUMENT, [])
 
     run(test())
 
@@ -278,13 +301,12 @@ def test_requests_that_say_nothing_valid(request_: pb.CompletionRequest) -> None
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 def test_events_are_found_however_they_are_cut(size: int) -> None:
-    wire = b': keep-alive\n\ndata: {"a": 1}\n\ndata:{"b": 2}\n\nevent: x\ndata: 3\n\ndata: [DONE]\n\ndata: late\n\n'
+    async def test() -> None:
+        events = b"".join(streaming(token("a"), token("b", "stop")).chunks)
+        wire = b": keep-alive\n\n" + events.replace(b"data: ", b"event: x\ndata:", 1) + b"data: late\n\n"
+        chunks = [wire[place : place + size] for place in range(0, len(wire), size)]
+        async with served(Replicas(chunks, content_type="text/event-stream")) as channel:
+            chunks_ = [chunk.choices[0].text async for chunk in InferenceStub(channel).CompleteStream(PROMPT)]
+        assert chunks_ == ["a", "b"]
 
-    async def chunks() -> AsyncGenerator[bytes, None]:
-        for place in range(0, len(wire), size):
-            yield wire[place : place + size]
-
-    async def collect() -> list[bytes]:
-        return [data async for data in event_data(chunks())]
-
-    assert asyncio.run(collect()) == [b'{"a": 1}', b'{"b": 2}', b"3"]
+    run(test())

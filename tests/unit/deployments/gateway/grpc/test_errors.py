@@ -9,7 +9,18 @@ import pytest
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from cluster.errors import DeepsplitError, NoCapacity, Overloaded, QuotaExceeded, RateLimits, Refusal, RequestError
+from cluster.errors import (
+    DeepsplitError,
+    EngineRefused,
+    NoCapacity,
+    Overloaded,
+    Plane,
+    QuotaExceeded,
+    RateLimits,
+    Reason,
+    Refusal,
+    RequestError,
+)
 from deployments.gateway.grpc.errors import Failure, failure, replica_error
 
 
@@ -17,10 +28,15 @@ def leaves(base: type[DeepsplitError]) -> list[type[DeepsplitError]]:
     return [kind for child in base.__subclasses__() for kind in [child, *leaves(child)]]
 
 
+def made(kind: type[DeepsplitError]) -> DeepsplitError:
+    if issubclass(kind, Refusal):
+        return kind("m", retry_after_s=1, plane=Plane.QUOTA, reason=Reason.TTFT)
+    return kind(500, "m") if issubclass(kind, EngineRefused) else kind("m")
+
+
 @pytest.mark.parametrize("kind", leaves(DeepsplitError))
 def test_each_class_of_the_tree_has_the_status_that_it_names(kind: type[DeepsplitError]) -> None:
-    error = kind("m", retry_after_s=1, plane="quota", reason="r") if issubclass(kind, Refusal) else kind("m")
-    assert failure(error).code is grpc.StatusCode[kind.grpc_status]
+    assert failure(made(kind)).code is grpc.StatusCode[kind.grpc_status]
 
 
 def details(how: Failure) -> tuple[Status, ErrorInfo, RetryInfo | None]:
@@ -33,28 +49,29 @@ def details(how: Failure) -> tuple[Status, ErrorInfo, RetryInfo | None]:
 
 def test_a_refusal_says_when_to_try_again_and_what_limits() -> None:
     limits = RateLimits(limit_requests=60, remaining_requests=0, reset_requests_s=1.5)
-    how = failure(QuotaExceeded("too many", retry_after_s=1.2345, plane="quota", reason="requests", limits=limits))
+    why = Reason.REQUESTS_PER_MINUTE
+    how = failure(QuotaExceeded("too many", retry_after_s=1.2345, plane=Plane.QUOTA, reason=why, limits=limits))
     assert dict(how.metadata[:-1]) == {
-        "grpc-retry-pushback-ms": "1235", "x-deepsplit-plane": "quota", "x-deepsplit-reason": "requests",
+        "grpc-retry-pushback-ms": "1235", "x-deepsplit-plane": "quota", "x-deepsplit-reason": "requests_per_minute",
         "x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1.5s",
     }  # fmt: skip
     status, info, retry = details(how)
     assert (status.code, status.message) == (grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], "too many")
     assert (info.reason, info.domain, dict(info.metadata)) == (
-        "QUOTA", "deepsplit", {"plane": "quota", "reason": "requests"},
+        "QUOTA", "deepsplit", {"plane": "quota", "reason": "requests_per_minute"},
     )  # fmt: skip
     assert retry is not None
     assert retry.retry_delay.ToMilliseconds() == 1235
 
 
 def test_what_can_never_be_served_is_never_tried_again() -> None:
-    how = failure(Overloaded("never", retry_after_s=math.inf, plane="kv_cache", reason="too_long"))
+    how = failure(Overloaded("never", retry_after_s=math.inf, plane=Plane.KV_CACHE, reason=Reason.REQUEST_OVER_BUDGET))
     assert dict(how.metadata)["grpc-retry-pushback-ms"] == "-1"
     assert details(how)[2] is None
 
 
 def test_no_capacity_is_unavailable_with_pushback() -> None:
-    how = failure(NoCapacity("nobody", retry_after_s=5, plane="attention", reason="no_replica"))
+    how = failure(NoCapacity("nobody", retry_after_s=5, plane=Plane.ATTENTION, reason=Reason.NO_REPLICA))
     assert (how.code, dict(how.metadata)["grpc-retry-pushback-ms"]) == (grpc.StatusCode.UNAVAILABLE, "5000")
 
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from pathlib import Path
 
 import grpc
 import pytest
 from google.protobuf.descriptor import ServiceDescriptor
 
-from deployments.gateway.grpc.bounds import Entrance
-from deployments.gateway.grpc.interceptor import Edge
-from deployments.gateway.grpc.server import SIDE_CALLS
+from deployments.gateway.grpc.interceptor import SIDE_STREAMS, Interceptor
 from deployments.protos.deepsplit.v1 import inference_pb2 as pb
 from deployments.protos.deepsplit.v1.inference_pb2_grpc import InferenceStub
 from deployments.protos.inference import open_inference_pb2 as oip
 from tests.unit.deployments.gateway.grpc.grpc_server import (
-    ScriptedDoor,
+    Replicas,
+    World,
     answering,
+    gateway_config,
+    keys_file,
     refused,
     run,
     served,
@@ -26,6 +28,7 @@ from tests.unit.deployments.gateway.grpc.grpc_server import (
     trailing,
 )
 
+SERVING = b"\x08\x01"
 COMPLETE, STREAM_INFER = "/deepsplit.v1.Inference/Complete", "/inference.GRPCInferenceService/ModelStreamInfer"
 
 
@@ -40,10 +43,10 @@ COMPLETE, STREAM_INFER = "/deepsplit.v1.Inference/Complete", "/inference.GRPCInf
 )
 def test_bytes_that_are_no_message(raw: bytes) -> None:
     async def test() -> None:
-        door = answering({})
-        async with served(door) as channel:
+        replicas = answering({})
+        async with served(replicas) as channel:
             code, message = status_of(await refused(channel.unary_unary(COMPLETE)(raw)))
-        assert (code, door.calls) == (grpc.StatusCode.INVALID_ARGUMENT, [])
+        assert (code, replicas.asked) == (grpc.StatusCode.INVALID_ARGUMENT, [])
         assert "not a valid message" in message
 
     run(test())
@@ -92,12 +95,12 @@ def test_a_request_that_never_comes() -> None:
     [pb.DESCRIPTOR.services_by_name["Inference"], oip.DESCRIPTOR.services_by_name["GRPCInferenceService"]],
     ids=lambda service: service.name,
 )
-def test_a_strangers_message_is_not_waited_for(service: ServiceDescriptor) -> None:
+def test_a_strangers_message_is_not_waited_for(service: ServiceDescriptor, tmp_path: Path) -> None:
     """Whatever reaches a replica asks for the key first: here nothing is ever sent but the call itself."""
 
     async def test() -> None:
-        door = ScriptedDoor(strangers=True)
-        async with served(door) as channel:
+        replicas = Replicas()
+        async with served(World(replicas, gateway_config(), keys_file(tmp_path, a=""))) as channel:
             for method in service.methods:
                 if method.name.startswith("Server") or method.name in ("ModelReady", "ModelMetadata"):
                     continue
@@ -105,27 +108,26 @@ def test_a_strangers_message_is_not_waited_for(service: ServiceDescriptor) -> No
                 error = await asyncio.wait_for(refused(call), 20)
                 assert error.code() is grpc.StatusCode.UNAUTHENTICATED
                 assert trailing(error)["x-request-id"]
-                assert door.arrived.pop()[1] == "other"
-        assert door.calls == []
+        assert replicas.asked == []
 
     run(test())
 
 
-def test_calls_that_need_no_key_leave_room_for_those_that_do() -> None:
+def test_watches_leave_room_for_requests_and_probes() -> None:
     async def test() -> None:
         watch, check = (f"/grpc.health.v1.Health/{name}" for name in ("Watch", "Check"))
         async with served(answering({"choices": [{"index": 0, "text": "a"}]})) as channel:
-            watches = [channel.unary_stream(watch)(b"") for _ in range(SIDE_CALLS)]
+            watches = [channel.unary_stream(watch)(b"") for _ in range(SIDE_STREAMS)]
             for one in watches:
                 await one.read()
-            error = await refused(channel.unary_unary(check)(b""))
+            error = await refused(channel.unary_stream(watch)(b""))
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert int(trailing(error)["grpc-retry-pushback-ms"]) > 0
-            raw = pb.CompletionRequest(text="a").SerializeToString()
-            assert await channel.unary_unary(COMPLETE)(raw)
+            assert await channel.unary_unary(check)(b"") == SERVING
+            assert await channel.unary_unary(COMPLETE)(pb.CompletionRequest(text="a").SerializeToString())
             watches[0].cancel()
             async with asyncio.timeout(10):
-                while await channel.unary_unary(check)(b"", wait_for_ready=True).code() is not grpc.StatusCode.OK:
+                while await channel.unary_stream(watch)(b"").read() is grpc.aio.EOF:
                     await asyncio.sleep(0.01)
 
     run(test())
@@ -145,12 +147,12 @@ def test_a_call_without_a_request() -> None:
 def test_a_client_that_reads_nothing_frees_its_generation_and_blocks_nobody() -> None:
     async def test() -> None:
         text = json.dumps({"choices": [{"index": 0, "text": "a" * 2**16}]}).encode()
-        door = ScriptedDoor([b"data: " + text + b"\n\n"] * 4096, content_type="text/event-stream")
-        async with served(door, write_stall_s=0.2) as channel:
+        replicas = Replicas([b"data: " + text + b"\n\n"] * 4096, content_type="text/event-stream")
+        async with served(World(replicas, gateway_config(write_stall_s=0.2))) as channel:
             stalled = InferenceStub(channel).CompleteStream(pb.CompletionRequest(text="a"))
             await stalled.initial_metadata()
-            await asyncio.wait_for(door.closed.wait(), 20)
-            assert door.sent < 4096
+            await asyncio.wait_for(replicas.closed.wait(), 20)
+            assert replicas.sent < 4096
             live = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
             assert oip.ServerLiveResponse.FromString(await live(b"")).live
 
@@ -173,7 +175,8 @@ def test_a_handler_is_closed_with_its_call_even_if_something_holds_it() -> None:
             held.append(tokens())
             return held[0]
 
-        server = grpc.aio.server(interceptors=[Edge(Entrance(ScriptedDoor(), {}, 1), 10, 10)])
+        pipeline = World(Replicas(), gateway_config()).pipeline
+        server = grpc.aio.server(interceptors=[Interceptor(pipeline, gateway_config())])
         handler = grpc.unary_stream_rpc_method_handler(behaviour, bytes, bytes)
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("t", {"tokens": handler})])
         port = server.add_insecure_port("127.0.0.1:0")

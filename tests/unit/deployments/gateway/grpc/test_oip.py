@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import struct
+from pathlib import Path
 
 import grpc
 import pytest
 
-from cluster.errors import Overloaded, RequestError, Unauthenticated
+from cluster.errors import Overloaded, Plane, Reason, RequestError
 from deployments.gateway.grpc.oip_text import read
 from deployments.protos.inference import open_inference_pb2 as pb
 from deployments.protos.inference.open_inference_pb2_grpc import GRPCInferenceServiceStub as Stub
 from tests.unit.deployments.gateway.grpc.grpc_server import (
     MODEL,
-    ScriptedDoor,
+    Replicas,
+    World,
     answering,
+    gateway_config,
+    keys_file,
     refused,
     run,
     served,
@@ -52,14 +56,16 @@ def completion(*texts: str) -> dict[str, object]:
     return {"choices": [{"index": i, "text": one, "finish_reason": "stop"} for i, one in enumerate(texts)]}
 
 
-def test_readiness_and_metadata_need_no_key() -> None:
+def test_readiness_and_metadata_need_no_key(tmp_path: Path) -> None:
     async def test() -> None:
-        door = ScriptedDoor(error=Unauthenticated("no key"))
-        async with served(door) as channel:
+        replicas = Replicas()
+        async with served(World(replicas, gateway_config(), keys_file(tmp_path, a=""))) as channel:
             stub = Stub(channel)
             assert (await stub.ServerLive(pb.ServerLiveRequest())).live
             assert (await stub.ServerReady(pb.ServerReadyRequest())).ready
-            for name, version, ready in ((MODEL, "", True), (MODEL, "1", True), (MODEL, "2", False), ("x", "", False)):
+            for name, version, ready in (
+                (MODEL, "", True), (MODEL, "1", True), ("alias", "", True), (MODEL, "2", False), ("x", "", False),
+            ):  # fmt: skip
                 answer = await stub.ModelReady(pb.ModelReadyRequest(name=name, version=version))
                 assert answer.ready is ready, (name, version)
             assert (await stub.ServerMetadata(pb.ServerMetadataRequest())).name == "deepsplit"
@@ -70,7 +76,7 @@ def test_readiness_and_metadata_need_no_key() -> None:
             ]  # fmt: skip
             error = await refused(stub.ModelMetadata(pb.ModelMetadataRequest(name="x")))
             assert error.code() is grpc.StatusCode.NOT_FOUND
-            door.is_ready = False
+            replicas.names = ""
             assert not (await stub.ServerReady(pb.ServerReadyRequest())).ready
             assert not (await stub.ModelReady(pb.ModelReadyRequest(name=MODEL))).ready
 
@@ -79,28 +85,30 @@ def test_readiness_and_metadata_need_no_key() -> None:
 
 def test_text_in_text_out() -> None:
     async def test() -> None:
-        door = answering(completion("né"))
-        async with served(door) as channel:
+        replicas = answering(completion("né"))
+        async with served(replicas) as channel:
             request = infer(text("é".encode()), max_tokens=5, temperature=0.5, ignore_eos=True, stop="\n", priority=3)
-            answer = await Stub(channel).ModelInfer(request, metadata=(("authorization", "Bearer k"),))
+            call = Stub(channel).ModelInfer(request, metadata=(("x-request-id", "other"),))
+            answer = await call
+            assert dict(await call.trailing_metadata()) == {"x-request-id": "q1"}
         assert (answer.model_name, answer.model_version, answer.id) == (MODEL, "1", "q1")
         output = answer.outputs[0]
         assert (output.name, output.datatype, list(output.shape)) == ("text_output", "BYTES", [1])
         assert list(output.contents.bytes_contents) == ["né".encode()]
         assert not answer.raw_output_contents
-        assert door.body == {
+        assert replicas.body == {
             "model": MODEL, "prompt": "é", "stream": False, "max_tokens": 5, "temperature": 0.5, "ignore_eos": True,
             "stop": "\n",
         }  # fmt: skip
-        assert (door.calls[0].key, door.calls[0].request_id, door.calls[0].path) == ("k", "q1", "/v1/completions")
+        assert (replicas.asked[0].path, replicas.asked[0].headers) == ("/v1/completions", {"x-request-id": "q1"})
 
     run(test())
 
 
 def test_raw_contents_in_and_out() -> None:
     async def test() -> None:
-        door = answering({"choices": list(reversed(completion("x", "yz")["choices"]))})  # type: ignore[call-overload]
-        async with served(door) as channel:
+        replicas = answering({"choices": list(reversed(completion("x", "yz")["choices"]))})  # type: ignore[call-overload]
+        async with served(replicas) as channel:
             inputs = [
                 Input(name="exclude_input_in_output", datatype="BOOL", shape=[1]),
                 Input(name="text_input", datatype="BYTES", shape=[2, 1]),
@@ -111,7 +119,7 @@ def test_raw_contents_in_and_out() -> None:
         assert list(answer.raw_output_contents) == [framed(b"x", b"yz")]
         assert list(answer.outputs[0].shape) == [2, 1]
         assert not answer.outputs[0].HasField("contents")
-        assert door.body == {
+        assert replicas.body == {
             "model": MODEL, "prompt": ["a", ""], "stream": False, "echo": True, "top_p": 0.5, "logit_bias": {"1": 2},
         }  # fmt: skip
 
@@ -185,8 +193,8 @@ def test_errors_of_model_infer() -> None:
 
 def test_a_stream_of_tokens() -> None:
     async def test() -> None:
-        door = streaming(token("a"), token("b", "stop"), {"choices": []})
-        async with served(door) as channel:
+        replicas = streaming(token("a"), token("b", "stop"), {"choices": []})
+        async with served(replicas) as channel:
             once = infer(text(b"p"), triton_enable_empty_final_response=True)
             whole = infer(text(b"p"))
             call = Stub(channel).ModelStreamInfer(iter([once, whole]))
@@ -196,28 +204,28 @@ def test_a_stream_of_tokens() -> None:
         assert [one.parameters[final].bool_param for one in answers] == [False, False, True, False, False]
         assert answers[1].parameters["finish_reason"].string_param == "stop"
         assert not answers[2].outputs
-        assert "triton_enable_empty_final_response" not in door.body
-        assert door.body["stream"] is True
+        assert "triton_enable_empty_final_response" not in replicas.body
+        assert replicas.body["stream"] is True
 
     run(test())
 
 
 def test_a_stream_that_is_asked_for_whole_answers() -> None:
     async def test() -> None:
-        door = answering(completion("ab"))
-        async with served(door) as channel:
+        replicas = answering(completion("ab"))
+        async with served(replicas) as channel:
             call = Stub(channel).ModelStreamInfer(iter([infer(text(b"p"), flag("stream", False))]))
             answers = [answer.infer_response async for answer in call]
         assert [list(one.outputs[0].contents.bytes_contents) for one in answers] == [[b"ab"]]
-        assert door.body["stream"] is False
+        assert replicas.body["stream"] is False
 
     run(test())
 
 
 def test_an_error_does_not_end_the_stream_of_requests() -> None:
     async def test() -> None:
-        door = ScriptedDoor(error=Overloaded("busy", retry_after_s=1, plane="attention", reason="ttft"))
-        async with served(door) as channel:
+        replicas = Replicas(error=Overloaded("busy", retry_after_s=1, plane=Plane.ATTENTION, reason=Reason.TTFT))
+        async with served(replicas) as channel:
             call = Stub(channel).ModelStreamInfer(iter([infer(text(b"p")), infer()]))
             answers = [answer async for answer in call]
         assert [(one.error_message, one.infer_response.id) for one in answers] == [
@@ -229,11 +237,11 @@ def test_an_error_does_not_end_the_stream_of_requests() -> None:
 
 def test_leaving_a_stream_aborts_its_generation() -> None:
     async def test() -> None:
-        door = streaming(completion("a"), hold=True)
-        async with served(door) as channel:
+        replicas = streaming(completion("a"), hold=True)
+        async with served(replicas) as channel:
             call = Stub(channel).ModelStreamInfer(iter([infer(text(b"p"))]))
             await call.read()
             call.cancel()
-            await door.closed.wait()
+            await replicas.closed.wait()
 
     run(test())

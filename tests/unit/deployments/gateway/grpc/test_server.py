@@ -1,4 +1,4 @@
-"""The gRPC API with real clients on real sockets, over a door that answers by script."""
+"""The gRPC API with real clients on real sockets, over the real pipeline and replicas that answer by script."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cluster.errors import StartupError, Unauthenticated
-from deployments.gateway.grpc.server import GrpcServer
+from cluster.errors import StartupError
 from deployments.protos.deepsplit.v1 import inference_pb2 as pb
 from deployments.protos.deepsplit.v1.inference_pb2_grpc import InferenceStub
 from tests.certificates import Authority, public
 from tests.unit.deployments.gateway.grpc.grpc_server import (
+    CONTEXT,
     MODEL,
-    ScriptedDoor,
+    Replicas,
+    World,
     answering,
     gateway_config,
+    key,
+    keys_file,
     refused,
     run,
     served,
     streaming,
+    tls_config,
     token,
 )
 
@@ -41,15 +45,15 @@ def test_chat() -> None:
     async def test() -> None:
         message = {"role": "assistant", "content": "hi", "reasoning": "hm"}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        door = answering(HEAD | {"choices": [choice], "usage": USAGE})
-        async with served(door) as channel:
+        replicas = answering(HEAD | {"choices": [choice], "usage": USAGE})
+        async with served(replicas) as channel:
             request = pb.ChatRequest(model=MODEL, messages=[pb.Message(role="user", content="é")])
             answer = await InferenceStub(channel).Chat(request)
         assert answer.choices[0].message == pb.Message(role="assistant", content="hi", reasoning="hm")
         assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (2, "stop")
-        assert (door.calls[0].method, door.calls[0].path) == ("POST", "/v1/chat/completions")
-        assert door.body == {"model": MODEL, "messages": [{"role": "user", "content": "é"}], "stream": False}
-        assert door.closed.is_set()
+        assert replicas.asked[0].path == "/v1/chat/completions"
+        assert replicas.body == {"model": MODEL, "messages": [{"role": "user", "content": "é"}], "stream": False}
+        assert replicas.closed.is_set()
 
     run(test())
 
@@ -58,13 +62,13 @@ def test_chat_stream() -> None:
     async def test() -> None:
         deltas = [{"role": "assistant", "content": ""}, {"reasoning": "hm"}, {"content": "hi"}]
         events = [HEAD | {"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
-        door = streaming(*events, HEAD | {"choices": [], "usage": USAGE})
-        async with served(door) as channel:
+        replicas = streaming(*events, HEAD | {"choices": [], "usage": USAGE})
+        async with served(replicas) as channel:
             chunks = [chunk async for chunk in InferenceStub(channel).ChatStream(pb.ChatRequest())]
         assert [chunk.choices[0].delta.content for chunk in chunks[:3]] == ["", "", "hi"]
         assert (chunks[1].choices[0].delta.reasoning, chunks[3].usage.total_tokens) == ("hm", 4)
-        assert door.body["stream"] is True
-        assert door.closed.is_set()
+        assert replicas.body["stream"] is True
+        assert replicas.closed.is_set()
 
     run(test())
 
@@ -72,8 +76,8 @@ def test_chat_stream() -> None:
 @pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_complete_stream(loop_factory: type[asyncio.AbstractEventLoop]) -> None:
     async def test() -> None:
-        door = streaming(token("a"), token("b", "length"))
-        async with served(door) as channel:
+        replicas = streaming(token("a"), token("b", "length"))
+        async with served(replicas) as channel:
             call = InferenceStub(channel).CompleteStream(PROMPT, metadata=(("x-request-id", "mine"),))
             assert dict(await call.initial_metadata())["x-request-id"] == "mine"
             chunks = [chunk async for chunk in call]
@@ -87,23 +91,28 @@ def test_complete_stream(loop_factory: type[asyncio.AbstractEventLoop]) -> None:
 
 def test_each_token_is_sent_as_it_comes() -> None:
     async def test() -> None:
-        door = streaming(token("a"), hold=True)
-        async with served(door) as channel:
+        replicas = streaming(token("a"), hold=True)
+        async with served(replicas) as channel:
             call = InferenceStub(channel).CompleteStream(PROMPT)
             assert (await call.read()).choices[0].text == "a"
-            assert not door.closed.is_set()
+            assert not replicas.closed.is_set()
 
     run(test())
 
 
-def test_complete() -> None:
+def test_complete(tmp_path: Path) -> None:
     async def test() -> None:
-        door = answering(token("b", "stop"), x_ratelimit_limit_requests="60", x_internal="no")
-        async with served(door) as channel:
-            call = InferenceStub(channel).Complete(PROMPT, metadata=(("x-request-id", "mine"),))
+        replicas = answering(token("b", "stop"))
+        world = World(replicas, gateway_config(), keys_file(tmp_path, small="requests_per_minute: 60"))
+        async with served(world) as channel:
+            call = InferenceStub(channel).Complete(PROMPT, metadata=(("x-request-id", "mine"), *key("small")))
             assert (await call).choices[0].text == "b"
-            assert dict(await call.trailing_metadata()) == {"x-request-id": "mine", "x-ratelimit-limit-requests": "60"}
-        assert door.calls[0].request_id == "mine"
+            seen = dict(await call.trailing_metadata())
+        assert (seen.pop("x-ratelimit-reset-requests"), seen) == ("1.0s", {
+            "x-request-id": "mine", "x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": "59",
+        })  # fmt: skip
+        assert replicas.asked[0].headers["x-request-id"] == "mine"
+        assert world.requests("ok") == 1
 
     run(test())
 
@@ -114,10 +123,18 @@ def test_tokens_and_models() -> None:
             assert list((await InferenceStub(channel).Tokenize(pb.TokenizeRequest(text="a"))).tokens) == [5]
         async with served(answering({"prompt": "a"})) as channel:
             assert (await InferenceStub(channel).Detokenize(pb.DetokenizeRequest(tokens=[5]))).text == "a"
-        door = answering({"data": [{"id": MODEL}]})
-        async with served(door) as channel:
-            assert (await InferenceStub(channel).ListModels(pb.ListModelsRequest())).models[0].id == MODEL
-        assert (door.calls[0].method, door.calls[0].path, door.calls[0].body) == ("GET", "/v1/models", b"")
+
+    run(test())
+
+
+def test_models_are_known_without_asking_a_replica() -> None:
+    async def test() -> None:
+        async with served(replicas := Replicas()) as channel:
+            answer = await InferenceStub(channel).ListModels(pb.ListModelsRequest())
+        assert list(answer.models) == [
+            pb.Model(id=name, created=17, owned_by="deepsplit", max_model_len=CONTEXT) for name in (MODEL, "alias")
+        ]
+        assert replicas.asked == []
 
     run(test())
 
@@ -127,23 +144,24 @@ def test_tokens_and_models() -> None:
 
 def test_a_message_over_the_bound() -> None:
     async def test() -> None:
-        door = answering(token("a"))
-        async with served(door, gateway_config(max_body_mib=1)) as channel:
+        replicas = answering(token("a"))
+        async with served(World(replicas, gateway_config(max_body_mib=1))) as channel:
             stub = InferenceStub(channel)
-            error = await refused(stub.Complete(pb.CompletionRequest(text="a" * 2**20)))
+            error = await refused(stub.Complete(pb.CompletionRequest(text="a " * 2**19)))
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert door.calls == []
-            await stub.Complete(pb.CompletionRequest(text="a" * (2**20 - 100)))
+            assert replicas.asked == []
+            error = await refused(stub.Complete(pb.CompletionRequest(text="a " * (2**19 - 50))))
+            assert "maximum context length" in error.details()  # it was read
 
     run(test())
 
 
 def test_metadata_over_the_bound() -> None:
     async def test() -> None:
-        door = answering(token("a"))
-        async with served(door) as channel:
+        replicas = answering(token("a"))
+        async with served(replicas) as channel:
             error = await refused(InferenceStub(channel).Complete(PROMPT, metadata=(("x-filler", "a" * 20_000),)))
-            assert (error.code(), door.calls) == (grpc.StatusCode.RESOURCE_EXHAUSTED, [])
+            assert (error.code(), replicas.asked) == (grpc.StatusCode.RESOURCE_EXHAUSTED, [])
             await InferenceStub(channel).Complete(PROMPT, metadata=(("x-filler", "a" * 10_000),))
 
     run(test())
@@ -166,10 +184,9 @@ def test_reflection_lists_and_describes() -> None:
     run(test())
 
 
-def test_health_needs_no_key_and_ends_with_the_server() -> None:
+def test_health_needs_no_key_and_ends_with_the_server(tmp_path: Path) -> None:
     async def test() -> None:
-        door = ScriptedDoor(error=Unauthenticated("no key"))
-        server = GrpcServer(gateway_config(), MODEL, door)
+        server = World(Replicas(), gateway_config(), keys_file(tmp_path, a="")).server()
         port = await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
@@ -185,7 +202,8 @@ def test_health_needs_no_key_and_ends_with_the_server() -> None:
 def test_tls(tmp_path: Path) -> None:
     async def test() -> None:
         tls = Authority("ours").issue(tmp_path, "localhost")
-        async with served(answering(token("a")), gateway_config(public(tls)), ca_file=tls.ca_file) as channel:
+        world = World(answering(token("a")), tls_config(public(tls)))
+        async with served(world, ca_file=tls.ca_file) as channel:
             assert (await InferenceStub(channel).Complete(PROMPT)).choices[0].text == "a"
 
     run(test())
@@ -193,9 +211,9 @@ def test_tls(tmp_path: Path) -> None:
 
 def test_gateways_share_a_port() -> None:
     async def test() -> None:
-        first = GrpcServer(gateway_config(), MODEL, answering({}))
+        first = World(Replicas(), gateway_config()).server()
         port = await first.start()
-        second = GrpcServer(gateway_config(grpc_port=port), MODEL, answering({}))
+        second = World(Replicas(), gateway_config(port)).server()
         assert await second.start() == port
         await second.stop(0)
         await first.stop(0)
@@ -205,7 +223,7 @@ def test_gateways_share_a_port() -> None:
 
 def test_a_port_of_another_program() -> None:
     async def test(port: int) -> None:
-        server = GrpcServer(gateway_config(grpc_port=port), MODEL, answering({}))
+        server = World(Replicas(), gateway_config(port)).server()
         with pytest.raises(StartupError, match=f"cannot listen on 127.0.0.1:{port}: .* in use; see gateway.grpc_port"):
             await server.start()
         await server.stop(0)

@@ -32,7 +32,8 @@ CLIENT_ERROR = {"outcome": "client_error", "class": "interactive", "tenant": "an
 
 
 def refusal(body: bytes) -> bytes:
-    return b"data: " + body + b"\n\n" + DONE
+    spaced = json.dumps(json.loads(body)).encode()  # as the engine writes its events
+    return b"data: " + spaced + b"\n\n" + DONE
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,8 @@ def test_a_chat_without_a_bound_goes_on_to_the_end_of_the_context() -> None:
     async def scenario() -> None:
         def chunk(text: str) -> bytes:
             choice = {"index": 0, "delta": {"content": text}, "token_ids": [ord(text)]}
-            return b"data: " + json.dumps({"id": "c", "choices": [choice], "prompt_token_ids": PROMPT}).encode() + b"\n\n"
+            data = {"id": "c", "choices": [choice], "prompt_token_ids": PROMPT}
+            return b"data: " + json.dumps(data).encode() + b"\n\n"
 
         rest = [event(ord("y")), event(ord("z"), finish="stop"), DONE]
         pool = FakePool([SSE, chunk("w"), chunk("x"), LOST], [SSE, *rest], max_model_len=500)
@@ -212,7 +214,8 @@ def test_the_second_engines_own_error_is_the_answer() -> None:
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 @pytest.mark.parametrize(
-    "events", [[refusal(BAD)], [b": ping\n\n" + refusal(BAD)[:40], refusal(BAD)[40:]], [b"event: error\n" + refusal(BAD)]]
+    "events",
+    [[refusal(BAD)], [b": ping\n\n" + refusal(BAD)[:40], refusal(BAD)[40:]], [b"event: error\n" + refusal(BAD)]],
 )
 def test_a_streamed_request_is_refused_as_one_that_is_not(path: str, events: list[bytes]) -> None:
     async def scenario() -> None:
@@ -231,6 +234,7 @@ def test_a_streamed_request_is_refused_as_one_that_is_not(path: str, events: lis
     run(scenario)
 
 
+@pytest.mark.parametrize("broken", [[], [LOST]])
 @pytest.mark.parametrize(
     ("path", "begun"),
     [
@@ -238,9 +242,11 @@ def test_a_streamed_request_is_refused_as_one_that_is_not(path: str, events: lis
         ("/v1/messages", b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"no"}}\n\n'),
     ],
 )
-def test_where_the_stream_does_not_say_why_the_engine_is_asked_without_one(path: str, begun: bytes) -> None:
+def test_where_the_stream_does_not_say_why_the_engine_is_asked_without_one(
+    path: str, begun: bytes, broken: Script
+) -> None:
     async def scenario() -> None:
-        pool = FakePool([SSE, begun], [ResponseHead(400, "application/json"), BAD])
+        pool = FakePool([SSE, begun, *broken], [ResponseHead(400, "application/json"), BAD])
         world = World(pool)
         got = await world.ask(path, input="x", messages=[{"role": "user", "content": "x"}], max_tokens=9, stream=True)
         assert (got.status, got.body) == (400, BAD)
@@ -259,9 +265,10 @@ def test_a_stream_of_responses_whose_replica_died_before_its_first_token_is_aske
         created = b'event: response.created\ndata: {"type":"response.created","response":{"id":"%d"}}\n\n'
         delta = b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"x"}\n\n'
         done = b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":null}}\n\n'
-        pool = FakePool([SSE, created % 1, LOST], [SSE, created % 2, delta, done])
-        got = await World(pool).ask("/v1/responses", input="x", stream=True)
-        assert got.body == created % 2 + delta + done
+        for asked_again in ([UNREACHED], [LOST], [JSON, b"{}"]):
+            pool = FakePool([SSE, created % 1, LOST], asked_again, [SSE, created % 2, delta, done])
+            got = await World(pool).ask("/v1/responses", input="x", stream=True)
+            assert got.body == created % 2 + delta + done
 
     run(scenario)
 
