@@ -96,7 +96,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self._in_body and not self._head_bytes:
+        if not self._in_body and not self._head_bytes and not self._is_answering():
             self._close_in(HEADER_TIMEOUT_S)
         self._head_bytes += len(data)
         super().data_received(data)
@@ -144,8 +144,12 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._is_answering():  # a request that came behind this one
+            return
         if self._in_body:  # nobody reads it any more
             self._close_in(UNREAD_BODY_TIMEOUT_S)
+        elif self._head_bytes:
+            self._close_in(HEADER_TIMEOUT_S)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
         super()._start_asgi_task(cycle, _unchunked(app, cycle) if cycle.scope["http_version"] == "1.0" else app)  # type: ignore[arg-type]
@@ -174,9 +178,12 @@ class BoundedProtocol(HttpToolsProtocol):
         """
         waiting = self.transport.get_write_buffer_size()
         connection: socket.socket = self.transport.get_extra_info("socket")
-        with contextlib.suppress(OSError):  # a connection that has just been closed
+        with contextlib.suppress(OSError, ValueError):  # a connection that has just been closed
             waiting += int.from_bytes(fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         return waiting
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _close_in(self, seconds: float) -> None:
         self._stop_header_timer()

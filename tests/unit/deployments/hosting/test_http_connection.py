@@ -195,6 +195,41 @@ def test_the_rest_of_a_body_that_nobody_reads_has_its_time(monkeypatch: pytest.M
     talk(2, ends)
 
 
+def test_what_follows_a_request_does_not_end_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty line, as old clients send it behind a body, or a further request's beginning."""
+    monkeypatch.setattr(http_connection, "HEADER_TIMEOUT_S", 0.2)
+
+    async def follows(port: int, app: Application) -> None:
+        for what, closed in ((b"\r\n", False), (b"GET / HT", True)):
+            app.hold.clear()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(GET)
+            await asyncio.sleep(0.05)
+            writer.write(what)
+            await asyncio.sleep(0.6)
+            app.hold.set()
+            assert (await reader.readuntil(b"0\r\n\r\n")).startswith(b"HTTP/1.1 200 OK")
+            if closed:
+                assert await until_closed(reader) == b""  # the beginning never went on
+            writer.close()
+
+    talk(2, follows)
+
+
+def test_a_body_behind_another_request_has_all_the_time_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_connection, "UNREAD_BODY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(http_connection, "HEADER_TIMEOUT_S", 0.1)
+
+    async def test(port: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert (await ask_on(reader, writer, PLAIN + IN_CHUNKS[:-20]))[1]["body"] == BODY.decode()
+        await asyncio.sleep(0.4)
+        assert (await ask_on(reader, writer, IN_CHUNKS[-20:]))[1]["body"] == BODY.decode()
+        writer.close()
+
+    on_a_server(test)
+
+
 # --- offers of another protocol ---
 
 JAVA = (
