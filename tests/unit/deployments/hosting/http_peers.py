@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
@@ -57,8 +58,10 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @asynccontextmanager
-async def served(app: ASGIApp, bounds: ConnectionBounds = DEFAULT_BOUNDS) -> AsyncIterator[int]:
-    server = HttpServer(app, bounds=bounds)
+async def served(
+    app: ASGIApp, bounds: ConnectionBounds = DEFAULT_BOUNDS, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[int]:
+    server = HttpServer(app, tls, bounds)
     port = await server.start("127.0.0.1", 0, "gateway.port")
     try:
         yield port
