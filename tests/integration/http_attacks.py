@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import random
 import socket
@@ -169,6 +170,62 @@ async def truncated_chunks(target: Target, peer: Peer, rng: random.Random) -> No
     await asyncio.sleep(rng.random() * 0.1)
 
 
+async def endless_trailers(target: Target, peer: Peer, rng: random.Random) -> None:
+    await peer.send(head(target, "transfer-encoding: chunked") + b"2\r\n{}\r\n0\r\n")
+    for _ in range(64):
+        await peer.send(b"x-%d: " % rng.randrange(10**6) + b"a" * 16384 + b"\r\n")
+    await peer.answer()
+
+
+async def endless_chunk_extension(target: Target, peer: Peer, rng: random.Random) -> None:
+    await peer.send(head(target, "transfer-encoding: chunked") + b"2;")
+    for _ in range(64):
+        await peer.send(b"e" * 16384)
+    await peer.answer()
+
+
+async def body_without_end(target: Target, peer: Peer, rng: random.Random) -> None:
+    await peer.send(head(target, "transfer-encoding: chunked", path="/nowhere"))
+    for _ in range(100):
+        await peer.send(b"4000\r\n" + b"a" * 16384 + b"\r\n")
+    answer = await peer.answer(0.2)
+    assert answer.startswith(b"HTTP/1.1 404"), f"answered {answer[:60]!r}"
+
+
+async def bomb(target: Target, peer: Peer, rng: random.Random) -> None:
+    body = BOMBS[rng.randrange(len(BOMBS))]
+    lines = ("content-encoding: gzip", f"content-length: {len(body)}", "connection: close")
+    await peer.send(head(target, *lines) + body)
+    answer = await peer.answer()
+    assert answer.startswith(b"HTTP/1.1 4"), f"a bomb was answered {answer[:60]!r}"
+
+
+async def way_round(target: Target, peer: Peer, rng: random.Random) -> None:
+    up, between = rng.choice(("..", "%2e%2e", "..;", "..%00")), rng.choice(("/", "%2F", "//", "\\"))
+    path = f"/v1/models/{up}{between}{up}{between}" + rng.choice(("metrics", "deepsplit/load", "v1/completions"))
+    await peer.send(head(target, "connection: close", path=path, method="GET"))
+    answer = await peer.answer()
+    assert answer.startswith(b"HTTP/1.1 4"), f"{path} was answered {answer[:60]!r}"
+
+
+async def offered_upgrade(target: Target, peer: Peer, rng: random.Random) -> None:
+    body = target.body()
+    lines = ("connection: Upgrade, HTTP2-Settings, close", "upgrade: h2c", "http2-settings: AAEAAEAAAAIAAAAB")
+    data = head(target, *lines, f"content-length: {len(body)}") + body
+    cut = rng.randrange(1, len(data))
+    await peer.send(data[:cut])
+    await asyncio.sleep(0.01)
+    await peer.send(data[cut:])
+    answer = await peer.answer()
+    assert answer.startswith(b"HTTP/1.1 200"), f"an offer of HTTP/2 was answered {answer[:60]!r}"
+
+
+async def old_client(target: Target, peer: Peer, rng: random.Random) -> None:
+    await peer.send(request(target).replace(b"HTTP/1.1", b"HTTP/1.0", 1))
+    answer = await peer.answer()
+    assert b"transfer-encoding" not in answer.partition(b"\r\n\r\n")[0].lower(), "an HTTP/1.0 client got chunks"
+
+
 async def two_lengths(target: Target, peer: Peer, rng: random.Random) -> None:
     body = target.body()
     lines = rng.choice([
@@ -199,10 +256,18 @@ ODD_BODIES = (
     b'{"model": "\\ud800"}', b'{"model": "other"}', b"",
 )  # fmt: skip
 
+BOMBS = (
+    gzip.compress(bytes(2**25)),
+    gzip.compress(gzip.compress(bytes(2**25))),
+    gzip.compress(b"") * 20_000,
+    gzip.compress(b"[" * 2**23),
+)
+
 Attack = Callable[[Target, Peer, random.Random], Awaitable[None]]
 ATTACKS: tuple[Attack, ...] = (
     random_bytes, mutated_request, huge_headers, endless_header_line, endless_request_line, slow_sender, slow_body,
     slow_reader, half_closed, half_closed_early, reset_in_stream, reset_at_once, short_body, truncated_chunks,
+    endless_trailers, endless_chunk_extension, body_without_end, bomb, way_round, offered_upgrade, old_client,
     two_lengths, pipelined, odd_json,
 )  # fmt: skip
 

@@ -129,11 +129,12 @@ async def _chunks(request: Request) -> AsyncIterator[bytes]:
 async def _while_connected(receive: Receive) -> AsyncIterator[None]:
     """Raises ClientGone, in the middle of whatever is done, when the client goes away."""
     loop = asyncio.get_running_loop()
+    within = True
     try:
         async with asyncio.timeout(None) as connection:
 
             def gone(_: asyncio.Task[None]) -> None:
-                if not connection.expired():
+                if within and not connection.expired():
                     connection.reschedule(loop.time())
 
             leaving = loop.create_task(_until_disconnect(receive))
@@ -141,7 +142,7 @@ async def _while_connected(receive: Receive) -> AsyncIterator[None]:
             try:
                 yield
             finally:
-                leaving.remove_done_callback(gone)
+                within = False
                 leaving.cancel()
     except TimeoutError as error:
         raise ClientGone("the client went away") from error

@@ -127,8 +127,11 @@ async def call(
     leave_after: int | None = None,
     leave: asyncio.Event | None = None,
     whole_body: bool = True,
+    turns: int | None = None,
 ) -> list[Message]:
-    """The application called as a server does. The client goes away when `leave` is set, or after so many messages."""
+    """The application called as a server does. The client goes away when `leave` is set, or after so many messages:
+    the last one takes 10 ms then, or so many turns of the loop.
+    """
     sent: list[Message] = []
     gone = asyncio.Event() if leave is None else leave
     requests: list[Message] = [{"type": "http.request", "body": content, "more_body": not whole_body}]
@@ -143,7 +146,10 @@ async def call(
         sent.append(message)
         if len(sent) == leave_after:
             gone.set()
-            await asyncio.sleep(0.01)
+            for _ in range(turns or 0):
+                await asyncio.sleep(0)
+            if turns is None:
+                await asyncio.sleep(0.01)
 
     scope = {
         "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",

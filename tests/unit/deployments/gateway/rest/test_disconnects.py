@@ -9,7 +9,7 @@ import struct
 
 import pytest
 
-from tests.unit.deployments.gateway.gateway_world import SSE, FakePool, event, run
+from tests.unit.deployments.gateway.gateway_world import SSE, FakePool, event, run, stream
 from tests.unit.deployments.gateway.rest.rest_world import ANSWER, RestWorld, body_of, call
 
 STREAMED = body_of("/v1/completions", {"stream": True, "max_tokens": 10_000})
@@ -101,6 +101,26 @@ def test_a_client_that_had_it_all_and_left_is_no_failure() -> None:
         assert ended_as(world, "ok")
 
     run(scenario)
+
+
+@pytest.mark.parametrize("turns", range(6))
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_leaves_in_the_moment_its_answer_ends(
+    streamed: bool, turns: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        world = RestWorld(FakePool([SSE, *stream("z")] if streamed else ANSWER))
+        body = body_of("/v1/completions", {"stream": streamed})
+        messages = len(await call(world, content=body))
+        world.pool.scripts = [[SSE, *stream("z")] if streamed else ANSWER]
+        await call(world, content=body, leave_after=messages, turns=turns)
+        await asyncio.sleep(0)
+        assert world.nothing_left()
+        labels = {"outcome": "ok", "class": "interactive", "tenant": "anonymous"}
+        assert world.value("deepsplit_requests_total", **labels) == 2
+
+    run(scenario)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("comments", [None, 0.01])
