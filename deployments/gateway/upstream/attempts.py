@@ -146,7 +146,8 @@ class Attempts:
         if self._begun:
             if error is None or error.status >= 500:
                 raise lost
-            return [b"data: " + error.body + b"\n\n"]
+            name = b"" if path in (COMPLETIONS, CHAT) else b"event: error\n"
+            return [name + b"data: " + error.body + b"\n\n"]
         if path not in (COMPLETIONS, CHAT):
             return self._whole(*await self._unstreamed(path, lost))  # the events of these paths do not say enough
         if error is None:

@@ -172,7 +172,8 @@ def test_a_request_that_the_engine_refuses_after_a_comment(path: str, said: str)
 @pytest.mark.parametrize("path", PATHS)
 def test_other_ends_after_a_comment(path: str, error: Exception) -> None:
     async def scenario() -> None:
-        world = RestWorld(FakePool([SSE, error]), sse_comment_interval_s=EVERY_S, max_resends=0)
+        pool = FakePool([SSE, error], [error])  # responses and messages ask the engine once more, without a stream
+        world = RestWorld(pool, sse_comment_interval_s=EVERY_S, max_resends=0)
         _, body = await ask(world, path, 5 * EVERY_S)
         message = last_event(path, body)["message"]
         assert message == str(error) if isinstance(error, DeepsplitError) else "internal error" in message

@@ -284,6 +284,18 @@ def test_an_error_of_the_requests_own_in_mid_stream_is_passed_on_once() -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_an_error_in_mid_stream_keeps_the_name_that_clients_look_for(path: str) -> None:
+    async def scenario() -> None:
+        delta = b'event: x\ndata: {"type":"content_block_delta","delta":{"text":"a"}}\n\n'
+        error = b'event: error\ndata: {"type":"error","error":{"message":"no","code":400}}\n\n'
+        world = World(FakePool([SSE, delta, error]))
+        got = await world.ask(path, input="x", messages=[{"role": "user", "content": "x"}], max_tokens=9, stream=True)
+        assert got.body == delta + error
+
+    run(scenario)
+
+
 def test_a_moved_request_waits_for_a_replica_within_its_objective() -> None:
     async def scenario() -> None:
         pool = FakePool([LOST], names="a")
