@@ -11,6 +11,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
+import msgspec
+
 from cluster.config import GatewayConfig
 from cluster.errors import DeepsplitError, ModelNotFound, PermissionDenied, RequestError
 from deployments.admission.waiting_room import WaitingRoom
@@ -181,6 +183,8 @@ class Pipeline:
         self, lease: Lease, outlined: Outline, body: bytes
     ) -> AsyncGenerator[AnswerHead | bytes, None]:
         """The answer's head, and then its chunks. Raises DeepsplitError, before the head or later."""
+        if outlined.model is None and lease.head.path == "/v1/messages":  # where the engine takes no empty name
+            body = msgspec.json.encode({**outlined.fields, "model": self._models[0]})
         grant = await lease.admit(self._ask(lease, outlined))
         attempts = Attempts(lease, outlined, body, self._pool, self._tokenizer.decode, self._config.max_resends)
         async with aclosing(attempts.run()) as items:

@@ -84,8 +84,14 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
         async def call(_: object, context: grpc.aio.ServicerContext) -> None:
             how = await _outcome(handle, CallContext(context, self._write_stall_s))
-            if how is not None:
+            if how is None:
+                return
+            try:
                 await context.abort(how.code, how.message, (*context.trailing_metadata(), *how.metadata))
+            except grpc.aio.AbortError:
+                raise
+            except grpc.aio.BaseError as error:
+                raise _gone() from error
 
         # Whatever the method, messages are read and written here, as those of streams: so every wait can be bounded. On
         # the wire one message looks the same.
@@ -170,7 +176,7 @@ async def _outcome(handle: Handle, call: CallContext) -> Failure | None:
     try:
         await handle(call)
     except ClientGone as error:
-        raise asyncio.CancelledError("the client went away") from error  # nobody is left to tell
+        raise _gone() from error
     except DeepsplitError as error:
         return failure(error)
     except grpc.aio.BaseError:  # a servicer's own abort
@@ -179,3 +185,8 @@ async def _outcome(handle: Handle, call: CallContext) -> Failure | None:
         logger.exception("gRPC call failed")
         return BUG
     return None
+
+
+def _gone() -> asyncio.CancelledError:
+    """Nobody is left to tell, or a message is in the way that the client does not read: gRPC forgets the call."""
+    return asyncio.CancelledError("the client went away")

@@ -22,8 +22,8 @@ def parse(body: bytes) -> Fields:
     """The request's JSON object. Raises RequestError for anything else, and for more than MAX_PARTS parts.
 
     UTF-8, with or without a byte order mark. Of what the engine's more tolerant parser takes, it refuses UTF-16 and
-    UTF-32, NaN and infinities (numbers above 1.8e308 too), and halves of surrogate pairs: these are no JSON text that
-    other parsers read alike, and clients that follow RFC 8259 do not send them.
+    UTF-32, NaN and infinities (numbers above 1.8e308 too), and halves of surrogate pairs, at which the engine's
+    tokenizer fails: no client that follows RFC 8259 sends the former, and the latter are emoji cut in two.
     """
     if _containers(body) > MAX_PARTS and _containers(_STRING.sub(b"", body)) > MAX_PARTS:
         raise too_many_parts()

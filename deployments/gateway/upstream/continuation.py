@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from cluster.errors import StreamLost
-from deployments.gateway.outline import Fields, Outline
+from deployments.gateway.outline import Outline
 from deployments.gateway.upstream.events import CHAT, COMPLETIONS, AnswerEvents
 from deployments.gateway.upstream.sse import EventSplitter
 
@@ -63,12 +63,12 @@ _LONGEST_HELD_BACK = 16  # tokens whose text the engine may not have sent yet; m
 _CONTEXT = 8  # prompt tokens before the first generated one, for tokenizers that look back
 
 
-def why_not(path: str, fields: Fields) -> str | None:
-    """Why a stream with these request fields can never be continued; None if it can."""
+def why_not(path: str, outlined: Outline) -> str | None:
+    """Why a stream of this request can never be continued; None if it can."""
     if path not in (COMPLETIONS, CHAT):
         return f"{path} keeps state in the replica"
-    prompt = fields.get("prompt")
-    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+    fields = outlined.fields
+    if outlined.prompts > 1:
         return "several prompts in one request"
     if fields.get("seed") is not None and fields.get("temperature") != 0:
         return "its seed's random numbers are lost"
@@ -100,16 +100,16 @@ class Continuation(AnswerEvents):
         """As `why_not`, with what the stream has shown so far."""
         if self.strange_delta:
             return "the state of the reasoning or tool call parser is lost"
-        why = why_not(self.path, self.fields)
+        why = why_not(self.path, self.outline)
         return "the replica sent no token ids" if why is None and not self.prompt_ids else why
 
     def closing(self) -> bytes | None:
         """What is missing of a stream whose last token had come when its replica was lost; None if tokens are."""
         if len(self.finished_choices) < self.outline.sequences:
             return None
-        options = self.fields.get("stream_options")
+        options = self.stream_fields.stream_options
         usage = b""
-        if isinstance(options, dict) and options.get("include_usage") is True and self.prompt_tokens is not None:
+        if options is not None and options.include_usage and self.prompt_tokens is not None:
             total = self.prompt_tokens + self.generated_tokens
             counts = {"prompt_tokens": self.prompt_tokens, "total_tokens": total}
             chunk = {**self.head, "choices": [], "usage": counts | {"completion_tokens": self.generated_tokens}}
@@ -137,9 +137,8 @@ class Continuation(AnswerEvents):
             "return_token_ids": True,
             "max_tokens": None if bound is None else bound - kept,
         }
-        least = self.fields.get("min_tokens")
-        if isinstance(least, int):
-            request["min_tokens"] = max(0, least - kept)
+        if self.stream_fields.min_tokens:
+            request["min_tokens"] = max(0, self.stream_fields.min_tokens - kept)
         return COMPLETIONS, msgspec.json.encode(request)
 
     def edit(self, data: dict[str, Any]) -> dict[str, Any]:
@@ -169,13 +168,13 @@ class Continuation(AnswerEvents):
 
         The engine holds back tokens that end within a character, so the last ones may have sent nothing yet.
         """
-        skip = self.fields.get("skip_special_tokens") is not False
+        skip = self.stream_fields.skip_special_tokens
         context = self.prompt_ids[-_CONTEXT:]
         before = await self._decode(context, skip)
         most = len(self.generated_ids)
         for kept in range(most, max(-1, most - _LONGEST_HELD_BACK), -1):
             if await self._decode(context + self.generated_ids[:kept], skip) == before + self.text:
-                if kept < most and self.fields.get("return_token_ids") is True:
+                if kept < most and self.stream_fields.return_token_ids:
                     break  # the client has the ids of these tokens already, and might get others now
                 return kept
         raise StreamLost(

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import msgspec
+from pydantic import BaseModel, ValidationError
 
-from deployments.gateway.outline import Outline, nested_too_deeply
+from deployments.gateway.outline import Fields, Outline, nested_too_deeply
 from deployments.gateway.upstream.sse import DONE, EventSplitter, data_at
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 _LAST_EVENTS = ("message_stop", "response.completed", "response.incomplete", "response.failed")
+
+
+class StreamOptions(BaseModel):
+    """As vLLM reads them."""
+
+    include_usage: bool | None = False
+
+
+class StreamFields(BaseModel):
+    """Fields that decide how a stream is read along and continued, with the engine's own types: `"true"` is true."""
+
+    return_token_ids: bool | None = False
+    skip_special_tokens: bool = True
+    min_tokens: int = 0
+    stream_options: StreamOptions | None = None
+
+    @classmethod
+    def of(cls, fields: Fields) -> Self:
+        """Of a request; the defaults if the engine will refuse it."""
+        try:
+            return cls.model_validate(fields)
+        except ValidationError:
+            return cls()
 
 
 @dataclass(frozen=True)
@@ -45,7 +69,8 @@ class AnswerEvents:
         self.head: dict[str, Any] = {}  # id, created, model, object of the stream's first chunk
         self._body = body
         self._split = EventSplitter()
-        self._wants_ids = outlined.fields.get("return_token_ids") is True
+        self.stream_fields = StreamFields.of(outlined.fields)
+        self._wants_ids = bool(self.stream_fields.return_token_ids)
         self._asks_ids = path in (COMPLETIONS, CHAT) and outlined.stream and not outlined.echo
         self._seen_prompts: set[int] = set()
         self._per_prompt = max(1, outlined.sequences // max(1, outlined.prompts))

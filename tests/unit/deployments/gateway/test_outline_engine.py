@@ -25,7 +25,7 @@ from tests.unit.deployments.gateway.engine_requests import (
 
 GENERATE = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 ALL_FIELDS = sorted(set().union(*map(fields_of, REQUESTS)) | {"best_of", "content", "system_prompt"})
-TEXT = st.text(TOKEN + 'a"\\\n', max_size=4)
+TEXT = st.text(TOKEN + 'a"\\\n', max_size=4) | st.just(TOKEN * 3)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 99) | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
@@ -48,7 +48,7 @@ CALL = st.fixed_dictionaries(
     {"type": st.just("function"), "id": TEXT,
      "function": st.fixed_dictionaries({"name": TEXT, "arguments": ARGUMENTS})},
 )  # fmt: skip
-PART = TEXT | st.builds(
+PART = st.fixed_dictionaries({"type": st.just("text"), "text": TEXT}, optional={"output": TEXT}) | st.builds(
     lambda kind, text, more: (
         {**more, **dict.fromkeys(("text", "refusal", "thinking", "name"), text), "type": kind}
         if more
@@ -56,7 +56,7 @@ PART = TEXT | st.builds(
     ),
     st.sampled_from(TEXT_PARTS),
     TEXT,
-    st.dictionaries(st.sampled_from([*PART_FIELDS, "output"]), TEXT, max_size=2),
+    st.dictionaries(st.just("output") | st.sampled_from(PART_FIELDS), TEXT, max_size=2),
 )
 FUNCTION = st.fixed_dictionaries(
     {"name": TEXT}, optional={"description": TEXT, "parameters": st.dictionaries(TEXT, JSON, max_size=2), "x": JSON}
@@ -65,10 +65,16 @@ TOOL = st.builds(lambda function: {"type": "function", "function": function}, FU
 MESSAGE = st.builds(
     lambda role, content, more: {"role": role, **more, **content},
     st.sampled_from(["system", "user", "assistant", "tool", "developer", "other"]),
-    st.fixed_dictionaries({}, optional={"content": TEXT | st.lists(PART, max_size=3) | st.none()}),
+    st.fixed_dictionaries({}, optional={"content": st.lists(PART | TEXT, max_size=3) | TEXT | st.none()}),
     st.dictionaries(st.sampled_from([*MESSAGE_FIELDS, "x"]), TEXT, max_size=3)
     | st.fixed_dictionaries(
-        {}, optional={"tool_calls": st.lists(CALL, max_size=2), "tools": st.lists(TOOL, max_size=2), "reasoning": JSON}
+        {},
+        optional={
+            "tool_calls": st.lists(CALL, max_size=2),
+            "tools": st.lists(TOOL, max_size=2),
+            "reasoning": JSON,
+            "reasoning_content": TEXT,
+        },
     ),
 )
 BLOCK = st.fixed_dictionaries(
@@ -127,6 +133,12 @@ ANTHROPIC_MESSAGES = st.lists(
 )
 KWARGS = st.dictionaries(TEXT | st.sampled_from(["tools", "documents", "thinking"]), JSON, max_size=2)
 
+# What would make a request look small if its path read it.
+LOOK_SMALL: list[tuple[str, object]] = [
+    ("prompt", [7]), ("kv_transfer_params", {"prompt_token_ids": [7]}), ("max_completion_tokens", 1),
+    ("max_tokens", 1), ("max_output_tokens", 1), ("n", 1), ("truncate_prompt_tokens", 1),
+]  # fmt: skip
+
 # Of each path: what it must have, and what is read of it.
 NEEDED: dict[str, st.SearchStrategy[dict[str, object]]] = {
     "/v1/completions": st.fixed_dictionaries({"prompt": PROMPT}),
@@ -159,7 +171,8 @@ VALUES: dict[str, st.SearchStrategy[object]] = {
     "documents": st.lists(st.dictionaries(TEXT, TEXT, max_size=2), max_size=2),
     "chat_template_kwargs": KWARGS,
     "truncation": st.sampled_from(["auto", "disabled", None]),
-    "kv_transfer_params": st.fixed_dictionaries({}, optional={"prompt_token_ids": st.lists(st.integers(0, 9)) | JSON}),
+    "kv_transfer_params": st.fixed_dictionaries({"prompt_token_ids": st.lists(st.integers(0, 9), max_size=5) | JSON})
+    | st.none(),
     "response_format": st.builds(
         lambda schema: {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
         st.dictionaries(TEXT, JSON, max_size=2),
@@ -187,10 +200,8 @@ def _pair(path: str, name: str) -> st.SearchStrategy[tuple[str, object]]:
 def _pairs(path: str) -> st.SearchStrategy[list[tuple[str, object]]]:
     read = sorted(VALUES)
     foreign = sorted(set(ALL_FIELDS) - fields_of(path))
-    steering = st.sampled_from(["prompt", "kv_transfer_params", "n", "max_tokens", "max_completion_tokens"])
-    pair = (st.sampled_from(read) | steering).flatmap(lambda name: _pair(path, name)) | st.tuples(
-        st.sampled_from(foreign), JSON
-    )
+    pair = st.sampled_from(read).flatmap(lambda name: _pair(path, name)) | st.tuples(st.sampled_from(foreign), JSON)
+    pair |= st.sampled_from(LOOK_SMALL)
     needed = NEEDED[path].map(lambda fields: list(fields.items()))
     return st.builds(lambda first, more: first + more, needed, st.lists(pair, max_size=5))
 

@@ -48,10 +48,12 @@ class Replicas:
     status: int = 200
     content_type: str = "application/json"
     error: Exception | None = None  # raised after the chunks, at once if there are none
-    hold: bool = False  # after the chunks, as a replica that is still generating
+    hold: bool = False  # after the chunks, as a replica that is still generating, until `released`
+    last: bytes = b""  # chunk after that
     names: str = "a"  # none: not ready
     slots: int = 4096
     asked: list[Asked] = field(default_factory=list)
+    released: asyncio.Event = field(default_factory=asyncio.Event)
     entered: asyncio.Event = field(default_factory=asyncio.Event)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     open: int = 0
@@ -75,7 +77,8 @@ class Replicas:
                 yield chunk
             self.entered.set()
             if self.hold:
-                await asyncio.Event().wait()
+                await self.released.wait()
+                yield self.last
             if self.error is not None:
                 raise self.error
         finally:

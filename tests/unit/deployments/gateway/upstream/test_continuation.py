@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from cluster.errors import StreamLost
 from deployments.gateway.detokenizer import ModelTokenizer
-from deployments.gateway.outline import outline
+from deployments.gateway.outline import Outline, outline
 from deployments.gateway.upstream.continuation import Continuation, why_not
 from deployments.gateway.upstream.events import CHAT, COMPLETIONS
 from tests.unit.deployments.gateway.engine_stream import EOS, Engine, chunks_of, text_of
@@ -263,6 +263,7 @@ def test_what_is_left_to_generate(model: ModelTokenizer, engine_of: Callable[...
     assert continued(model, engine, COMPLETIONS, max_tokens=10, min_tokens=6)["max_tokens"] == 6
     assert continued(model, engine, COMPLETIONS, max_tokens=10, min_tokens=6)["min_tokens"] == 2
     assert continued(model, engine, COMPLETIONS, max_tokens=10, min_tokens=3)["min_tokens"] == 0
+    assert continued(model, engine, COMPLETIONS, max_tokens=10, min_tokens="6")["min_tokens"] == 2
     assert continued(model, engine, COMPLETIONS, max_tokens=None)["max_tokens"] == 12  # null is the default of 16 too
     assert continued(model, engine, COMPLETIONS, max_tokens=9, max_completion_tokens=5)["max_tokens"] == 5  # 9 - 4
     assert continued(model, engine, CHAT, max_tokens=9, max_completion_tokens=7)["max_tokens"] == 4
@@ -292,6 +293,11 @@ def test_sampling_is_carried_and_the_prompt_is_not_made_again(
     carried = continued(model, engine_of("a b c d e f"), CHAT, add_generation_prompt=True, **sampling, **others)
     assert carried | sampling | others == carried
     assert {"messages", "add_generation_prompt"}.isdisjoint(carried)
+
+
+def outlined(path: str, fields: dict[str, object]) -> Outline:
+    bound = {"max_tokens": 9} if path == "/v1/messages" else {}
+    return outline(path, json.dumps({"stream": True, **bound, **fields}).encode())
 
 
 @pytest.mark.parametrize(
@@ -325,7 +331,7 @@ def test_sampling_is_carried_and_the_prompt_is_not_made_again(
     ],
 )
 def test_what_cannot_be_continued_says_why(path: str, fields: dict[str, object], reason: str) -> None:
-    why = why_not(path, {"stream": True, **fields})
+    why = why_not(path, outlined(path, fields))
     assert why is not None
     assert reason in why
 
@@ -335,12 +341,13 @@ def test_what_cannot_be_continued_says_why(path: str, fields: dict[str, object],
     [
         (COMPLETIONS, {"prompt": [1, 2], "n": 1, "best_of": 1, "echo": False, "logprobs": None}),
         (COMPLETIONS, {"seed": 1, "temperature": 0}),
+        (CHAT, {"prompt": ["a", "b"]}),  # of another path, and ignored here
         (CHAT, {"logprobs": False, "top_logprobs": 0, "tools": [], "response_format": {"type": "text"}}),
         (CHAT, {"stop": [], "presence_penalty": 0.0, "frequency_penalty": 0, "temperature": 1.5, "top_p": 0.3}),
     ],
 )
 def test_what_changes_nothing_is_no_obstacle(path: str, fields: dict[str, object]) -> None:
-    assert why_not(path, {"stream": True, **fields}) is None
+    assert why_not(path, outlined(path, fields)) is None
 
 
 def test_what_the_stream_shows_can_be_an_obstacle(model: ModelTokenizer, engine_of: Callable[..., Engine]) -> None:

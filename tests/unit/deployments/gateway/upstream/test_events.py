@@ -155,6 +155,14 @@ def test_ids_are_asked_for_where_they_come_back(path: str, fields: dict[str, obj
         assert AnswerEvents(path, seen.outline, body).upstream_body() is body
 
 
+@pytest.mark.parametrize("asked", [True, 1, "true", "yes"])
+def test_a_client_may_ask_for_ids_in_every_way_that_the_engine_reads(asked: object) -> None:
+    seen = events_of(prompt="x", return_token_ids=asked)
+    assert json.loads(seen.upstream_body())["return_token_ids"] == asked
+    out = seen.feed(event({"choices": [choice(0, "x", [7], prompt_token_ids=[1])]}))
+    assert chunks_of(out)[0]["choices"][0]["token_ids"] == [7]
+
+
 def test_several_choices_and_prompts_are_counted_each() -> None:
     seen = events_of(n=2, prompt=["a", "b"])
     for index in (0, 1, 2, 3):
