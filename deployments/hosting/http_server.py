@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
-import os
-import socket
 import ssl
 from functools import partial
 from typing import Any
@@ -15,12 +12,10 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from cluster.errors import StartupError
 from deployments.hosting.http_connection import DEFAULT_BOUNDS, BoundedProtocol, ConnectionBounds
+from deployments.hosting.listeners import listen
 
 _BACKLOG = 2048
-# A name may have addresses that the machine has not, such as ::1 where IPv6 is off.
-_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def _not_a_cancellation(record: logging.LogRecord) -> bool:
@@ -70,7 +65,7 @@ class HttpServer:
 
         Raises StartupError that names the configuration's `key`.
         """
-        listeners = _listen(host, port, key, share_port)
+        listeners = listen(host, port, key, share_port)
         bound: int = listeners[0].getsockname()[1]
         self._serving = asyncio.create_task(self._server.serve(listeners))
         while not self._server.started:
@@ -93,44 +88,3 @@ class HttpServer:
         # Idle and half-read connections must not hold up the end beyond the grace.
         with contextlib.suppress(TimeoutError, asyncio.CancelledError):
             await asyncio.wait_for(self._serving, grace_s + 2.0)
-
-
-def _listen(host: str, port: int, key: str, share_port: bool) -> list[socket.socket]:
-    """One listener for each address of the name `host` that this machine has, all on one port."""
-    listeners: list[socket.socket] = []
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
-        for number, (family, address) in enumerate(addresses, 1):
-            try:
-                listener = _bound(family, (address[0], port, *address[2:]), share_port, len(addresses) > 1)
-            except OSError as error:
-                if error.errno not in _NOT_HERE or (number == len(addresses) and not listeners):
-                    raise
-            else:
-                listeners.append(listener)
-                port = listener.getsockname()[1]
-    except OSError as error:
-        for listener in listeners:
-            listener.close()
-        reason = "the port is in use" if error.errno == errno.EADDRINUSE else os.strerror(error.errno or 0)
-        if isinstance(error, socket.gaierror):
-            reason = str(error.strerror)
-        raise StartupError(f"cannot listen on {host}:{port}: {reason}; see {key}") from error
-    return listeners
-
-
-def _bound(family: int, address: tuple[object, ...], share_port: bool, beside_others: bool) -> socket.socket:
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if share_port:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6 and beside_others:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(address)
-    except BaseException:
-        listener.close()
-        raise
-    listener.setblocking(False)
-    return listener

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
+from contextlib import ExitStack
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -19,6 +19,7 @@ from deployments.gateway.grpc.health import Health
 from deployments.gateway.grpc.interceptor import SIDE_CALLS, Interceptor
 from deployments.gateway.models import ModelPages
 from deployments.gateway.pipeline import Pipeline
+from deployments.hosting.listeners import listen
 from deployments.protos.deepsplit.v1 import inference_pb2, inference_pb2_grpc
 from deployments.protos.inference import open_inference_pb2, open_inference_pb2_grpc
 
@@ -49,20 +50,17 @@ class GrpcServer:
         """Listen; returns the port. Gateways on one node share it. Raises StartupError."""
         host, port = self._config.host, self._config.grpc_port
         assert port is not None, "gRPC is on"
-        # gRPC only says that it could not bind, not why.
-        addresses = await asyncio.get_running_loop().run_in_executor(None, _addresses, host, port)
         # `maximum_concurrent_rpcs` is not used: there, calls whose client reads nothing count for as long as their
         # connection lives, and would keep everybody out. The interceptor and the pipeline bound calls themselves.
         server = grpc.aio.server(interceptors=(self._interceptor,), options=self._options())
         self._add_services(server)
-        for address in addresses:
-            try:
-                if self._config.tls is None:
-                    port = server.add_insecure_port(f"{address}:{port}")
-                else:
-                    port = server.add_secure_port(f"{address}:{port}", public_server_credentials(self._config.tls))
-            except RuntimeError as error:
-                raise StartupError(f"cannot listen on {address}:{port}: {error}; see gateway.grpc_port") from error
+        # gRPC only says that it could not bind, not why: so every address is bound here first.
+        loop = asyncio.get_running_loop()
+        bound = await loop.run_in_executor(None, listen, host, port, "gateway.grpc_port", True)
+        with ExitStack() as stack:
+            for one in bound:
+                address, port, *_ = stack.enter_context(one).getsockname()
+                self._add_port(server, f"[{address}]:{port}" if one.family is socket.AF_INET6 else f"{address}:{port}")
         await server.start()
         self._server = server
         return port
@@ -81,6 +79,15 @@ class GrpcServer:
         if self._server is not None and self._stopping is not None:
             await self._server.stop(grace_s)
             await self._stopping
+
+    def _add_port(self, server: grpc.aio.Server, address: str) -> None:
+        try:
+            if self._config.tls is None:
+                server.add_insecure_port(address)
+            else:
+                server.add_secure_port(address, public_server_credentials(self._config.tls))
+        except RuntimeError as error:
+            raise StartupError(f"cannot listen on {address}: {error}; see gateway.grpc_port") from error
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         own = [
@@ -124,26 +131,3 @@ class GrpcServer:
 
 def _milliseconds(seconds: float) -> int:
     return min(int(seconds * 1000), _MAX_MS)
-
-
-def _addresses(host: str, port: int) -> list[str]:
-    """Those of the name `host` that this machine has, as gRPC writes them. Raises StartupError if one is taken."""
-    usable: list[str] = []
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        for family, address in dict.fromkeys((family, address) for family, *_, address in found):
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                try:
-                    probe.bind(address)
-                except OSError as error:
-                    if error.errno != errno.EADDRNOTAVAIL or len(found) == 1:
-                        raise
-                else:
-                    usable.append(f"[{address[0]}]" if family is socket.AF_INET6 else str(address[0]))
-    except OSError as error:
-        raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}; see gateway.grpc_port") from error
-    if not usable:
-        raise StartupError(f"cannot listen on {host}:{port}: this machine has no such address; see gateway.host")
-    return usable

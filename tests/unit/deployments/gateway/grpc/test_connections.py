@@ -121,7 +121,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
         ends = [(one, port, 0, 0) if ":" in one else (one, port) for one in addresses]
         return [(family, type, 6, "", end) for family, end in zip(families, ends, strict=True)]
 
-    monkeypatch.setattr("deployments.gateway.grpc.server.socket.getaddrinfo", found)
+    monkeypatch.setattr(socket, "getaddrinfo", found)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_localhost_is_every_address_that_the_machine_has(
     run(test())
 
 
-@pytest.mark.parametrize("addresses", [("203.0.113.1",), ("203.0.113.1", "203.0.113.2"), ()])
+@pytest.mark.parametrize("addresses", [("203.0.113.1",), ("203.0.113.1", "203.0.113.2")])
 def test_a_name_of_which_nothing_can_be_bound(addresses: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         resolve(monkeypatch, *addresses)
