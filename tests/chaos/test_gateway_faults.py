@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from benchmarks.faults import Fault, Outcome, strike
+from benchmarks.faults.__main__ import Fault, Outcome, strike
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leftovers")]
 
