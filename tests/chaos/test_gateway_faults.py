@@ -6,14 +6,14 @@ import asyncio
 
 import pytest
 
-from benchmarks.faults.__main__ import Fault, Outcome, strike
+from benchmarks.faults.__main__ import Fault, FaultOutcome, strike
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leftovers")]
 
 TIMES, CLIENTS = 8, 12  # the benchmark does it 20 times
 
 
-def run(fault: Fault) -> Outcome:
+def run(fault: Fault) -> FaultOutcome:
     outcome = asyncio.run(strike(fault, TIMES, CLIENTS))
     assert outcome.times == TIMES
     assert outcome.tally.answered > TIMES
