@@ -263,7 +263,9 @@ def test_streams_may_not_be_buffered() -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
-@pytest.mark.parametrize("path", ["/nowhere", "/v1/embeddings", "/docs", "/v1/messages/batches", "/", "//metrics", "/health//"])
+@pytest.mark.parametrize(
+    "path", ["/nowhere", "/v1/embeddings", "/docs", "/v1/messages/batches", "/", "//metrics", "/health//"]
+)
 def test_unknown_paths(path: str, method: str) -> None:
     answer = request(RestWorld(FakePool()), method, f"http://gateway{path}")
     assert answer.status_code == 404
