@@ -263,12 +263,14 @@ def test_streams_may_not_be_buffered() -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
-@pytest.mark.parametrize("path", ["/nowhere", "/v1/embeddings", "/docs", "/v1/messages/batches", "/", "//metrics"])
+@pytest.mark.parametrize(
+    "path", ["/nowhere", "/v1/embeddings", "/docs", "/v1/messages/batches", "/", "//metrics", "/health//"]
+)
 def test_unknown_paths(path: str, method: str) -> None:
     answer = request(RestWorld(FakePool()), method, f"http://gateway{path}")
     assert answer.status_code == 404
     error = answer.json()["error"]
-    assert path in error["message"]
+    assert path.rstrip("/") in error["message"]
     if path.startswith("/v1/messages"):
         assert answer.json() == {"type": "error", "error": {"type": "not_found_error", "message": error["message"]}}
     else:
