@@ -21,12 +21,12 @@ class _Wait:
         self.whose = whose
         self.until = asyncio.timeout_at(now_s + most_s)
         self.ended_by: DeepsplitError | None = None
-        self._safe_until_s = now_s + min(least_s, most_s)
+        self.safe_until_s = now_s + min(least_s, most_s)
 
-    def end(self, error: DeepsplitError) -> None:
-        if self.ended_by is None and not self.until.expired():
+    def end(self, error: DeepsplitError, not_before_s: float = 0.0) -> None:
+        if not self.until.expired():
             self.ended_by = error
-            self.until.reschedule(max(self._safe_until_s, asyncio.get_running_loop().time()))
+            self.until.reschedule(max(not_before_s, asyncio.get_running_loop().time()))
 
 
 class Arrivals:
@@ -80,11 +80,12 @@ class Arrivals:
         if most is None:
             return False
         error = f"{self._what} did not arrive, and others needed its place at this gateway"
-        most.end(Overloaded(error, retry_after_s=_RETRY_S, plane=Plane.GATEWAY, reason=self._reason))
+        refusal = Overloaded(error, retry_after_s=_RETRY_S, plane=Plane.GATEWAY, reason=self._reason)
+        most.end(refusal, most.safe_until_s)
         return True
 
     def end_all(self, error: DeepsplitError) -> None:
-        """End every wait."""
+        """End every wait, now."""
         for wait in self._waits:
             wait.end(error)
 

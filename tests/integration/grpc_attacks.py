@@ -16,6 +16,7 @@ from tests.integration.reflection_client import ReflectionClient
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
 END_STREAM, END_HEADERS = 0x1, 0x4
+PROBE, SESSION = "/grpc.health.v1.Health/Check", "/inference.GRPCInferenceService/ModelStreamInfer"
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
@@ -112,8 +113,30 @@ def attacks(method: str) -> Sequence[Attack]:
             await peer.send(bytes([byte]))
             await asyncio.sleep(0.02)
 
+    async def silent_calls(target: Target, peer: Peer, rng: random.Random) -> None:
+        await peer.send(opening(method))
+        for stream in range(3, 201, 2):
+            await peer.send(frame(HEADERS, END_HEADERS, stream, headers(rng.choice([method, PROBE]))))
+        await peer.answer(0.5)
+
+    async def announced_and_not_sent(target: Target, peer: Peer, rng: random.Random) -> None:
+        await peer.send(PREFACE + frame(SETTINGS, 0, 0, b""))
+        data = b"\x00" + struct.pack(">I", 2**22) + b"\x12" * 600
+        for stream in range(1, 201, 2):
+            call = frame(HEADERS, END_HEADERS, stream, headers(rng.choice([method, SESSION])))
+            await peer.send(call + frame(DATA, 0, stream, data))
+        await peer.answer(0.5)
+
+    async def no_window_for_answers(target: Target, peer: Peer, rng: random.Random) -> None:
+        await peer.send(PREFACE + frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 0)))
+        for stream in range(1, 201, 2):
+            call = frame(HEADERS, END_HEADERS, stream, headers(PROBE))
+            await peer.send(call + frame(DATA, END_STREAM, stream, bytes(5)))
+        await peer.answer(0.5)
+
     return (random_bytes, http1, random_frames, garbage_after_preface, huge_header_list, pings, settings_flood,
-            rapid_reset, truncated_message, message_too_large, never_ended, half_closed, slow_preface)  # fmt: skip
+            rapid_reset, truncated_message, message_too_large, never_ended, half_closed, slow_preface,
+            silent_calls, announced_and_not_sent, no_window_for_answers)  # fmt: skip
 
 
 ALLOWED = {

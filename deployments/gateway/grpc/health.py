@@ -33,6 +33,13 @@ class Health(health_pb2_grpc.HealthServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
         return _Status(status=status)
 
+    async def List(
+        self, request: health_pb2.HealthListRequest, context: grpc.aio.ServicerContext
+    ) -> health_pb2.HealthListResponse:
+        """See the protocol."""
+        names = sorted({*self._services, *self._ready()})
+        return health_pb2.HealthListResponse(statuses={name: _Status(status=self._status(name)) for name in names})
+
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:

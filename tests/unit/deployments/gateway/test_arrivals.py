@@ -12,26 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import DeepsplitError, Draining, Overloaded, Plane, Reason, RequestTimeout
 from deployments.gateway.arrivals import Arrivals
-
-
-class ClockedLoop(asyncio.SelectorEventLoop):
-    """Whenever nothing is left to do, its time goes on to the next timer at once."""
-
-    now_s = 0.0
-
-    def time(self) -> float:
-        return self.now_s
-
-    def _run_once(self) -> None:
-        timers = [timer.when() for timer in self._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
-        if not self._ready and timers:  # type: ignore[attr-defined]
-            self.now_s = max(self.now_s, min(timers))
-        super()._run_once()  # type: ignore[misc]
-
-
-def run(scenario: Coroutine[object, object, None]) -> None:
-    with asyncio.Runner(loop_factory=ClockedLoop) as runner:
-        runner.run(scenario)
+from tests.unit.deployments.gateway.clocked_loop import run
 
 
 def arrivals(most: int, least_s: float = 1.0) -> Arrivals:
@@ -130,7 +111,7 @@ def test_a_burst_of_messages_that_come_loses_none() -> None:
 
 def test_all_are_ended_at_once() -> None:
     async def scenario() -> None:
-        waits = arrivals(3, least_s=0)
+        waits = arrivals(3)
         held = await asked(*(waits.next("a", never, 60) for _ in range(3)))
         waits.end_all(Draining("bye", retry_after_s=1, plane=Plane.GATEWAY, reason=Reason.DRAINING))
         assert [str(one) for one in await asyncio.gather(*held, return_exceptions=True)] == ["bye"] * 3

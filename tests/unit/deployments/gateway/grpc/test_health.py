@@ -6,7 +6,7 @@ import asyncio
 
 import grpc
 import pytest
-from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from deployments.gateway.grpc.health import Health
@@ -24,6 +24,16 @@ def test_check_follows_readiness(service: str) -> None:
             assert (await HealthStub(channel).Check(request)).status == SERVING
             replicas.names = ""
             assert (await HealthStub(channel).Check(request)).status == NOT_SERVING
+
+    run(test())
+
+
+def test_all_names() -> None:
+    async def test() -> None:
+        async with served(Replicas()) as channel:
+            listed = (await HealthStub(channel).List(HealthListRequest())).statuses
+        names = {"", MODEL, "alias", "deepsplit.v1.Inference", "inference.GRPCInferenceService"}
+        assert {name: listed[name].status for name in listed} == dict.fromkeys(names, SERVING)
 
     run(test())
 
