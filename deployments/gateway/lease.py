@@ -159,6 +159,8 @@ class Lease:
         self._memory.release(self._body_bytes)
         if self._ask is not None:
             prompt_tokens = self._ask.prompt_tokens if self.prompt_tokens is None else self.prompt_tokens
+            if self.status >= 400:  # the engine refused it and computed nothing
+                prompt_tokens = 0
             complete = self.complete and error is None
             self._room.finish(self._ask.ticket, Usage(prompt_tokens, self.generated_tokens, complete))
         if self.prompt_tokens is not None and self._text_bytes:

@@ -17,6 +17,7 @@ from deployments.gateway.lease import Lease
 from deployments.gateway.outline import Outline
 from deployments.gateway.upstream import sse
 from deployments.gateway.upstream.continuation import Continuation, Decode
+from deployments.gateway.upstream.engine_messages import in_our_words
 from deployments.gateway.upstream.events import CHAT, COMPLETIONS
 from deployments.gateway.upstream.pool import ReplicaPool
 
@@ -132,9 +133,10 @@ class Attempts:
             raise ReplicaUnavailable(f"replica {replica_id} would not continue: {head.status}")
         if head.status in _RETRIED_STATUS and self._may_ask_another():
             raise ReplicaLost(f"replica {replica_id} answered {head.status}")
-        if head.status < 400:
-            self._events.whole(body)
-            self._lease.counted(self._events.prompt_tokens, self._events.generated_tokens, complete=True)
+        if head.status >= 400:
+            return [head, in_our_words(body)]
+        self._events.whole(body)
+        self._lease.counted(self._events.prompt_tokens, self._events.generated_tokens, complete=True)
         return [head, body]
 
     async def _failed(self, path: str, lost: ReplicaLost) -> list[ResponseHead | bytes]:

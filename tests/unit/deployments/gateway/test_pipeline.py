@@ -23,7 +23,7 @@ from cluster.errors import (
     Unauthenticated,
 )
 from cluster.keys.api_keys import key_hash, new_key
-from deployments.directory.members import AdmissionEndpoint, ReplicaEndpoint
+from deployments.directory.members import AdmissionEndpoint, ReplicaEndpoint, ResponseHead
 from deployments.gateway.head import Head, read_head
 from tests.unit.deployments.gateway.gateway_world import (
     CHAT,
@@ -379,6 +379,23 @@ def test_what_a_cancelled_answer_had_generated_is_charged(tmp_path: Path) -> Non
         got = await world.ask(headers=mine, prompt=[1, 2, 3], max_tokens=4)
         left = int(got.headers["x-ratelimit-remaining-tokens"])
         assert 100 - 3 - 50 - 7 <= left <= 100 - 3 - 50 - 7 + 2  # some of it refills meanwhile
+
+    run(scenario)
+
+
+def test_what_the_engine_refused_is_not_charged(tmp_path: Path) -> None:
+    key = new_key()
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(f"tenants:\n  - name: small\n    keys: ['{key_hash(key)}']\n    tokens_per_minute: 100\n")
+
+    async def scenario() -> None:
+        refusal = [ResponseHead(400, "application/json"), b'{"error": {"message": "no --tool-call-parser"}}']
+        world = World(FakePool(refusal, [SSE, *stream("wxyz")]), keys)
+        mine = {"authorization": f"Bearer {key}"}
+        got = await world.ask(headers=mine, prompt=[1] * 60, max_tokens=4)
+        assert got.body == b'{"error": {"message": "no attention.engine_args.tool_call_parser"}}'
+        got = await world.ask(headers=mine, prompt=[1, 2, 3], max_tokens=4)
+        assert int(got.headers["x-ratelimit-remaining-tokens"]) == 93
 
     run(scenario)
 
