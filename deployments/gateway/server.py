@@ -31,6 +31,7 @@ from deployments.hosting.http_server import HttpServer
 from monitoring.discovery import ScrapeTarget, discovery_document
 from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import GatewayMetrics
+from routing.requests.quota import Quotas
 from routing.requests.tenants import TenantsFile
 
 _OWN_PATHS = {
@@ -56,10 +57,13 @@ class GatewayServer:
         self._cluster_status = cluster_status
         self._tenants = TenantsFile(gateway.keys_file)
         self.gate = WaitingRoom(time.monotonic)
+        self._quotas = Quotas()
         self._local = self._decide_alone()
         self._fleet: AdmissionClient | None = None
         if gateway.replicas > 1:
-            self._fleet = AdmissionClient(self.gate, self._decide_alone, config.internal_tls)
+            self._fleet = AdmissionClient(
+                self.gate, self._decide_alone, self._quotas, time.monotonic, config.internal_tls
+            )
         else:
             self.gate.decide_by(self._local)
         self._replicas = ReplicaLoads(
@@ -125,7 +129,9 @@ class GatewayServer:
 
     def _decide_alone(self) -> LocalAdmission:
         share = 1 / self._config.gateway.replicas
-        self._local = LocalAdmission(self._config.admission, time.monotonic, self.gate.decided, share)
+        self._local = LocalAdmission(
+            self._config.admission, time.monotonic, self.gate.decided, share, self._quotas
+        )
         return self._local
 
     def _on_loads(self) -> None:

@@ -20,6 +20,7 @@ from deployments.admission.local import LocalAdmission
 from deployments.admission.messages import METHOD, SERVICE, TOKEN_KEY
 from deployments.admission.server import AdmissionServer
 from deployments.admission.waiting_room import WaitingRoom
+from routing.requests.quota import Quotas
 from routing.requests.request import Ask, Priority, ReplicaLoad, Tenant, Usage
 from tests.certificates import Authority
 
@@ -40,10 +41,13 @@ class GatewayEnd:
     def __init__(self, share: float = 0.5, tls: InternalTlsConfig | None = None) -> None:
         self.room = WaitingRoom(time.monotonic)
         self.room._loads = LOADS
-        self.client = AdmissionClient(self.room, lambda: self._alone(share), tls, reconnect_s=0.05)
+        self.quotas = Quotas()
+        self.client = AdmissionClient(
+            self.room, lambda: self._alone(share), self.quotas, time.monotonic, tls, reconnect_s=0.05
+        )
 
     def _alone(self, share: float) -> LocalAdmission:
-        return LocalAdmission(CONFIG, time.monotonic, self.room.decided, share)
+        return LocalAdmission(CONFIG, time.monotonic, self.room.decided, share, self.quotas)
 
     async def connected(self, wanted: bool = True) -> None:
         async with asyncio.timeout(20):

@@ -191,7 +191,7 @@ def test_those_let_in_get_their_first_token_in_time(factor: float) -> None:
     ("factor", "classes", "share"),
     [(2, CLASSES, 0.98), (5, CLASSES, 0.99), (10, CLASSES, 0.99), (5, URGENT, 0.99), (10, URGENT, 0.99)],
 )
-def test_nearly_all_refusals_are_decided_at_the_offer(
+def test_nearly_all_refusals_are_decided_at_submission(
     factor: float, classes: tuple[float, float, float], share: float
 ) -> None:
     refused = [one for one in result(factor, classes).calls if one.refused_s is not None]
