@@ -74,8 +74,9 @@ class LocalAdmission:
         self._tell(self._admission.tick(self._clock()))
 
     def demand(self) -> Demand:
-        """What clients ask of this admission now, and its part of what there is for it."""
-        return self._admission.demand(self._clock())
+        """What clients ask of this admission now, in whole replicas."""
+        demand = self._admission.demand(self._clock())
+        return replace(demand, per_replica=demand.per_replica / self._share)
 
     def _tell(self, decisions: Sequence[Decision]) -> None:
         for decision in decisions:

@@ -39,7 +39,7 @@ from deployments.admission.messages import (
 )
 from deployments.admission.waiting_room import TICK_S
 from deployments.hosting.background import BackgroundTasks
-from routing.requests.admission import Admitted, Decision
+from routing.requests.admission import Admitted, Decision, Demand
 from routing.requests.quota import Quotas
 from routing.requests.request import ReplicaLoad
 
@@ -85,6 +85,10 @@ class AdmissionServer:
     def set_loads(self, loads: Sequence[ReplicaLoad]) -> None:
         """The live replicas' newest loads."""
         self._admission.set_loads(loads)
+
+    def demand(self) -> Demand:
+        """What the clients of all connected gateways ask for now."""
+        return self._admission.demand()
 
     def check(self) -> None:
         """Raises RuntimeError if nobody's waiting is watched any more."""

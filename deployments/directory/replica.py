@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -88,6 +89,7 @@ class Directory:
         self._changed = asyncio.Event()
         self._gateways: dict[str, tuple[GatewayMember, float]] = {}
         self._admission: AdmissionEndpoint | None = None
+        self._admission_demand = (0.0, -math.inf)  # in attention replicas, and when it was heard
         self._draining = False
         self._going: set[str] = set()  # nodes that are about to go
         self._leaving: set[str] = set()  # those of them that take nothing new any more
@@ -201,12 +203,19 @@ class Directory:
         return replace(self._view, draining=True)
 
     async def admission(
-        self, endpoint: AdmissionEndpoint, scrape: ScrapeTarget, after_version: int
+        self, endpoint: AdmissionEndpoint, scrape: ScrapeTarget, after_version: int, demand: float
     ) -> FleetView | None:
-        """As `gateway`, for the common admission, which says where it listens."""
+        """As `gateway`, for the common admission, which says where it listens and what is asked of it."""
         self._admission, self._admission_scrape = endpoint, scrape
+        self._admission_demand = demand, time.monotonic()
         self._look()
         return await self._next_view(after_version)
+
+    async def demand(self) -> float | None:
+        """Attention replicas that all gateways' requests would fill; None while no gateway is known."""
+        now = time.monotonic()
+        gateways = self._live_gateways(now)
+        return total_demand(gateways, *self._admission_demand, now) if gateways else None
 
     async def drain(self) -> int:
         """Have every gateway refuse new requests; returns how many they still hold. Ask again until it is 0."""
@@ -306,6 +315,12 @@ class Directory:
         self._changed = asyncio.Event()
         self._look()
         self._count()
+
+
+def total_demand(gateways: Sequence[GatewayMember], common: float, heard_s: float, now_s: float) -> float:
+    """Of gateways that decide alone and, if it was heard of lately (`heard_s`), of the `common` admission."""
+    alone = sum(m.demand for m in gateways)
+    return alone + (common if now_s - heard_s < _POLLS_UNTIL_LOST * LONG_POLL_S else 0.0)
 
 
 def _still_open(gateways: Sequence[GatewayMember]) -> int:

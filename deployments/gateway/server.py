@@ -99,6 +99,11 @@ class GatewayServer:
         """Requests that attention replicas have, by replica id."""
         return self._pool.in_flight()
 
+    def demand(self) -> float:
+        """Attention replicas that this gateway's requests would fill; 0 while the common admission decides."""
+        decides = self._fleet is None or not self._fleet.connected
+        return self._local.demand().in_replicas if decides else 0.0
+
     def set_endpoints(self, endpoints: Sequence[ReplicaEndpoint]) -> None:
         """The attention replicas that there are."""
         self._replicas.set_endpoints(endpoints)

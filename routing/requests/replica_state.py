@@ -31,9 +31,12 @@ class ReplicaState(Candidate):
                 found = limit
         return found
 
-    def fits(self, ticket: Ticket) -> bool:
-        """Whether there is room for the ticket now."""
-        return self.has_room(ticket.slots, ticket.kv_tokens, self.limit(ticket.ask.priority))
+    def fits(self, ticket: Ticket, also: Priority | None = None) -> bool:
+        """Whether there is room for the ticket now, and steps would stay as fast as another class is promised."""
+        limit = self.limit(ticket.ask.priority)
+        if also is not None:
+            limit = min(limit, self.limit(also))
+        return self.has_room(ticket.slots, ticket.kv_tokens, limit)
 
     def add(self, ticket: Ticket, uncached_tokens: int, now_s: float) -> None:
         """The ticket is sent there."""

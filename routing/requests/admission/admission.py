@@ -213,10 +213,10 @@ class Admission:
         """What clients ask for now. What was refused lately counts up to as much again as can run, so that one wave of
         repeated requests does not ask for any number of replicas.
         """
-        limit = sum(state.limit(Priority.INTERACTIVE) for state in self._replicas.live)
+        limits = self._replicas.attention_limits(Priority.INTERACTIVE)
         slots = sum(ticket.slots for ticket in self._tickets.values())
-        refused = min(limit, self._refused.per_s(now_s) * self._forecast.mean_stay_s())
-        return Demand(slots + refused, limit, len(self._replicas.live))
+        refused = min(sum(limits), self._refused.per_s(now_s) * self._forecast.mean_stay_s())
+        return Demand(slots + refused, sum(limits) / max(1, len(limits)))
 
     # --- placing ---
 

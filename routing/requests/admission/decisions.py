@@ -36,13 +36,12 @@ class Wait:
 
 @dataclass(frozen=True)
 class Demand:
-    """What clients ask for, and what there is for it."""
+    """What clients ask for, and what a replica can do of it."""
 
     sequences: float  # admitted, waiting, and what those refused lately would be running now
-    limit: float  # sequences that all live replicas run at the promised step time
-    replicas: int  # live ones
+    per_replica: float  # sequences that one runs at the promised step time; the mean of the live ones
 
     @property
     def in_replicas(self) -> float:
-        """The number of replicas that would be full with it."""
-        return self.sequences * self.replicas / self.limit if self.limit > 0 else float(self.replicas)
+        """The number of replicas that would be full with it. What several gateways say adds up."""
+        return self.sequences / max(1.0, self.per_replica)

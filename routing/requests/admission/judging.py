@@ -115,16 +115,15 @@ class Judge:
         room = self._forecast.room(priority, now_s)  # once: there may be hundreds of tickets, 20 times a second
         passed = any(queue.wide for queue in self._queues.values()) and len(self._replicas.live) > 1
         prefills_s = self._forecast.prefills_s(waiting.uncached_tokens)
-        stays = ~waiting.by_time
-        too_late = stays & (waiting.waited_s + prefills_s > waiting.budget_s)
+        too_late = waiting.waited_s + prefills_s > waiting.budget_s
         while len(found) < _MOST_AT_ONCE:
-            wait_s, for_kv = self._waits(waiting, stays & ~too_late, room, ahead, passed)
+            wait_s, for_kv = self._waits(waiting, waiting.stays & ~too_late, room, ahead, passed)
             predicted_s = waiting.waited_s + wait_s + prefills_s
-            late = stays & (too_late | (predicted_s > _WAITING_SLACK * waiting.budget_s))
+            late = waiting.stays & (too_late | (predicted_s > _WAITING_SLACK * waiting.budget_s))
             if not late.any():
                 break
             index = int(late.argmax())
-            stays[index] = False
+            waiting.stays[index] = False
             plane = Plane.KV_CACHE if for_kv[index] else self._forecast.best_step()[1]
             ticket, seconds = waiting.tickets[index], float(wait_s[index])
             refusal = self._refusals.late(ticket, float(predicted_s[index]), seconds, plane, now_s, Reason.WAITED)
@@ -167,9 +166,9 @@ class _Ahead:
 
     def and_all(self, waiting: _Waiting) -> _Ahead:
         return _Ahead(
-            self.slots + float(waiting.slots.sum()),
-            self.kv_tokens + float(waiting.kv_tokens.sum()),
-            self.narrow + float((waiting.slots <= 1).sum()),
+            self.slots + float(waiting.slots @ waiting.stays),
+            self.kv_tokens + float(waiting.kv_tokens @ waiting.stays),
+            self.narrow + float(((waiting.slots <= 1) & waiting.stays).sum()),
         )
 
 
@@ -188,3 +187,4 @@ class _Waiting:
         self.slots, self.kv_tokens, self.uncached_tokens = table[:, 2], table[:, 3], table[:, 4]
         # Those that wait for another replica than the one that was lost, or for any: nothing else is predicted.
         self.by_time = (table[:, 5] > 0) | (self.slots == 0) if live else np.ones(len(tickets), dtype=bool)
+        self.stays = ~self.by_time  # and not yet found to be hopeless

@@ -19,7 +19,7 @@ from routing.requests.request import Priority, ReplicaLoad
 from routing.requests.ticket import Ticket
 
 _AVOIDS_S = 1.0  # after so long, a moved request goes back to a replica that lost it rather than nowhere
-_OPEN_S = 0.5  # for so long a reserved replica still takes those that are before its holder in order
+_OPEN_S = 1.0  # for so long a reserved replica still takes those that are before its holder in order
 _SURELY = 2.0  # a request "ends before" a time if twice its expected stay does
 
 
@@ -76,6 +76,13 @@ class Replicas:
             self._set_limits(state)
         self._free.clear()
 
+    def attention_limits(self, priority: Priority) -> list[float]:
+        """Sequences that each live replica runs at the step time that a class is promised, as if experts had no queue:
+        where they have, more attention replicas would not help.
+        """
+        most = self._pace.most_running(self._pace.bearable_step_s(self._objectives[priority].tpot_s), 0.0)
+        return [min(state.load.max_num_seqs, most) for state in self.live]
+
     def running_at(self, ticket: Ticket) -> ReplicaState:
         """The replica that has the ticket."""
         return self._states[ticket.replica_id]
@@ -116,16 +123,19 @@ class Replicas:
     def pick(self, ticket: Ticket, now_s: float) -> str | None:
         """The replica to send the ticket to now; None if it has to wait. Cheap if all replicas are full."""
         held = self.reservation
-        apart = None if held is None or held.ticket is ticket else held.state  # used only if no other will do
-        slots, kv_tokens = self._most_free(ticket.ask.priority, apart)
+        if held is not None and held.ticket is ticket:
+            held = None
+        slots, kv_tokens = self._most_free(ticket.ask.priority, held)
         if ticket.slots <= slots and ticket.kv_tokens <= kv_tokens:
-            states = self.open_to(ticket, now_s)
-            fitting = [state for state in states if state is not apart and state.fits(ticket)]
+            fitting = [state for state in self.open_to(ticket, now_s) if self._takes(state, ticket, held)]
+            if held is not None and fitting:  # into the smallest gap: the larger ones are for those that wait
+                fullest = max(state.sequences for state in fitting)
+                fitting = [state for state in fitting if state.sequences == fullest]
             if fitting:
                 return self.choice.best(ticket.ask, fitting)
-        if held is None or apart is None or not apart.fits(ticket) or apart not in self.open_to(ticket, now_s):
+        if held is None or not held.state.fits(ticket) or held.state not in self.open_to(ticket, now_s):
             return None
-        return apart.load.replica_id if self._may_use(held, ticket, now_s) else None
+        return held.state.load.replica_id if self._may_use(held, ticket, now_s) else None
 
     def reserve(self, ticket: Ticket, now_s: float) -> None:
         """The ticket waits and others will pass it: keep the replica for it that will have room first."""
@@ -168,18 +178,28 @@ class Replicas:
         stay_s = prefill_s + ticket.left_tokens / max(1, ticket.ask.sequences) * step_s
         return now_s + _SURELY * stay_s <= held.ready_s
 
-    def _most_free(self, priority: Priority, apart: ReplicaState | None) -> tuple[float, float]:
-        """The most slots and the most KV tokens that one replica has free for a class, `apart` left out."""
-        most = self._free.get((priority, apart is None))
+    @staticmethod
+    def _takes(state: ReplicaState, ticket: Ticket, held: Reservation | None) -> bool:
+        """Whether a replica that is not reserved takes the ticket; also by the limit of a higher class that waits."""
+        if held is None:
+            return state.fits(ticket)
+        return state is not held.state and state.fits(ticket, held.ticket.ask.priority)
+
+    def _most_free(self, priority: Priority, held: Reservation | None) -> tuple[float, float]:
+        """The most slots and the most KV tokens that one replica has free for a class, the reserved one left out."""
+        most = self._free.get((priority, held is None))
         if most is None:
             slots = kv_tokens = -math.inf
+            apart, also = (None, priority) if held is None else (held.state, held.ticket.ask.priority)
             for state in self.live:
-                if not state.sequences and state is not apart:
+                if state is apart:
+                    continue
+                if not state.sequences:
                     slots = kv_tokens = math.inf
-                elif state is not apart and (free := state.limit(priority) - state.sequences) >= 1:
+                elif (free := min(state.limit(priority), state.limit(also)) - state.sequences) >= 1:
                     slots = max(slots, free)
                     kv_tokens = max(kv_tokens, state.load.kv_cache_tokens - state.kv_tokens)
-            most = self._free[priority, apart is None] = slots, kv_tokens
+            most = self._free[priority, held is None] = slots, kv_tokens
         return most
 
     def _set_limits(self, state: ReplicaState) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.config import Config
-from deployments.directory.members import FleetView, GatewayMember
-from deployments.directory.replica import AttentionMember, Directory
+from deployments.directory.members import AdmissionEndpoint, FleetView, GatewayMember
+from deployments.directory.replica import LONG_POLL_S, AttentionMember, Directory, total_demand
 from monitoring.discovery import ScrapeTarget
 from routing.tokens.membership import Member
 
@@ -115,3 +116,23 @@ def test_workers_hear_how_busy_all_of_them_are(demo_model: Path, outside_serve: 
         assert (await directory.heartbeat("spare", 0.3)).plane_busy == pytest.approx(0.3)
 
     asyncio.run(scenario())
+
+
+def test_what_gateways_ask_for_adds_up(directory: Directory) -> None:
+    async def scenario() -> None:
+        assert await directory.demand() is None  # a directory that has just been started knows nothing
+        await seen_by(directory, replace(gateway("a", 3), demand=0.5))
+        await seen_by(directory, replace(gateway("b", 3), demand=1.25))
+        assert await directory.demand() == 1.75
+        endpoint = AdmissionEndpoint("127.0.0.1:1", "t")
+        await directory.admission(endpoint, ScrapeTarget("admission", "a:9401", "a"), -1, 2.0)
+        await seen_by(directory, gateway("b", 3))  # it has reached the common admission
+        assert await directory.demand() == 2.5
+
+    asyncio.run(scenario())
+
+
+def test_a_common_admission_that_fell_silent_asks_for_nothing() -> None:
+    members = [replace(gateway("a", 1), demand=0.5)]
+    assert total_demand(members, 2.0, 100.0, 100.0 + LONG_POLL_S) == 2.5
+    assert total_demand(members, 2.0, 100.0, 100.0 + 10 * LONG_POLL_S) == 0.5

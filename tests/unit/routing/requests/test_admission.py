@@ -644,6 +644,146 @@ def test_no_more_run_than_keep_the_promised_step_time() -> None:
     assert adm.running() == before  # interactive ones run there: their promise binds this one too
 
 
+# --- what generates nothing ---
+
+
+def side(ticket: str, prompt: int = 50, *, tenant: Tenant = TENANT, deadline_s: float | None = None) -> Ask:
+    return ask(ticket, tenant=tenant, prompt=prompt, new=0, sequences=0, deadline_s=deadline_s)
+
+
+def test_what_generates_nothing_needs_no_room_and_is_never_judged() -> None:
+    adm = admission(load("r", 1, kv=10), load("s", 1, kv=10), max_waiting=0)
+    for ticket in "ab":
+        adm.submit(ask(ticket, new=10_000), 0.0)
+    found = grants([one for n in range(40) for one in adm.submit(side(str(n), 10**6, deadline_s=0.001), 0.0)])
+    assert len(found) == 40
+    assert {grant.replica_id for grant in found} == {"r", "s"}  # spread
+    assert {grant.predicted_ttft_s for grant in found} == {None}
+    assert {state.sequences for state in adm._replicas.live} == {1}
+    for number in range(40):
+        adm.first_token(str(number), 1.0)
+        adm.progress(str(number), 0, 1.0)
+        adm.finish(str(number), Usage(17, 0), 1.0)
+    assert adm.running() == 2
+
+
+def test_what_generates_nothing_is_charged_what_it_counted() -> None:
+    adm = admission(load())
+    tenant = Tenant("small", tokens_per_minute=100, requests_per_minute=3)
+    (grant,) = grants(adm.submit(side("a", 90, tenant=tenant), 0.0))
+    assert grant.limits is not None
+    assert (grant.limits.remaining_tokens, grant.limits.remaining_requests) == (10, 2)
+    assert refused(adm.submit(side("b", tenant=tenant), 0.0)).reason == "tokens_per_minute"
+    adm.finish("a", Usage(40, 0), 0.0)
+    assert placed(adm.submit(side("c", tenant=tenant), 0.0)) == ["c"]
+
+
+@pytest.mark.parametrize("mode", ["enforce", "shadow", "off"])
+def test_what_generates_nothing_waits_within_its_objective_while_every_replica_blinks(mode: str) -> None:
+    adm = admission(load(), mode=mode)
+    adm.set_loads([], 10.0)
+    assert adm.submit(side("a"), 11.0) == adm.submit(side("b"), 11.0) == adm.tick(15.9) == []
+    assert adm.cancel("b", 15.9) == []
+    assert placed(adm.set_loads([load()], 15.95)) == ["a"]
+    adm.set_loads([], 16.0)
+    assert adm.submit(side("c"), 16.0) == []
+    assert isinstance(refused(adm.tick(21.1)), NoCapacity)
+
+
+def test_what_generates_nothing_goes_elsewhere_if_its_replica_is_lost() -> None:
+    adm = admission(load("r"), load("s"))
+    (first,) = grants(adm.submit(side("a"), 0.0))
+    (second,) = grants(adm.move("a", 0.1))
+    assert {first.replica_id, second.replica_id} == {"r", "s"}
+
+
+# --- wide requests ---
+
+
+def test_behind_a_wide_request_others_go_where_it_cannot() -> None:
+    adm = patient(load("r", 4), load("s", 4))
+    where = {}
+    for ticket, sequences in (("a", 3), ("b", 2)):
+        (grant,) = grants(adm.submit(ask(ticket, sequences=sequences, new=400 * sequences), 0.0))
+        where[ticket] = grant.replica_id
+    assert where["a"] != where["b"]
+    assert adm.submit(ask("wide", sequences=4), 0.0) == []
+    held = adm._replicas.reservation
+    assert held is not None
+    free = {"a": 1, "b": 2}
+    taken = [one for n in range(6) for one in grants(adm.submit(ask(f"n{n}", new=400), 0.0))]
+    other = next(ticket for ticket in "ab" if where[ticket] != held.state.load.replica_id)
+    assert [grant.replica_id for grant in taken] == [where[other]] * free[other]
+    mine = next(ticket for ticket in "ab" if ticket != other)
+    assert placed(adm.finish(mine, Usage(10, 60), 1.0))[0] == "wide"
+
+
+def test_a_request_that_ends_before_the_drain_may_use_the_reserved_replica() -> None:
+    adm = patient(load("r", 4))
+    adm.submit(ask("a", sequences=2, new=100_000), 0.0)
+    assert adm.submit(ask("wide", sequences=4), 0.0) == []
+    assert placed(adm.submit(ask("short", new=1), 0.0)) == ["short"]
+    assert adm.submit(ask("long", new=100_000), 0.0) == []
+
+
+def test_nobody_keeps_a_wide_request_waiting_for_ever() -> None:
+    """Narrow ones come all the time, of tenants below their share."""
+    adm, now_s, running = patient(load("r", 4), load("s", 4)), 0.0, []
+    for number in range(4):
+        running += placed(adm.submit(ask(f"first {number}", sequences=2), now_s))
+    assert adm.submit(ask("wide", sequences=4), now_s) == []
+    started_s = None
+    for step in range(400):
+        now_s += 0.05
+        decisions = adm.submit(ask(f"n{step}", tenant=Tenant(f"t{step}")), now_s)
+        if len(running) > 3:
+            decisions += adm.finish(running.pop(0), Usage(10, 20), now_s)
+        found = placed(decisions)
+        running += found
+        if "wide" in found:
+            started_s = now_s
+            break
+    assert started_s is not None
+    assert started_s < 3.0
+
+
+def test_the_wait_of_a_wide_request_is_that_of_one_replica() -> None:
+    """Half of all slots are free, and it needs them in one place."""
+    adm = admission(load("r", 4), load("s", 4), interactive=ClassObjective(ttft_s=2.0, tpot_s=10.0))
+    for number in range(2):
+        adm.submit(ask(f"a{number}", sequences=2, new=20_000), 0.0)
+    assert {state.sequences for state in adm._replicas.live} == {2}
+    refusal = refused(adm.submit(ask("wide", sequences=4), 0.0))
+    assert refusal.reason == "ttft"
+    assert placed(adm.submit(ask("two", sequences=2), 0.0)) == ["two"]
+
+
+# --- demand ---
+
+
+def test_demand_is_what_runs_waits_and_was_refused_against_what_keeps_the_promise() -> None:
+    adm = admission(load("r", 8), load("s", 8), max_waiting=2)
+    assert adm.demand(0.0).in_replicas == 0
+    for number in range(16):
+        adm.submit(ask(f"r{number}", new=10_000), 0.0)
+    assert adm.demand(0.0).in_replicas == pytest.approx(2.0)
+    for number in range(4):
+        adm.submit(ask(f"w{number}"), 0.0)
+    assert adm.waiting() == 2
+    assert adm.demand(0.0).in_replicas == pytest.approx(2.25)
+    for number in range(200):
+        adm.submit(ask(f"x{number}"), 0.02 * number)
+    assert 3.0 < adm.demand(4.0).in_replicas <= 4.25  # no more than as much again as there is
+    assert adm.demand(400.0).in_replicas == pytest.approx(2.25, abs=0.01)
+
+
+def test_demand_counts_replicas_by_the_promised_step_time_and_not_by_their_slots() -> None:
+    adm = admission(load(slots=64), interactive=ClassObjective(ttft_s=1e4, tpot_s=0.2))
+    saturate(adm, 0.4, 4, 0.0)
+    assert adm.demand(30.0).per_replica < 4
+    assert adm.demand(30.0).in_replicas > 1
+
+
 # --- invariants ---
 
 
