@@ -102,10 +102,14 @@ class FairQueue:
         return found
 
     def push(self, ticket: Ticket) -> None:
-        """It waits, after all that its tenant has waiting."""
+        """It waits, after all that its tenant has waiting; first of all if it needs no slots and is in nobody's way."""
         flow = self._flow(ticket.ask.tenant)
+        if not ticket.slots:
+            ticket.tag = -math.inf
+            self._insert(ticket, flow)
+            return
         self._tag(ticket, flow)
-        self._cost_per_slot += 0.02 * (ticket.cost / max(1, ticket.slots) - self._cost_per_slot)
+        self._cost_per_slot += 0.02 * (ticket.cost / ticket.slots - self._cost_per_slot)
         self._insert(ticket, flow)
 
     def push_front(self, ticket: Ticket) -> None:
@@ -122,7 +126,7 @@ class FairQueue:
     def remove(self, ticket: Ticket) -> None:
         """It will not run: its tenant's later ones move up."""
         flow = self._take_out(ticket)
-        if ticket.moved:
+        if ticket.moved or not ticket.slots:
             return
         moved_up = ticket.cost / flow.weight
         if flow.waiting:

@@ -17,9 +17,10 @@ from collections.abc import Mapping, Sequence
 
 from cluster.config import AdmissionConfig, ClassObjective
 from cluster.errors import Reason, Refusal
-from routing.requests.admission.decisions import Admitted, Decision, Demand, Refused, Wait
+from routing.requests.admission.decisions import Decision, Demand, Refused, Wait
 from routing.requests.admission.forecast import Forecast
 from routing.requests.admission.judging import Judge
+from routing.requests.admission.placing import Placing
 from routing.requests.admission.refusing import Refusals
 from routing.requests.admission.replicas import Replicas
 from routing.requests.fair_queue import FairQueue
@@ -27,11 +28,10 @@ from routing.requests.prediction.decayed import Rate
 from routing.requests.prediction.pace import Lengths, Pace
 from routing.requests.quota import Quotas
 from routing.requests.replica_choice import ReplicaChoice
-from routing.requests.request import Ask, Grant, Priority, ReplicaLoad, Usage
+from routing.requests.request import Ask, Priority, ReplicaLoad, Usage
 from routing.requests.ticket import Ticket, TicketState, expected_tokens
 
 _LIMITS_HOLD_S = 0.05  # for so long, the replicas' limits follow no newly learned pace
-_BACKFILLED = 128  # waiting requests of a class that are looked at when some do not fit
 _REFUSED_S = 30.0  # memory of what was refused, for `demand`
 
 
@@ -43,7 +43,6 @@ class Admission:
     ) -> None:
         """`quotas`: accounts that outlive this admission; its own if None."""
         self._config = config
-        self._random = rng
         objectives: Mapping[Priority, ClassObjective] = {
             Priority.SYSTEM: config.system,
             Priority.INTERACTIVE: config.interactive,
@@ -61,6 +60,7 @@ class Admission:
         self._forecast = Forecast(self._queues, self._replicas, self._pace)
         self._refusals = Refusals(objectives, self._queues, self._quotas, self._forecast, rng)
         self._judge = Judge(objectives, self._queues, self._replicas, self._pace, self._forecast, self._refusals)
+        self._placing = Placing(self._queues, self._replicas, self._forecast, self._quotas, rng, config.mode == "off")
         self._refused = Rate(_REFUSED_S)  # sequences, for want of replicas
 
     # --- what the gateway tells ---
@@ -72,7 +72,7 @@ class Admission:
             self._empty_since_s = None
         elif self._empty_since_s is None:
             self._empty_since_s = now_s
-        return self._place_waiting(now_s)
+        return self._placing.place_waiting(now_s)
 
     def submit(self, ask: Ask, now_s: float) -> list[Decision]:
         """A request came. It is decided at once or waits."""
@@ -86,8 +86,9 @@ class Admission:
         over = self._quotas.reserve(ask, now_s, self._forecast.mean_stay_s())
         if over is not None:
             return [Refused(ask.ticket, self._refusals.over_quota(over))]
-        if (self._config.mode == "off" or not ask.sequences) and (replica_id := self._any(ticket, now_s)) is not None:
-            return [self._start(ticket, replica_id, now_s)]
+        if (self._config.mode == "off" or not ask.sequences) and (place := self._placing.anywhere(ticket, now_s)):
+            self._tickets[ask.ticket] = ticket
+            return [self._placing.start(ticket, place, now_s)]
         queue = self._queues[ask.priority]
         queue.note_demand(ask.tenant, ticket.slots, now_s)
         ticket.tag = queue.next_tag(ask.tenant)
@@ -102,7 +103,7 @@ class Admission:
             ticket.would_refuse = refusal.reason
         self._tickets[ask.ticket] = ticket
         queue.push(ticket)
-        return displaced + self._place_waiting(now_s)
+        return displaced + self._placing.place_waiting(now_s)
 
     def restore(self, ask: Ask, replica_id: str, generated_tokens: int, now_s: float) -> None:
         """A request that another admission let run, and that has generated so much since. The quotas know of it."""
@@ -120,7 +121,7 @@ class Admission:
             return []
         if ticket.waits:
             self._end_waiting(ticket, now_s)
-            return self._place_waiting(now_s)
+            return self._placing.place_waiting(now_s)
         return self.finish(ticket_id, Usage(ticket.ask.prompt_tokens, ticket.generated_tokens, False), now_s)
 
     def first_token(self, ticket_id: str, now_s: float) -> None:
@@ -159,11 +160,13 @@ class Admission:
             return []
         self._replicas.remove(ticket, now_s)
         ticket.avoid |= {ticket.replica_id}
-        ticket.waits_since_s, ticket.earlier_tokens = now_s, ticket.generated_tokens
-        ticket.least_uncached_tokens = ticket.prompt_tokens
-        ticket.kv_tokens = _kv_tokens(ticket, ticket.left_tokens)
+        ticket.waits_since_s = now_s
+        if ticket.slots:
+            ticket.earlier_tokens = ticket.generated_tokens
+            ticket.least_uncached_tokens = ticket.prompt_tokens
+            ticket.kv_tokens = _kv_tokens(ticket, ticket.left_tokens)
         self._queues[ticket.ask.priority].push_front(ticket)
-        return self._place_waiting(now_s)
+        return self._placing.place_waiting(now_s)
 
     def finish(self, ticket_id: str, usage: Usage, now_s: float) -> list[Decision]:
         """It ended, or was cut off, and cost this."""
@@ -180,14 +183,15 @@ class Admission:
         self._quotas.commit(ask, tokens, now_s)
         if usage.complete or usage.generated_tokens:
             self._lengths.observe(ask, usage.generated_tokens, usage.complete)
-        self._queues[ask.priority].correct_cost(ask.tenant, ticket.cost, tokens)
-        return self._place_waiting(now_s)
+        if ticket.slots:
+            self._queues[ask.priority].correct_cost(ask.tenant, ticket.cost, tokens)
+        return self._placing.place_waiting(now_s)
 
     def tick(self, now_s: float) -> list[Decision]:
         """To be called often: refuses waiting requests that would miss."""
         self._pace.forget(now_s)
         self._refresh_limits(now_s)
-        decisions = self._place_waiting(now_s)
+        decisions = self._placing.place_waiting(now_s)
         refused = 0
         for ticket, refusal in self._judge.hopeless(now_s):
             if self._config.mode == "shadow" and self._replicas.live:
@@ -197,7 +201,7 @@ class Admission:
             self._judge.missed(ticket)
             decisions.append(self._refused_for_load(ticket, Refused(ticket.ask.ticket, refusal), now_s))
             refused += 1
-        return decisions + self._place_waiting(now_s) if refused else decisions
+        return decisions + self._placing.place_waiting(now_s) if refused else decisions
 
     # --- what it reports ---
 
@@ -218,53 +222,7 @@ class Admission:
         refused = min(sum(limits), self._refused.per_s(now_s) * self._forecast.mean_stay_s())
         return Demand(slots + refused, sum(limits) / max(1, len(limits)))
 
-    # --- placing ---
-
-    def _place_waiting(self, now_s: float) -> list[Decision]:
-        """Start what fits, in order. One that does not fit is passed, but a replica is reserved for the first such."""
-        decisions: list[Decision] = []
-        replicas = self._replicas
-        for queue in self._queues.values():
-            if not len(queue):
-                continue
-            for ticket in queue.first(_BACKFILLED):
-                replica_id = self._pick(ticket, now_s)
-                if replica_id is not None:
-                    queue.start(ticket)
-                    decisions.append(self._start(ticket, replica_id, now_s))
-                elif replicas.open_to(ticket, now_s):
-                    if not replicas.any_free():
-                        return decisions
-                    if replicas.reservation is None:
-                        replicas.reserve(ticket, now_s)
-                # else it waits for a replica that it was not lost by, and must not hold up the others
-        return decisions
-
-    def _pick(self, ticket: Ticket, now_s: float) -> str | None:
-        if self._config.mode == "off" or not ticket.slots:
-            return self._any(ticket, now_s)
-        return self._replicas.pick(ticket, now_s)
-
-    def _any(self, ticket: Ticket, now_s: float) -> str | None:
-        """A replica for a ticket that needs no room there; None if none is live."""
-        states = self._replicas.open_to(ticket, now_s)
-        if ticket.slots or not states:
-            return self._replicas.choice.best(ticket.ask, states)
-        return self._random.choice(states).load.replica_id
-
-    def _start(self, ticket: Ticket, replica_id: str, now_s: float) -> Admitted:
-        ask, choice = ticket.ask, self._replicas.choice
-        uncached = 0
-        if ticket.slots:
-            uncached = ticket.prompt_tokens - min(ticket.prompt_tokens, choice.cached_tokens(ask, replica_id))
-            choice.placed(ask, replica_id)
-        self._tickets[ask.ticket] = ticket
-        self._replicas.release(ticket)
-        self._replicas.add(ticket, replica_id, uncached, now_s)
-        if ticket.slots:
-            self._forecast.placed(ticket)
-        limits = self._quotas.limits(ask.tenant, now_s)
-        return Admitted(Grant(ask.ticket, replica_id, ticket.predicted_ttft_s, ticket.would_refuse, limits))
+    # --- inside ---
 
     def _new_ticket(self, ask: Ask, now_s: float) -> Ticket:
         self._arrivals += 1

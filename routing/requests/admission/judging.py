@@ -119,7 +119,7 @@ class Judge:
         while len(found) < _MOST_AT_ONCE:
             wait_s, for_kv = self._waits(waiting, waiting.stays & ~too_late, room, ahead, passed)
             predicted_s = waiting.waited_s + wait_s + prefills_s
-            late = waiting.stays & (too_late | (predicted_s > _WAITING_SLACK * waiting.budget_s))
+            late = waiting.stays & ~waiting.marked & (too_late | (predicted_s > _WAITING_SLACK * waiting.budget_s))
             if not late.any():
                 break
             index = int(late.argmax())
@@ -183,6 +183,7 @@ class _Waiting:
                 for one in tickets
             ]
         )
+        self.marked = np.array([one.would_refuse is not None for one in tickets])  # in shadow mode, once is enough
         self.waited_s, self.budget_s = now_s - table[:, 0], table[:, 1]
         self.slots, self.kv_tokens, self.uncached_tokens = table[:, 2], table[:, 3], table[:, 4]
         # Those that wait for another replica than the one that was lost, or for any: nothing else is predicted.

@@ -690,6 +690,16 @@ def test_what_generates_nothing_waits_within_its_objective_while_every_replica_b
     assert isinstance(refused(adm.tick(21.1)), NoCapacity)
 
 
+def test_what_generates_nothing_waits_behind_nobody() -> None:
+    adm = patient(load("r", 1), max_waiting=9)
+    adm.submit(ask("a"), 0.0)
+    adm.submit(ask("b"), 0.0)
+    adm.set_loads([], 1.0)
+    assert adm.submit(side("s"), 1.0) == []
+    assert placed(adm.set_loads([load("r", 1)], 1.5)) == ["s"]
+    assert placed(adm.finish("a", Usage(10, 20), 2.0)) == ["b"]
+
+
 def test_what_generates_nothing_goes_elsewhere_if_its_replica_is_lost() -> None:
     adm = admission(load("r"), load("s"))
     (first,) = grants(adm.submit(side("a"), 0.0))
@@ -834,7 +844,7 @@ class World:
         rng, ticket = self.rng, f"t{len(self.asks)}"
         one = ask(
             ticket, rng.choice(list(Priority)), tenant=rng.choice(self.tenants), prompt=rng.randint(1, 400),
-            new=rng.randint(1, 200), sequences=rng.choice([1, 1, 1, 2, 5]), deadline_s=rng.choice([None, None, 0.5]),
+            new=rng.randint(1, 200), sequences=rng.choice([1, 1, 1, 2, 5, 0]), deadline_s=rng.choice([None, None, 0.5]),
             hashes=tuple(range(rng.randint(0, 4))),
         )  # fmt: skip
         self.asks[ticket] = one
@@ -964,5 +974,6 @@ def test_a_replica_never_gets_more_than_it_has_but_for_one_request_when_idle(rng
             world.state[ticket] = "waiting"
             world.take(world.adm.move(ticket, world.now_s))
         for replica_id, state in world.adm._replicas._states.items():
-            assert len(state.tickets) <= 1 or state.sequences <= slots[replica_id]
-            assert len(state.tickets) <= 1 or state.kv_tokens <= kv[replica_id]
+            generating = sum(one.slots > 0 for one in state.tickets.values())
+            assert generating <= 1 or state.sequences <= slots[replica_id]
+            assert generating <= 1 or state.kv_tokens <= kv[replica_id]
