@@ -6,7 +6,8 @@ Capacity is measured first (closed loop, every decode slot taken, nothing shed).
 arrivals, with `admission.mode: enforce` and with `off`. The replicas are fakes with a stated service model
 (`benchmarks.overload.mix`), so the load can exceed what this machine could compute. With `--replicas demo` it
 is the whole application with the demo model instead, and generator and model share the machine. A load lasts
-`--seconds` after 5 s that are not counted.
+`--seconds` after 5 s that are not counted. First, in virtual time: requests of 60 sequences beside requests of one
+(`benchmarks.overload.mixed`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from benchmarks.measuring.free_port import free_port
 from benchmarks.overload import demo as overload_demo
 from benchmarks.overload.load import Client, closed_loop, open_loop
 from benchmarks.overload.mix import EOS_EVERY, MODEL, OBJECTIVES, REPLICAS, SERVICE, Mix
+from benchmarks.overload.mixed import mixed
 from benchmarks.overload.report import Run, Window, figures, print_load, print_verdict
 from cluster.config import AdmissionConfig, Config
 
@@ -164,6 +166,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="length of each load")
     parser.add_argument("--loads", type=float, nargs="+", default=[1, 2, 5, 10], help="multiples of the capacity")
     args = parser.parse_args()
+    print(mixed(1).row())
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(run(SETUPS[args.replicas], args.loads, args.seconds, Path(folder)))
 

@@ -101,7 +101,10 @@ class Ours:
         self.choice = choice
 
     def choose(self, ask: Ask, replicas: Sequence[Replica]) -> int | None:
-        picked = self.choice.pick(ask, [replica.candidate() for replica in replicas])
+        room = ask.prompt_tokens + ask.max_new_tokens
+        candidates = [replica.candidate() for replica in replicas]
+        candidates = [one for one in candidates if one.has_room(ask.sequences, room, one.load.max_num_seqs)]
+        picked = self.choice.best(ask, candidates)
         if picked is None:
             return None
         return next(number for number, replica in enumerate(replicas) if replica.name == picked)

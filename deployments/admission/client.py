@@ -23,12 +23,15 @@ from deployments.admission.messages import (
     Move,
     Progress,
     Restore,
+    Spent,
     Submit,
     decode_decision,
     encode_event,
 )
 from deployments.admission.waiting_room import Decider, WaitingRoom
 from deployments.hosting.background import BackgroundTasks
+from routing.requests.admission import Admitted, Decision
+from routing.requests.quota import Quotas, reservation
 from routing.requests.request import Ask, ReplicaLoad, Usage
 
 RECONNECT_S = 0.5
@@ -41,43 +44,86 @@ logger = logging.getLogger(__name__)
 class RemoteAdmission:
     """A `Decider` on the other end of one stream. Events that a broken stream swallowed are made good by the
     waiting room, which presents all its tickets to whoever decides next.
+
+    It keeps this gateway's own quotas up to date, so that they are true whenever the stream breaks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quotas: Quotas, clock: Callable[[], float], decided: Callable[[Decision], None]) -> None:
         self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._quotas = quotas
+        self._clock = clock
+        self._decided = decided
+        self._waiting: dict[str, Ask] = {}  # what has not run yet
+        self._running: dict[str, tuple[Ask, int]] = {}  # with the tokens generated so far, as told
 
     async def events(self) -> AsyncIterator[bytes]:
         """What goes out, for the stream."""
         while (message := await self._outbox.get()) is not None:
             yield message
 
+    def report(self, since_told: bool) -> None:
+        """Tell what has been used of the quotas; `since_told`: the other end knows what came before the last break."""
+        for spending in self._quotas.spending(self._clock(), since_told):
+            self._send(Spent(spending))
+
+    def decided(self, decision: Decision) -> None:
+        """A decision came."""
+        if isinstance(decision, Admitted):
+            ask = self._waiting.pop(decision.grant.ticket, None)
+            if ask is not None:
+                self._quotas.take(ask, self._clock())
+                self._running[ask.ticket] = ask, 0
+        else:
+            self._end(decision.ticket, None)
+        self._decided(decision)
+
     def close(self) -> None:
-        """End `events`: grpc leaves the task that reads them waiting when a stream breaks."""
+        """End `events`: grpc leaves the task that reads them waiting when a stream breaks. The other end will charge
+        what it knows of each request and drop the rest of its reservation.
+        """
         self._outbox.put_nowait(None)
+        now_s = self._clock()
+        self._quotas.mark_told(now_s)
+        for ask, generated_tokens in self._running.values():
+            self._quotas.untell(ask, reservation(ask) - ask.prompt_tokens - generated_tokens, now_s)
 
     def submit(self, ask: Ask) -> None:
+        self._waiting[ask.ticket] = ask
         self._send(Submit(ask))
 
-    def restore(self, ask: Ask, replica_id: str) -> None:
-        self._send(Restore(ask, replica_id))
+    def restore(self, ask: Ask, replica_id: str, generated_tokens: int) -> None:
+        self._running[ask.ticket] = ask, generated_tokens
+        self._send(Restore(ask, replica_id, generated_tokens))
 
     def cancel(self, ticket: str) -> None:
+        self._end(ticket, None)
         self._send(Cancel(ticket))
 
     def first_token(self, ticket: str) -> None:
         self._send(FirstToken(ticket))
 
     def progress(self, ticket: str, generated_tokens: int) -> None:
+        if (known := self._running.get(ticket)) is not None:
+            self._running[ticket] = known[0], generated_tokens
         self._send(Progress(ticket, generated_tokens))
 
     def move(self, ticket: str) -> None:
         self._send(Move(ticket))
 
     def finish(self, ticket: str, usage: Usage) -> None:
+        self._end(ticket, usage.prompt_tokens + usage.generated_tokens)
         self._send(Finish(ticket, usage))
 
     def set_loads(self, loads: Sequence[ReplicaLoad]) -> None:
         """The server hears from the replicas itself."""
+
+    def _end(self, ticket: str, tokens: int | None) -> None:
+        """None: as many tokens as are known of."""
+        self._waiting.pop(ticket, None)
+        if (known := self._running.pop(ticket, None)) is not None:
+            ask, generated_tokens = known
+            used = ask.prompt_tokens + generated_tokens if tokens is None else tokens
+            self._quotas.commit(ask, used, self._clock())
 
     def _send(self, event: Event) -> None:
         self._outbox.put_nowait(encode_event(event))
@@ -90,12 +136,19 @@ class AdmissionClient:
         self,
         room: WaitingRoom,
         alone: Callable[[], Decider],
+        quotas: Quotas,
+        clock: Callable[[], float],
         tls: InternalTlsConfig | None,
         reconnect_s: float = RECONNECT_S,
     ) -> None:
-        """`alone` makes the decider for the time without the server; a fresh one each time. Raises StartupError."""
+        """`alone` makes the decider for the time without the server; a fresh one each time, but with these `quotas`,
+        which know what this gateway's requests have used whoever decides. Raises StartupError.
+        """
         self._room = room
         self._alone = alone
+        self._quotas = quotas
+        self._clock = clock
+        self._told_token: str | None = None  # of the server that knows what was used until its stream broke
         self._channels = None if tls is None else ExpertChannels(tls)
         self._reconnect_s = reconnect_s
         self._target: tuple[str, str] | None = None  # address, token
@@ -148,14 +201,17 @@ class AdmissionClient:
         async with channel:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 await channel.channel_ready()
-            remote = RemoteAdmission()
+            remote = RemoteAdmission(self._quotas, self._clock, self._room.decided)
             call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(remote.events(), metadata=((TOKEN_KEY, token),))
-            self.connected = True
+            self._room.leave()
+            self._quotas.set_share(1.0)
+            remote.report(since_told=token == self._told_token)
+            self.connected, self._told_token = True, token
             self._room.decide_by(remote)
             logger.info("common admission reached at %s", address)
             try:
                 async for message in call:
-                    self._room.decided(decode_decision(message))
+                    remote.decided(decode_decision(message))
                     if self._moved.is_set():
                         return
             finally:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from cluster.config import AdmissionConfig
-from routing.requests.admission import Admission, Decision
+from routing.requests.admission import Admission, Decision, Demand
+from routing.requests.quota import Quotas
 from routing.requests.replica_choice import ReplicaChoice
-from routing.requests.request import Ask, ReplicaLoad, Tenant, Usage
+from routing.requests.request import Ask, ReplicaLoad, Usage
 
 
 class LocalAdmission:
@@ -25,19 +26,24 @@ class LocalAdmission:
         clock: Callable[[], float],
         decided: Callable[[Decision], None],
         share: float = 1.0,
+        quotas: Quotas | None = None,
     ) -> None:
-        self._admission = Admission(config, ReplicaChoice(), random.Random())
+        """`quotas`: accounts that outlive this admission; its own if None."""
+        quotas = Quotas() if quotas is None else quotas
+        quotas.set_share(share)
+        self._admission = Admission(config, ReplicaChoice(), random.Random(), quotas)
         self._clock = clock
         self._decided = decided
         self._share = share
+        self._parts: dict[str, tuple[ReplicaLoad, ReplicaLoad]] = {}  # by replica: its load, and our part of it
 
     def submit(self, ask: Ask) -> None:
         """See Decider."""
-        self._tell(self._admission.submit(self._part(ask), self._clock()))
+        self._tell(self._admission.submit(ask, self._clock()))
 
-    def restore(self, ask: Ask, replica_id: str) -> None:
-        """See Decider."""
-        self._admission.restore(self._part(ask), replica_id, self._clock())
+    def restore(self, ask: Ask, replica_id: str, generated_tokens: int) -> None:
+        """See Decider. The quotas know of it already."""
+        self._admission.restore(ask, replica_id, generated_tokens, self._clock())
 
     def cancel(self, ticket: str) -> None:
         """See Decider."""
@@ -61,33 +67,27 @@ class LocalAdmission:
 
     def set_loads(self, loads: Sequence[ReplicaLoad]) -> None:
         """See Decider."""
-        parts = loads if self._share == 1 else [_part_of_load(load, self._share) for load in loads]
-        self._tell(self._admission.set_loads(parts, self._clock()))
+        self._tell(self._admission.set_loads([self._part(load) for load in loads], self._clock()))
 
     def tick(self) -> None:
         """To be called every TICK_S."""
         self._tell(self._admission.tick(self._clock()))
 
+    def demand(self) -> Demand:
+        """What clients ask of this admission now, in whole replicas."""
+        demand = self._admission.demand(self._clock())
+        return replace(demand, per_replica=demand.per_replica / self._share)
+
     def _tell(self, decisions: Sequence[Decision]) -> None:
         for decision in decisions:
             self._decided(decision)
 
-    def _part(self, ask: Ask) -> Ask:
-        return ask if self._share == 1 else replace(ask, tenant=_part_of_quota(ask.tenant, self._share))
-
-
-def _part_of_load(load: ReplicaLoad, share: float) -> ReplicaLoad:
-    slots, tokens = max(1, int(load.max_num_seqs * share)), int(load.kv_cache_tokens * share)
-    return replace(load, max_num_seqs=slots, kv_cache_tokens=tokens)
-
-
-def _part_of_quota(tenant: Tenant, share: float) -> Tenant:
-    def part(limit: int | None) -> int | None:
-        return None if limit is None else max(1, int(limit * share))
-
-    return replace(
-        tenant,
-        requests_per_minute=part(tenant.requests_per_minute),
-        tokens_per_minute=part(tenant.tokens_per_minute),
-        max_streams=part(tenant.max_streams),
-    )
+    def _part(self, load: ReplicaLoad) -> ReplicaLoad:
+        """The same object as last time for a load that is the same."""
+        if self._share == 1:
+            return load
+        known = self._parts.get(load.replica_id)
+        if known is None or known[0] is not load:
+            slots, tokens = max(1, int(load.max_num_seqs * self._share)), int(load.kv_cache_tokens * self._share)
+            known = self._parts[load.replica_id] = load, replace(load, max_num_seqs=slots, kv_cache_tokens=tokens)
+        return known[1]

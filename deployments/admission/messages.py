@@ -6,6 +6,7 @@ import msgspec
 
 from cluster.errors import NoCapacity, Overloaded, Plane, QuotaExceeded, RateLimits, Reason, Refusal
 from routing.requests.admission import Admitted, Decision, Refused
+from routing.requests.quota import Spending
 from routing.requests.request import Ask, Grant, Usage
 
 SERVICE = "deepsplit.admission.v1.Admission"
@@ -37,6 +38,13 @@ class Restore(msgspec.Struct, frozen=True, tag=True):
 
     ask: Ask
     replica_id: str
+    generated_tokens: int
+
+
+class Spent(msgspec.Struct, frozen=True, tag=True):
+    """What a tenant used up that the receiver does not know of."""
+
+    spending: Spending
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -89,7 +97,7 @@ class Denied(msgspec.Struct, frozen=True, tag=True):
     limits: RateLimits | None
 
 
-Event = Submit | Restore | Cancel | FirstToken | Progress | Move | Finish
+Event = Submit | Restore | Spent | Cancel | FirstToken | Progress | Move | Finish
 _events = msgspec.msgpack.Decoder(Event)
 _answers = msgspec.msgpack.Decoder(Granted | Denied)
 encode_event = msgspec.msgpack.Encoder().encode

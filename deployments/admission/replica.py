@@ -59,7 +59,7 @@ class AdmissionService:
         while True:
             try:
                 view: ClusterView | None = await self._directory.register_admission.remote(
-                    self._endpoint, self._scrape.target, version
+                    self._endpoint, self._scrape.target, version, self._server.demand().in_replicas
                 )
                 if view is not None:
                     version = view.version

@@ -32,13 +32,15 @@ from deployments.admission.messages import (
     Move,
     Progress,
     Restore,
+    Spent,
     Submit,
     decode_event,
     encode_decision,
 )
 from deployments.admission.waiting_room import TICK_S
 from deployments.hosting.background import BackgroundTasks
-from routing.requests.admission import Admitted, Decision
+from routing.requests.admission import Admitted, Decision, Demand
+from routing.requests.quota import Quotas
 from routing.requests.request import ReplicaLoad
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,9 @@ class AdmissionServer:
     def __init__(
         self, config: AdmissionConfig, clock: Callable[[], float], token: str, tls: InternalTlsConfig | None
     ) -> None:
-        self._admission = LocalAdmission(config, clock, self._decided)
+        self._clock = clock
+        self._quotas = Quotas()
+        self._admission = LocalAdmission(config, clock, self._decided, quotas=self._quotas)
         self._token = token
         self._tls = tls
         self._owners: dict[str, _Connection] = {}  # by ticket
@@ -81,6 +85,10 @@ class AdmissionServer:
     def set_loads(self, loads: Sequence[ReplicaLoad]) -> None:
         """The live replicas' newest loads."""
         self._admission.set_loads(loads)
+
+    def demand(self) -> Demand:
+        """What the clients of all connected gateways ask for now."""
+        return self._admission.demand()
 
     def check(self) -> None:
         """Raises RuntimeError if nobody's waiting is watched any more."""
@@ -113,8 +121,8 @@ class AdmissionServer:
                 yield message
         finally:
             reading.cancel()
-            for ticket in gateway.tickets:
-                self._owners.pop(ticket, None)
+            for ticket in list(gateway.tickets):
+                self._forget(ticket)
                 self._admission.cancel(ticket)
 
     async def _read(self, messages: AsyncIterator[bytes], gateway: _Connection) -> None:
@@ -128,13 +136,21 @@ class AdmissionServer:
 
     def _take(self, event: Event, gateway: _Connection) -> None:
         admission = self._admission
+        if isinstance(event, Spent):
+            self._quotas.add(event.spending, self._clock())
+            return
         if isinstance(event, Submit | Restore):
+            if (
+                self._forget(event.ask.ticket) is not None
+            ):  # its former stream is broken, which we do not know yet
+                admission.cancel(event.ask.ticket)
             gateway.tickets.add(event.ask.ticket)
             self._owners[event.ask.ticket] = gateway
             if isinstance(event, Submit):
                 admission.submit(event.ask)
             else:
-                admission.restore(event.ask, event.replica_id)
+                self._quotas.restore(event.ask, self._clock())
+                admission.restore(event.ask, event.replica_id, event.generated_tokens)
             return
         if event.ticket not in gateway.tickets:
             return  # refused meanwhile

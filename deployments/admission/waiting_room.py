@@ -23,7 +23,7 @@ class Decider(Protocol):
     """Where decisions are made. They come back through the callback given at construction, at once or later."""
 
     def submit(self, ask: Ask) -> None: ...
-    def restore(self, ask: Ask, replica_id: str) -> None: ...
+    def restore(self, ask: Ask, replica_id: str, generated_tokens: int) -> None: ...
     def cancel(self, ticket: str) -> None: ...
     def first_token(self, ticket: str) -> None: ...
     def progress(self, ticket: str, generated_tokens: int) -> None: ...
@@ -54,19 +54,25 @@ class WaitingRoom:
 
     def decide_by(self, decider: Decider) -> None:
         """Change over: the new decider learns what runs and what waits."""
+        self.leave()
         self._decider = decider
         decider.set_loads(self._loads)
         for entry in self._entries.values():
             if entry.replica_id is not None:
-                decider.restore(entry.ask, entry.replica_id)
-                if entry.generated_tokens:
-                    decider.progress(entry.ask.ticket, entry.generated_tokens)
+                decider.restore(entry.ask, entry.replica_id, entry.generated_tokens)
         for entry in list(self._entries.values()):
             if entry.waiting is not None:
                 if entry.replica_id is not None:
                     decider.move(entry.ask.ticket)
                 else:
                     decider.submit(entry.ask)
+
+    def leave(self) -> None:
+        """What waits holds nothing at the present decider any more; `decide_by` follows at once."""
+        if self._decider is not None:
+            for entry in list(self._entries.values()):
+                if entry.waiting is not None and entry.replica_id is None:
+                    self._decider.cancel(entry.ask.ticket)
 
     def set_loads(self, loads: Sequence[ReplicaLoad]) -> None:
         """The live replicas' newest loads."""

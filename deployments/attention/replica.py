@@ -7,6 +7,7 @@ Import this module in replicas only; it imports vLLM.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import tempfile
 import time
@@ -17,8 +18,10 @@ from typing import Any
 import ray
 from prometheus_client import REGISTRY
 from ray import serve
+from ray.exceptions import RayError
 from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackConfig
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm import LLMConfig, LLMServer, ModelLoadingConfig
 from ray.util.placement_group import PlacementGroup
@@ -37,7 +40,7 @@ from deployments.attention.private_port import ReplicaServer
 from deployments.attention.request_faults import told_as_client_errors
 from deployments.attention.settings import RemoteExpertsSettings
 from deployments.directory.members import AttentionMember, EngineStats
-from deployments.hosting.autoscaling import OCCUPANCY
+from deployments.hosting.autoscaling import DEMAND, OCCUPANCY
 from deployments.hosting.scrape import read_scrape_file, scrape_process
 from deployments.hosting.serve_logs import start_logging, write_engine_logging
 from monitoring.exporter import ProcessRegistry
@@ -45,6 +48,8 @@ from monitoring.metrics import EngineMetrics
 from routing.requests.request import ReplicaLoad
 from routing.tokens.placement import PlacementFile
 from routing.tokens.plane_state import ExpertPlaneFile, ExpertPlaneState
+
+logger = logging.getLogger(__name__)
 
 
 class LocalCheckpoint(CallbackBase):
@@ -105,6 +110,8 @@ class AttentionReplica(LLMServer):
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._max_num_seqs = config.attention.max_num_seqs
         self._measured: EngineStats | None = None  # at the last scrape
+        self._directory = directory
+        self._demand: float | None = None  # of all clients, in attention replicas, as last heard
         node = ray.util.get_node_ip_address()
         registry = ProcessRegistry(REGISTRY)  # vLLM's
         self._metrics = EngineMetrics(registry)
@@ -183,7 +190,13 @@ class AttentionReplica(LLMServer):
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Tell Serve what it needs when it sets the number of replicas."""
         stats = await self.engine_stats()
-        return {OCCUPANCY: (stats.running + stats.waiting) / self._max_num_seqs}
+        if self._directory is not None:
+            try:
+                self._demand = await self._directory.demand.remote()
+            except (RayError, RayServeException) as error:
+                logger.warning("the directory is away (%s); the last known demand stays", type(error).__name__)
+        said = {OCCUPANCY: (stats.running + stats.waiting) / self._max_num_seqs}
+        return said if self._demand is None else said | {DEMAND: self._demand}
 
     def _measure(self) -> None:
         """Bring the metrics up to date, on the scraping thread. Does nothing before the engine is there."""

@@ -57,6 +57,7 @@ class GatewayMember:
     in_flight: Mapping[str, int]  # requests that attention replicas have of this gateway, by replica id
     draining: bool
     scrape: ScrapeTarget
+    demand: float = 0.0  # attention replicas that its requests would fill; 0 while the common admission decides
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ class Registry:
         self._attention: dict[str, tuple[AttentionMember, float]] = {}  # with the time of the last registration
         self._gateways: dict[str, tuple[GatewayMember, float]] = {}
         self._admission: tuple[AdmissionEndpoint, ScrapeTarget] | None = None
+        self._admission_demand = 0.0  # in attention replicas
+        self._admission_heard_s = 0.0
         self._draining = False  # the whole application is about to stop
         self._going: set[str] = set()  # nodes that are about to go
         self._leaving: set[str] = set()  # those of them that take nothing new any more
@@ -42,9 +44,14 @@ class Registry:
         """Record what a gateway says of itself."""
         self._gateways[member.gateway_id] = (member, now_s)
 
-    def register_admission(self, endpoint: AdmissionEndpoint, scrape: ScrapeTarget) -> None:
-        """Record where the common admission listens. It stays until a successor registers."""
+    def register_admission(
+        self, endpoint: AdmissionEndpoint, scrape: ScrapeTarget, demand: float, now_s: float
+    ) -> None:
+        """Record where the common admission listens, which stays until a successor registers, and how many attention
+        replicas the requests at it would fill, which counts until it falls silent.
+        """
         self._admission = (endpoint, scrape)
+        self._admission_demand, self._admission_heard_s = demand, now_s
 
     def drain(self) -> None:
         """Record that the application is about to stop."""
@@ -59,6 +66,8 @@ class Registry:
     def expire(self, now_s: float) -> None:
         """Forget members that fell silent. To be called before a query."""
         since_s = now_s - self._silence_s
+        if self._admission_heard_s <= since_s:
+            self._admission_demand = 0.0
         self._attention = {key: one for key, one in self._attention.items() if one[1] > since_s}
         self._gateways = {key: one for key, one in self._gateways.items() if one[1] > since_s}
 
@@ -92,6 +101,12 @@ class Registry:
     def gateways(self) -> list[GatewayMember]:
         """All gateways."""
         return [member for member, _ in self._gateways.values()]
+
+    def demand(self) -> float | None:
+        """Attention replicas that all requests would fill: those at gateways that decide alone, and those at the common
+        admission. None while no gateway is known.
+        """
+        return self._admission_demand + sum(m.demand for m in self.gateways()) if self._gateways else None
 
     def drains(self, gateway: GatewayMember) -> bool:
         """Whether this gateway is to refuse new requests."""

@@ -165,11 +165,16 @@ class Directory:
         return replace(view, draining=True) if view is not None and self._registry.drains(member) else view
 
     async def register_admission(
-        self, endpoint: AdmissionEndpoint, scrape: ScrapeTarget, after_version: int
+        self, endpoint: AdmissionEndpoint, scrape: ScrapeTarget, after_version: int, demand: float
     ) -> ClusterView | None:
-        """Do the same for the common admission, which says where it listens."""
-        self._registry.register_admission(endpoint, scrape)
+        """Do the same for the common admission, which says where it listens and what is asked of it."""
+        self._registry.register_admission(endpoint, scrape, demand, time.monotonic())
         return await self._next_view(after_version)
+
+    async def demand(self) -> float | None:
+        """Return how many attention replicas all gateways' requests would fill; None while no gateway is known."""
+        self._registry.expire(time.monotonic())
+        return self._registry.demand()
 
     async def drain(self) -> int:
         """Have every gateway refuse new requests. Returns how many they still hold; ask again until it is 0."""

@@ -75,7 +75,9 @@ class Gateway:
         while True:
             server, draining, scrape = self._server, self._draining is not None, self._scrape.target
             open_requests, in_flight = len(server.pipeline.open_requests), server.in_flight()
-            member = GatewayMember(self._id, os.getpid(), scrape.node, open_requests, in_flight, draining, scrape)
+            member = GatewayMember(
+                self._id, os.getpid(), scrape.node, open_requests, in_flight, draining, scrape, server.demand()
+            )
             try:
                 view: ClusterView | None = await self._directory.register_gateway.remote(member, version)
                 if view is not None:

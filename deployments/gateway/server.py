@@ -36,6 +36,7 @@ from deployments.hosting.http_server import HttpServer
 from monitoring.discovery import ScrapeTarget, discovery_document
 from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import GatewayMetrics
+from routing.requests.quota import Quotas
 from routing.requests.tenants import TenantsFile
 
 logger = logging.getLogger(__name__)
@@ -57,10 +58,13 @@ class GatewayServer:
         self._background = BackgroundTasks(logger)
         self._targets: Sequence[ScrapeTarget] = ()
         self.room = WaitingRoom(time.monotonic)
+        self._quotas = Quotas()
         self._local = self._decide_alone()
         self._common: AdmissionClient | None = None
         if gateway.replicas > 1:
-            self._common = AdmissionClient(self.room, self._decide_alone, config.internal_tls)
+            self._common = AdmissionClient(
+                self.room, self._decide_alone, self._quotas, time.monotonic, config.internal_tls
+            )
         else:
             self.room.decide_by(self._local)
         self._replicas = ReplicaLoads(
@@ -112,6 +116,11 @@ class GatewayServer:
         """Requests that attention replicas have, by replica id."""
         return self._pool.in_flight()
 
+    def demand(self) -> float:
+        """Attention replicas that this gateway's requests would fill; 0 while the common admission decides."""
+        decides = self._common is None or not self._common.connected
+        return self._local.demand().in_replicas if decides else 0.0
+
     def set_endpoints(self, endpoints: Sequence[ReplicaEndpoint]) -> None:
         """The attention replicas that there are."""
         self._replicas.set_endpoints(endpoints)
@@ -150,7 +159,9 @@ class GatewayServer:
 
     def _decide_alone(self) -> LocalAdmission:
         share = 1 / self._config.gateway.replicas
-        self._local = LocalAdmission(self._config.admission, time.monotonic, self.room.decided, share)
+        self._local = LocalAdmission(
+            self._config.admission, time.monotonic, self.room.decided, share, self._quotas
+        )
         return self._local
 
     def _on_loads(self) -> None:

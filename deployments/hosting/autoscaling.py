@@ -1,7 +1,8 @@
 """How many attention replicas and spare expert workers Serve is to run, by what they say of themselves.
 
 Serve's own measure, the requests that it routes, is always 0 here: gateways talk to the replicas directly, and those to
-the expert workers.
+the expert workers. Engines know only what admission let through, so attention replicas also pass on what clients ask
+for, which gateways and the common admission tell the directory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 from cluster.config import AttentionAutoscaling, ExpertSpares
 
 OCCUPANCY = "occupancy"  # of a replica: sequences in its engine, relative to attention.max_num_seqs
+DEMAND = "demand"  # attention replicas that would be full with what clients ask for, refused requests included
 BUSY = "busy"  # share of their time that expert workers compute, the mean over all of them
 
 
@@ -39,9 +41,11 @@ class LoadPolicy:
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """Serve's interface: the number of replicas, and state that the next call gets (none)."""
-        said = (context.aggregated_metrics or {}).get(self._measure, {})
-        by_replica = {str(replica): value for replica, value in said.items()}
+        metrics = context.aggregated_metrics or {}
+        by_replica = {str(replica): value for replica, value in metrics.get(self._measure, {}).items()}
         replicas = wanted(by_replica, self._fixed + context.current_num_replicas, self._target)
+        demand = max(metrics.get(DEMAND, {}).values(), default=0.0)  # all say the same, but not at the same time
+        replicas = max(replicas, math.ceil(round(demand / self._target, 6)))
         return max(0, replicas - self._fixed), {}
 
 

@@ -43,6 +43,7 @@ class FairQueue:
         self._cost_per_slot = 1.0  # of recent requests
         self.slots = 0
         self.kv_tokens = 0
+        self.wide = 0  # requests with more than one slot
 
     def __len__(self) -> int:
         return len(self._order)
@@ -61,7 +62,7 @@ class FairQueue:
             return None
         return self._order[-1][2]
 
-    def asked(self, tenant: Tenant, slots: int, now_s: float) -> None:
+    def note_demand(self, tenant: Tenant, slots: int, now_s: float) -> None:
         """A request came; it counts as demand whether it is refused or not."""
         self._flow(tenant).demand.add(slots, now_s)
 
@@ -70,13 +71,20 @@ class FairQueue:
         flow = self._flows.get(tenant.name)
         return self._now if flow is None else self._next_tag(flow)
 
-    def before(self, tag: float) -> tuple[int, int]:
-        """Slots and KV tokens of the waiting requests that start before a new one with this tag."""
+    def first(self, count: int) -> list[Ticket]:
+        """The first ones, in order."""
+        return [ticket for _, _, ticket in self._order[:count]]
+
+    def before(self, tag: float, most_slots: float) -> tuple[int, int]:
+        """Slots and KV tokens of the waiting requests that start before a new one with this tag and are not wider."""
         at = bisect_left(self._order, (tag, math.inf))
-        if at == len(self._order):
+        if at == len(self._order) and (not self.wide or most_slots == math.inf):
             return self.slots, self.kv_tokens
-        ahead = self._order[:at]
-        return sum(ticket.slots for _, _, ticket in ahead), sum(ticket.kv_tokens for _, _, ticket in ahead)
+        slots = kv_tokens = 0
+        for _, _, ticket in self._order[:at]:
+            if ticket.slots <= most_slots:
+                slots, kv_tokens = slots + ticket.slots, kv_tokens + ticket.kv_tokens
+        return slots, kv_tokens
 
     def overtakers(self, tenant: Tenant, tag: float, within_s: float, now_s: float) -> float:
         """Slots of requests that other tenants will probably put before this tag within so many seconds."""
@@ -94,8 +102,12 @@ class FairQueue:
         return found
 
     def push(self, ticket: Ticket) -> None:
-        """It waits, after all that its tenant has waiting."""
+        """It waits, after all that its tenant has waiting; first of all if it needs no slots and is in nobody's way."""
         flow = self._flow(ticket.ask.tenant)
+        if not ticket.slots:
+            ticket.tag = -math.inf
+            self._insert(ticket, flow)
+            return
         self._tag(ticket, flow)
         self._cost_per_slot += 0.02 * (ticket.cost / ticket.slots - self._cost_per_slot)
         self._insert(ticket, flow)
@@ -114,7 +126,7 @@ class FairQueue:
     def remove(self, ticket: Ticket) -> None:
         """It will not run: its tenant's later ones move up."""
         flow = self._take_out(ticket)
-        if ticket.moved:
+        if ticket.moved or not ticket.slots:
             return
         moved_up = ticket.cost / flow.weight
         if flow.waiting:
@@ -128,7 +140,7 @@ class FairQueue:
                 self._insert(one, flow)
         flow.ends -= moved_up
 
-    def settle(self, tenant: Tenant, charged: float, cost: float) -> None:
+    def correct_cost(self, tenant: Tenant, charged: float, cost: float) -> None:
         """A request ended: it cost that much and not what was charged at its start."""
         flow = self._flow(tenant)
         flow.ends += (cost - charged) / flow.weight
@@ -149,6 +161,7 @@ class FairQueue:
         flow.waiting += 1
         self.slots += ticket.slots
         self.kv_tokens += ticket.kv_tokens
+        self.wide += ticket.slots > 1
 
     def _take_out(self, ticket: Ticket) -> _Flow:
         at = bisect_left(self._order, (ticket.tag, ticket.number))
@@ -156,6 +169,7 @@ class FairQueue:
         del self._order[at]
         self.slots -= ticket.slots
         self.kv_tokens -= ticket.kv_tokens
+        self.wide -= ticket.slots > 1
         flow = self._flow(ticket.ask.tenant)
         flow.waiting -= 1
         return flow

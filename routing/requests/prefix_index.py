@@ -39,9 +39,9 @@ class PrefixIndex:
         self._blocks: dict[str, OrderedDict[int, None]] = {}
 
     def longest(self, replica_id: str, hashes: Sequence[int]) -> int:
-        """How many of a prompt's leading blocks the replica has seen."""
+        """How many of a prompt's leading blocks, of which there are some, the replica has seen."""
         known = self._blocks.get(replica_id)
-        if not known:
+        if not known or hashes[0] not in known:
             return 0
         return bisect_left(hashes, True, key=lambda block: block not in known)
 

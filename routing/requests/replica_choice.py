@@ -1,4 +1,4 @@
-"""Which attention replica gets a request: filter, score, pick.
+"""Which of the attention replicas that have room for a request gets it.
 
 The score is a cost in prefill tokens, so its terms add up: what the prompt still needs there after the prefix cache,
 what is queued before it, and what a fuller replica costs in slower steps.
@@ -6,7 +6,7 @@ what is queued before it, and what a fuller replica costs in slower steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -22,18 +22,26 @@ _TOKENS_PER_BLOCK = 64
 _MOST_BLOCKS = 65536  # of one replica in the index: about 8 MB
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Candidate:
     """One live replica and what has been sent to it."""
 
     load: ReplicaLoad
-    sequences: int  # ours in flight there
-    queued_tokens: int  # prompt tokens sent there without a first token yet, less `cached_tokens` when they were sent
-    kv_tokens: int  # that our requests there hold or reserve
+    sequences: int = 0  # ours in flight there
+    queued_tokens: int = 0  # prompt tokens sent there without a first token yet, less those cached when they were sent
+    kv_tokens: int = 0  # that our requests there hold or reserve
+
+    def has_room(self, slots: int, kv_tokens: int, most_sequences: float) -> bool:
+        """Whether that many slots and KV tokens are free. An idle replica takes what no replica could otherwise: its
+        engine bounds it, or refuses it with the reason.
+        """
+        if not self.sequences:
+            return True
+        return self.sequences + slots <= most_sequences and self.kv_tokens + kv_tokens <= self.load.kv_cache_tokens
 
 
 class ReplicaChoice:
-    """Remembers which prefixes went where; all else it is told at each pick."""
+    """Remembers which prefixes went where; all else it is told at each choice."""
 
     def __init__(self, slots_tokens: float = SLOTS_TOKENS, kv_tokens: float = KV_TOKENS) -> None:
         self._slots_tokens = slots_tokens
@@ -41,16 +49,8 @@ class ReplicaChoice:
         self._index = PrefixIndex()
         self._capacity: dict[str, int] = {}  # blocks, by replica
 
-    def pick(self, ask: Ask, candidates: Sequence[Candidate], kv_tokens: int | None = None) -> str | None:
-        """The replica to send `ask` to, or None if none has a decode slot and room in its KV cache for it now.
-
-        `kv_tokens`: what it will hold there; None: as much as it may.
-        """
-        room = ask.prompt_tokens + ask.max_new_tokens if kv_tokens is None else kv_tokens
-        return self.best(ask, [candidate for candidate in candidates if _fits(ask, candidate, room)])
-
     def best(self, ask: Ask, candidates: Sequence[Candidate]) -> str | None:
-        """The cheapest one, whether it has room or not; None of none."""
+        """The replica with the lowest cost, whether it has room or not; None of none."""
         if not candidates:
             return None
         # Equal costs fall out differently for each request and in no order of the replicas': nobody herds.
@@ -81,6 +81,12 @@ class ReplicaChoice:
         per_block = _TOKENS_PER_BLOCK if blocks == MAX_BLOCKS else ask.prompt_tokens / (blocks + 0.5)
         return min(ask.prompt_tokens, int(per_block * self._index.longest(replica_id, ask.prefix_hashes)))
 
+    def most_cached_tokens(self, ask: Ask, candidates: Iterable[Candidate]) -> int:
+        """Prompt tokens in the prefix cache of the replica that has most of them."""
+        if not ask.prefix_hashes:
+            return 0
+        return max((self.cached_tokens(ask, candidate.load.replica_id) for candidate in candidates), default=0)
+
     def placed(self, ask: Ask, replica_id: str) -> None:
         """`ask` was sent to the replica."""
         if ask.prefix_hashes:
@@ -90,15 +96,6 @@ class ReplicaChoice:
         """The replica is gone."""
         self._index.forget(replica_id)
         self._capacity.pop(replica_id, None)
-
-
-def _fits(ask: Ask, candidate: Candidate, kv_tokens: int) -> bool:
-    """An idle replica takes what no replica could otherwise: its engine bounds it, or refuses it with the reason."""
-    if candidate.sequences == 0:
-        return True
-    load = candidate.load
-    has_slot = candidate.sequences + ask.sequences <= load.max_num_seqs
-    return has_slot and candidate.kv_tokens + kv_tokens <= load.kv_cache_tokens
 
 
 def tie_break_hash(ask: Ask, load: ReplicaLoad) -> int:

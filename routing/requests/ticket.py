@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -19,7 +20,7 @@ class TicketState(Enum):
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One request. `state` says which of the fields below have a meaning."""
+    """One request. What it needs and is promised is known when it comes; the rest changes with its state."""
 
     ask: Ask
     number: int  # in order of arrival
@@ -27,7 +28,10 @@ class Ticket:
     budget_s: float  # most seconds from `waits_since_s` to the first token
     end_probability: float  # per generated token
     cost: float  # what its tenant is charged in fair queuing: prompt and expected new tokens
-    slots: int  # decode slots that it takes
+    slots: int  # decode slots that it takes: its sequences, or all that the largest replica has
+    kv_tokens: int  # that it will hold in the end, prompt included
+    left_tokens: float  # that it will probably generate yet, over all sequences
+    least_uncached_tokens: int = 0  # of its prompt, at the replica that had most of it in its prefix cache
     state: TicketState = TicketState.WAITING
     predicted_ttft_s: float | None = None  # as of its submission; None: nothing finite was predicted
     would_refuse: Reason | None = None
@@ -40,7 +44,6 @@ class Ticket:
     placed_s: float = 0.0
     uncached_tokens: int = 0  # of its prompt, that the replica had to compute
     ahead_tokens: int = 0  # prompt tokens before it at its replica, and its own, when it was placed
-    kv_tokens: int = 0  # that it holds or will
     generated_tokens: int = 0  # over all sequences
     earlier_tokens: int = 0  # of those, generated before it was moved: part of its prompt since
     # The last progress: when, and its replica's counters then.
@@ -55,11 +58,27 @@ class Ticket:
         return self.state is TicketState.WAITING
 
     @property
+    def place(self) -> tuple[float, int]:
+        """Sorts the waiting tickets of a class."""
+        return self.tag, self.number
+
+    @property
     def prompt_tokens(self) -> int:
         """To be prefilled: after a move, with what was generated before."""
         return self.ask.prompt_tokens + self.earlier_tokens
 
     @property
-    def tokens_left(self) -> float:
+    def most_left_tokens(self) -> float:
         """Most further tokens per sequence."""
-        return max(0.0, (self.ask.max_new_tokens - self.generated_tokens) / max(1, self.slots))
+        return max(0.0, (self.ask.max_new_tokens - self.generated_tokens) / max(1, self.ask.sequences))
+
+    def expected_left_tokens(self) -> float:
+        """Tokens that it will probably generate yet, over all sequences, by the lengths of earlier requests."""
+        return self.ask.sequences * expected_tokens(self.end_probability, self.most_left_tokens)
+
+
+def expected_tokens(end_probability: float, bound: float) -> float:
+    """Mean length of a sequence that may have `bound` more tokens."""
+    if bound <= 0:
+        return 0.0
+    return -math.expm1(-end_probability * bound) / end_probability

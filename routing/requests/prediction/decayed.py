@@ -22,30 +22,22 @@ class Rate:
 
     def add(self, amount: float, now_s: float) -> None:
         """`amount` came at `now_s`."""
-        self.pass_time(now_s)
+        self._sum, self._seen_s = self._until(now_s)
         self._sum += amount
-
-    def pass_time(self, now_s: float, counts: bool = True) -> None:
-        """Until `now_s`; `counts` false: the time since last is left out, as if it had not passed."""
-        if self._at_s is None:
-            self._at_s = now_s
-        elapsed_s = now_s - self._at_s
-        if elapsed_s <= 0:
-            return
-        self._at_s = now_s
-        if counts:
-            kept = math.exp(-elapsed_s / self._memory_s)
-            self._sum *= kept
-            self._seen_s = self._seen_s * kept + self._memory_s * (1 - kept)
+        self._at_s = now_s if self._at_s is None else max(now_s, self._at_s)
 
     def per_s(self, now_s: float) -> float:
         """Zero until a second of time has been seen: a burst of a moment says nothing about a rate."""
-        self.pass_time(now_s)
-        return self.known_per_s() or 0.0
+        amount, seen_s = self._until(now_s)
+        return amount / seen_s if seen_s >= min(1.0, 0.5 * self._memory_s) else 0.0
 
-    def known_per_s(self) -> float | None:
-        """As of the last time passed; None until a second of time has been seen."""
-        return self._sum / self._seen_s if self._seen_s >= min(1.0, 0.5 * self._memory_s) else None
+    def _until(self, now_s: float) -> tuple[float, float]:
+        """Sum and time seen, decayed until now."""
+        elapsed_s = 0.0 if self._at_s is None else now_s - self._at_s
+        if elapsed_s <= 0:
+            return self._sum, self._seen_s
+        kept = math.exp(-elapsed_s / self._memory_s)
+        return self._sum * kept, self._seen_s * kept + self._memory_s * (1 - kept)
 
 
 class Mean:

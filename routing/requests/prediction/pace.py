@@ -59,6 +59,8 @@ class Lengths:
 
     def observe(self, ask: Ask, generated_tokens: int, complete: bool) -> None:
         """A request ended with so many tokens over all its sequences. Not `complete`: it was cut off."""
+        if not ask.sequences:
+            return
         each, bound = generated_tokens / ask.sequences, ask.max_new_tokens / ask.sequences
         each = min(each, _LONGEST / self.end_probability(ask))
         ended = complete and each < bound
@@ -71,15 +73,8 @@ class Lengths:
             ends.add(each, ended)
 
 
-def expected_tokens(end_probability: float, bound: float) -> float:
-    """Mean length of a sequence that may have `bound` more tokens."""
-    if bound <= 0:
-        return 0.0
-    return -math.expm1(-end_probability * bound) / end_probability
-
-
 class Pace:
-    """What prefill and decode cost on this fleet's replicas, in seconds.
+    """What prefill and decode cost on this cluster's replicas, in seconds.
 
     A decode step's time is learned as a + b * running sequences + c * prompt tokens prefilled in between, the way from
     a request's placing to its first token as d + e * prompt tokens that had to be computed until then. The expert
@@ -91,7 +86,7 @@ class Pace:
         self._steps = Fit((_PRIOR_STEP_S, 0.0, 0.0), (3.0, 3.0, 3.0), _MEMORY_S)
         self._prefill = Fit((_PRIOR_STEP_S, _PRIOR_PREFILL_S_PER_TOKEN), (3.0, 3e4), _MEMORY_S)
         self._prefilled_per_step = Mean(0.0, 0.02)
-        self._observed_s = -math.inf
+        self._steps_seen_s = self._prefill_seen_s = -math.inf
 
     def observe_steps(
         self, steps: float, took_s: float, running: float, prefilled_tokens: float, queue_s: float, now_s: float
@@ -102,19 +97,36 @@ class Pace:
         prefilled = prefilled_tokens / steps
         self._steps.observe((1.0, running, prefilled), max(0.0, took_s / steps - queue_s), now_s)
         self._prefilled_per_step.add(prefilled)
-        self._observed_s = now_s
+        self._steps_seen_s = now_s
 
     def observe_prefill(self, tokens: float, took_s: float, queue_s: float, now_s: float) -> None:
         """A first token came `took_s` after the request was placed, with `tokens` to compute until then."""
         self._prefill.observe((1.0, tokens), max(0.0, took_s - queue_s), now_s)
+        self._prefill_seen_s = now_s
 
     def step_s(self, running: float, queue_s: float) -> float:
         """Seconds per token beside so many running sequences, others' prefills included."""
         return queue_s + max(1e-4, self._steps.predict((1.0, running, self._prefilled_per_step.value)))
 
+    def alone_step_s(self) -> float:
+        """Seconds per token on an idle replica: no other sequences, no prefills, no queue at the experts."""
+        return max(1e-4, self._steps.predict((1.0, 1.0, 0.0)))
+
     def prefill_s(self, tokens: float, queue_s: float) -> float:
         """Seconds from placing to the first token, with `tokens` to compute until then."""
         return queue_s + max(1e-4, self._prefill.predict((1.0, tokens)))
+
+    def bearable_step_s(self, promised_s: float) -> float:
+        """The longest step that is no overload. Where not even an idle replica keeps a promise, only what others add to
+        its step is judged.
+        """
+        alone_s = self.alone_step_s()
+        return promised_s if alone_s <= promised_s else promised_s + alone_s
+
+    def prefill_line(self) -> tuple[float, float]:
+        """Seconds that every prefill takes, and seconds per token, without the experts' queue."""
+        fixed_s, per_token_s = self._prefill.coefficients()
+        return fixed_s, per_token_s
 
     def most_running(self, step_s: float, queue_s: float) -> float:
         """How many sequences can run at a step time of at most `step_s`; below one if not even one can."""
@@ -124,9 +136,13 @@ class Pace:
             return 0.0
         return left_s / each if each > 0 else math.inf
 
-    def unknown_for_s(self, now_s: float) -> float:
-        """How long no step has been observed."""
-        return now_s - self._observed_s
+    def steps_seen_s(self) -> float:
+        """When a step was last observed; minus infinity: never."""
+        return self._steps_seen_s
+
+    def prefill_seen_s(self) -> float:
+        """When a prefill was last observed; minus infinity: never."""
+        return self._prefill_seen_s
 
     def forget(self, now_s: float) -> None:
         """Let time pass: what is not observed any more returns to the priors."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from cluster.errors import QuotaExceeded
 from cluster.tls.grpc_credentials import ExpertChannels
 from deployments.admission.client import AdmissionClient
 from deployments.admission.local import LocalAdmission
-from deployments.admission.messages import METHOD, SERVICE, TOKEN_KEY
+from deployments.admission.messages import METHOD, SERVICE, TOKEN_KEY, Restore, encode_event
 from deployments.admission.server import AdmissionServer
 from deployments.admission.waiting_room import WaitingRoom
+from routing.requests.quota import Quotas
 from routing.requests.request import Ask, Priority, ReplicaLoad, Tenant, Usage
 from tests.certificates import Authority
 
@@ -30,8 +31,13 @@ LOADS = [ReplicaLoad("r0", max_num_seqs=SLOTS, kv_cache_tokens=100_000)]
 FREE = Tenant("free")
 
 
-def ask(ticket: str, tenant: Tenant = FREE) -> Ask:
-    return Ask(ticket, tenant, Priority.BATCH, 10, 10, 1, (), None)
+def ask(ticket: str, tenant: Tenant = FREE, prompt: int = 10, new: int = 10) -> Ask:
+    return Ask(ticket, tenant, Priority.BATCH, prompt, new, 1, (), None)
+
+
+async def settled(there: Callable[[], bool]) -> None:
+    while not there():
+        await asyncio.sleep(0.01)
 
 
 class GatewayEnd:
@@ -40,10 +46,13 @@ class GatewayEnd:
     def __init__(self, share: float = 0.5, tls: InternalTlsConfig | None = None) -> None:
         self.room = WaitingRoom(time.monotonic)
         self.room._loads = LOADS
-        self.client = AdmissionClient(self.room, lambda: self._alone(share), tls, reconnect_s=0.05)
+        self.quotas = Quotas()
+        self.client = AdmissionClient(
+            self.room, lambda: self._alone(share), self.quotas, time.monotonic, tls, reconnect_s=0.05
+        )
 
     def _alone(self, share: float) -> LocalAdmission:
-        return LocalAdmission(CONFIG, time.monotonic, self.room.decided, share)
+        return LocalAdmission(CONFIG, time.monotonic, self.room.decided, share, self.quotas)
 
     async def connected(self, wanted: bool = True) -> None:
         async with asyncio.timeout(20):
@@ -52,8 +61,10 @@ class GatewayEnd:
 
 
 @asynccontextmanager
-async def server(tls: InternalTlsConfig | None = None) -> AsyncIterator[tuple[AdmissionServer, str]]:
-    made = AdmissionServer(CONFIG, time.monotonic, TOKEN, tls)
+async def server(
+    tls: InternalTlsConfig | None = None, token: str = TOKEN
+) -> AsyncIterator[tuple[AdmissionServer, str]]:
+    made = AdmissionServer(CONFIG, time.monotonic, token, tls)
     address = await made.start("127.0.0.1")
     made.set_loads(LOADS)
     try:
@@ -146,6 +157,85 @@ def test_without_the_server_each_takes_its_part_and_comes_back() -> None:
                 fifth = asyncio.create_task(two.room.admit(ask("fifth")))  # what ran before was adopted
                 assert await waits(fifth)
                 fifth.cancel()
+
+    asyncio.run(run())
+
+
+def test_what_was_spent_is_known_to_each_gateway_alone_and_to_the_next_common_admission() -> None:
+    async def run() -> None:
+        tenant = Tenant("small", tokens_per_minute=1_000)
+        async with server() as (first, address), gateways(address) as (one, two):
+            await one.room.admit(ask("a", tenant, prompt=300))
+            one.room.finish("a", Usage(300, 100))
+            await two.room.admit(ask("b", tenant, prompt=250))
+            two.room.progress("b", 50)
+            await first.stop()
+            for end in (one, two):
+                await end.connected(False)
+            with pytest.raises(QuotaExceeded) as caught:  # 400 of its 500 are spent
+                await one.room.admit(ask("c", tenant, prompt=200))
+            assert 0 < caught.value.retry_after_s < 60
+            await one.room.admit(ask("d", tenant, prompt=50))
+            one.room.finish("d", Usage(50, 10))
+            async with server(token="2" * 64) as (_, again):  # each one that starts makes its own
+                for end in (one, two):
+                    end.client.set_server(again, "2" * 64)
+                    await end.connected()
+                with pytest.raises(QuotaExceeded):  # 400 + 60 by one, 260 reserved by two
+                    await two.room.admit(ask("e", tenant, prompt=450))
+                await two.room.admit(ask("f", tenant, prompt=200))
+                two.room.finish("b", Usage(250, 700))  # more than it had reserved
+                with pytest.raises(QuotaExceeded) as caught:
+                    await one.room.admit(ask("g", tenant, prompt=1))
+                assert caught.value.retry_after_s > 30
+
+    asyncio.run(run())
+
+
+def test_a_common_admission_that_was_only_cut_off_is_told_nothing_twice() -> None:
+    async def run() -> None:
+        tenant = Tenant("small", tokens_per_minute=2_000)
+        async with server() as (made, address), gateways(address, 1) as (one,):
+            await one.room.admit(ask("a", tenant, prompt=300, new=100))
+            one.room.progress("a", 20)
+            await one.room.admit(ask("b", tenant, prompt=100))
+            one.room.finish("b", Usage(100, 0))
+            one.client._moved.set()  # as if the stream broke; the next decision ends it
+            await one.room.admit(ask("c", tenant, prompt=40))
+            one.room.finish("c", Usage(40, 0))
+            await one.connected(False)
+            await one.room.admit(ask("d", tenant, prompt=50))  # alone
+            one.room.finish("d", Usage(50, 0))
+            await one.connected()
+            await one.room.admit(ask("e", tenant, prompt=10))
+            one.room.finish("e", Usage(10, 0))
+            await asyncio.wait_for(settled(lambda: made._quotas.streams(tenant) == 1), 10)
+            (spending,) = made._quotas.spending(time.monotonic(), since_told=False)
+            # a: reserved, b, c, d and e; less what a few seconds refill
+            assert spending.tokens == pytest.approx(400 + 100 + 40 + 50 + 10, abs=120)
+            one.room.finish("a", Usage(300, 30))
+            await asyncio.wait_for(settled(lambda: made._quotas.streams(tenant) == 0), 10)
+            (spending,) = made._quotas.spending(time.monotonic(), since_told=False)
+            assert spending.tokens == pytest.approx(330 + 100 + 40 + 50 + 10, abs=120)
+
+    asyncio.run(run())
+
+
+def test_a_gateway_that_comes_back_before_its_loss_was_noticed_keeps_its_tickets() -> None:
+    async def run() -> None:
+        async with server() as (made, address), gateways(address, 1) as (one,):
+            await one.room.admit(ask("a"))
+            (old,) = {id(each): each for each in made._owners.values()}.values()
+            async with aio.insecure_channel(address) as channel:
+                call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(metadata=((TOKEN_KEY, TOKEN),))
+                await call.write(encode_event(Restore(ask("a"), "r0", 3)))
+                await asyncio.wait_for(settled(lambda: made._owners.get("a") not in (None, old)), 10)
+                await one.client.close()
+                await asyncio.sleep(0.1)
+                assert set(made._owners) == {"a"}
+                assert made._admission._admission.running() == 1
+            await asyncio.wait_for(settled(lambda: not made._owners), 10)
+            assert made._admission._admission.running() == 0
 
     asyncio.run(run())
 

@@ -35,7 +35,7 @@ class Script:
     def submit(self, ask: Ask) -> None:
         self.heard.append(("submit", ask.ticket))
 
-    def restore(self, ask: Ask, replica_id: str) -> None:
+    def restore(self, ask: Ask, replica_id: str, generated_tokens: int) -> None:
         self.heard.append(("restore " + replica_id, ask.ticket))
 
     def cancel(self, ticket: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.config import Config
-from deployments.directory.members import AttentionMember, ClusterView, GatewayMember
+from deployments.directory.members import AdmissionEndpoint, AttentionMember, ClusterView, GatewayMember
+from deployments.directory.registry import Registry
 from deployments.directory.replica import Directory
 from monitoring.discovery import ScrapeTarget
 from routing.tokens.membership import WorkerMember
@@ -117,3 +119,28 @@ def test_workers_hear_how_busy_all_of_them_are(demo_model: Path, outside_serve: 
         assert (await directory.heartbeat("spare", 0.3)).plane_busy == pytest.approx(0.3)
 
     asyncio.run(scenario())
+
+
+def test_what_gateways_ask_for_adds_up(directory: Directory) -> None:
+    async def scenario() -> None:
+        assert await directory.demand() is None  # a directory that has just been started knows nothing
+        await seen_by(directory, replace(gateway("a", 3), demand=0.5))
+        await seen_by(directory, replace(gateway("b", 3), demand=1.25))
+        assert await directory.demand() == 1.75
+        endpoint = AdmissionEndpoint("127.0.0.1:1", "t")
+        await directory.register_admission(endpoint, ScrapeTarget("admission", "a:9401", "a"), -1, 2.0)
+        await seen_by(directory, gateway("b", 3))  # it has reached the common admission
+        assert await directory.demand() == 2.5
+
+    asyncio.run(scenario())
+
+
+def test_a_common_admission_that_fell_silent_asks_for_nothing() -> None:
+    registry = Registry(silence_s=10.0, first_version=1)
+    registry.register_gateway(replace(gateway("a", 1), demand=0.5), 100.0)
+    target = ScrapeTarget("admission", "a:9401", "a")
+    registry.register_admission(AdmissionEndpoint("127.0.0.1:1", "t"), target, 2.0, 95.0)
+    registry.expire(104.0)
+    assert registry.demand() == 2.5
+    registry.expire(106.0)
+    assert registry.demand() == 0.5

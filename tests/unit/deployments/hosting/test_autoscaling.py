@@ -9,7 +9,15 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.config import AttentionAutoscaling, Config, ExpertSpares
-from deployments.hosting.autoscaling import BUSY, LoadPolicy, serve_autoscaling, spare_autoscaling, wanted
+from deployments.hosting.autoscaling import (
+    BUSY,
+    DEMAND,
+    OCCUPANCY,
+    LoadPolicy,
+    serve_autoscaling,
+    spare_autoscaling,
+    wanted,
+)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +63,24 @@ def test_spares_take_the_load_that_is_too_much_for_the_workers(busy: float, spar
 def test_nothing_changes_while_no_spare_has_said_anything() -> None:
     context: Any = SimpleNamespace(aggregated_metrics={}, current_num_replicas=2)
     assert LoadPolicy(BUSY, target=0.6, fixed=3)(context) == (2, {})
+
+
+@pytest.mark.parametrize(
+    ("occupancy", "demand", "running", "replicas"),
+    [
+        (0.7, 1.4, 2, 2),
+        (0.4, 1.5, 2, 3),  # engines are half empty, because no more keeps the promised step time
+        (0.9, 6.0, 2, 9),  # and clients are refused
+        (0.9, 0.0, 2, 3),  # no gateway has said anything yet
+        (0.1, 0.3, 4, 1),
+    ],
+)
+def test_what_clients_ask_for_counts_whatever_the_engines_have(
+    occupancy: float, demand: float, running: int, replicas: int
+) -> None:
+    said = {OCCUPANCY: {"a": occupancy, "b": occupancy}, DEMAND: {"a": demand, "b": 0.9 * demand}}
+    context: Any = SimpleNamespace(aggregated_metrics=said, current_num_replicas=running)
+    assert LoadPolicy(OCCUPANCY, target=0.7)(context) == (replicas, {})
 
 
 def test_one_spare_is_always_there() -> None:

@@ -121,7 +121,7 @@ def test_what_is_too_large_for_the_kv_cache_goes_to_an_idle_replica() -> None:
     assert placed(adm.submit(ask("a", prompt=500), 0.0)) == ["a"]
 
 
-def test_nobody_passes_a_large_request_that_waits_before_it() -> None:
+def test_nobody_keeps_a_large_request_from_the_replica_that_drains_for_it() -> None:
     adm = patient(load(slots=4))
     adm.submit(ask("a", sequences=2), 0.0)
     assert adm.submit(ask("large", sequences=4), 0.0) == []
@@ -209,14 +209,14 @@ def test_waiting_for_replicas_is_bounded_by_the_objective_and_by_the_queue() -> 
 
 def test_what_came_while_replicas_were_away_teaches_no_margin() -> None:
     adm = admission(load())
-    before = {priority: margin.value for priority, margin in adm._margins.items()}
+    before = {priority: margin.value for priority, margin in adm._judge._margins.items()}
     adm.set_loads([], 10.0)
     for ticket in "abc":
         adm.submit(ask(ticket), 10.0)
     adm.cancel("c", 10.1)
     adm.set_loads([load()], 14.0)
     adm.first_token("a", 14.9)
-    assert {priority: margin.value for priority, margin in adm._margins.items()} == before
+    assert {priority: margin.value for priority, margin in adm._judge._margins.items()} == before
 
 
 @pytest.mark.parametrize("mode", ["enforce", "shadow", "off"])
@@ -300,29 +300,90 @@ def test_what_would_miss_its_objective_is_refused_at_once_and_says_why() -> None
     assert adm.waiting() == 1
 
 
-def test_a_long_prompt_that_cannot_be_prefilled_in_time_is_refused() -> None:
+@pytest.mark.parametrize("prompt", [60_000, 10**6])
+@pytest.mark.parametrize("priority", [INTERACTIVE, BATCH])
+def test_a_long_prompt_is_no_overload_on_an_idle_cluster(prompt: int, priority: Priority) -> None:
+    adm = admission(load("r", kv=10**7), load("s", kv=10**7))
+    (grant,) = grants(adm.submit(ask("a", priority, prompt=prompt), 0.0))
+    assert grant.predicted_ttft_s == pytest.approx(prompt * 1e-4, rel=0.1)
+    adm.finish("a", Usage(prompt, 20), 200.0)
+    assert placed(adm.submit(ask("b", priority, prompt=prompt), 200.0)) == ["b"]
+
+
+def learn_slow_prefill(adm: Admission, s_per_token: float, now_s: float = 0.0) -> float:
+    """Let it see prefills that take so long; returns the time then."""
+    for number in range(20):
+        adm.submit(ask(f"slow {number}", prompt=1_000), now_s)
+        now_s += 1_000 * s_per_token
+        adm.first_token(f"slow {number}", now_s)
+        adm.finish(f"slow {number}", Usage(1_000, 1), now_s)
+    return now_s
+
+
+def test_what_was_learned_to_be_slow_is_no_overload_either_on_an_idle_cluster() -> None:
     adm = admission(load(kv=10**7))
-    refusal = refused(adm.submit(ask("a", prompt=10**6), 0.0))
+    now_s = learn_slow_prefill(adm, 0.01)
+    (grant,) = grants(adm.submit(ask("a", prompt=60_000), now_s))
+    assert grant.predicted_ttft_s is not None
+    assert grant.predicted_ttft_s > 100
+
+
+def test_what_others_add_to_a_long_prefill_is_judged_and_the_own_part_is_not() -> None:
+    adm = admission(load(slots=8, kv=10**7))
+    assert placed(adm.submit(ask("a", prompt=40_000), 0.0)) == ["a"]  # 4 s of prefill before the next one
+    assert placed(adm.submit(ask("b", prompt=60_000), 0.0)) == ["b"]
+    refusal = refused(adm.submit(ask("c", prompt=60_000), 0.0))  # behind 10 s
     assert (refusal.reason, refusal.plane) == ("ttft", "attention")
 
 
-def test_too_slow_steps_refuse_the_classes_that_are_promised_faster_ones() -> None:
+def test_a_clients_own_deadline_refuses_what_no_replica_can_do_in_time() -> None:
+    adm = admission(load(kv=10**7))
+    refusal = refused(adm.submit(ask("a", prompt=60_000, deadline_s=2.0), 0.0))
+    assert refusal.reason == "deadline"
+    assert "2 s" in str(refusal)
+
+
+def test_a_pessimistic_picture_that_refuses_every_request_is_tried_after_a_while() -> None:
+    adm = admission(load(kv=10**7))
+    now_s = learn_slow_prefill(adm, 0.01)
+    later = [now_s + 0.5 * step for step in range(60)]
+    decisions = [adm.submit(ask(f"{at_s}", prompt=60_000, deadline_s=7.0), at_s) for at_s in later]
+    tried = [at_s for at_s, found in zip(later, decisions, strict=True) if placed(found)]
+    assert tried == [pytest.approx(now_s + 10.0), pytest.approx(now_s + 20.0)]  # one at a time
+    adm.first_token(f"{tried[0]}", tried[0] + 6.0)
+    adm.finish(f"{tried[0]}", Usage(60_000, 1), tried[0] + 6.0)
+    adm.finish(f"{tried[1]}", Usage(60_000, 1), tried[1] + 6.0)
+    for number in range(8):  # it is quick again, and what is seen of that counts
+        adm.submit(ask(f"probe {number}", prompt=10_000), now_s + 40.0 + number)
+        adm.first_token(f"probe {number}", now_s + 40.1 + number)
+        adm.finish(f"probe {number}", Usage(10_000, 1), now_s + 40.2 + number)
+    assert placed(adm.submit(ask("now", prompt=60_000, deadline_s=7.0), now_s + 50.0)) == ["now"]
+
+
+def test_steps_that_are_slow_on_an_idle_replica_are_no_overload() -> None:
     adm = admission(load(slots=8))
+    now_s = saturate(adm, 0.8, 1, 0.0)
+    adm.cancel("seen 0", now_s)
+    assert placed(adm.submit(ask("i"), now_s)) == ["i"]
+    assert adm.running() == 1
+
+
+def test_a_replica_whose_steps_are_too_slow_takes_no_more_of_the_class_that_is_promised_faster_ones() -> None:
+    adm = admission(load(slots=8), interactive=ClassObjective(ttft_s=5.0, tpot_s=0.8))
     now_s = saturate(adm, 0.95, 2, 0.0)
     refusal = refused(adm.submit(ask("i", INTERACTIVE), now_s))
-    assert (refusal.reason, refusal.plane) == ("tpot", "attention")
-    assert "admission.interactive.tpot_s" in str(refusal)
+    assert (refusal.reason, refusal.plane) == ("ttft", "attention")
     for ticket in ("seen 0", "seen 1"):
         adm.cancel(ticket, now_s)
     assert placed(adm.submit(ask("b", BATCH), now_s)) == ["b"]
 
 
 def test_after_a_while_without_a_step_one_request_is_let_through() -> None:
-    adm = admission(load(slots=8))
-    now_s = saturate(adm, 0.8, 1, 0.0)
-    adm.cancel("seen 0", now_s)
-    assert refused(adm.submit(ask("i"), now_s)).reason == "tpot"
-    assert placed(adm.submit(ask("j"), now_s + 11.0)) == ["j"]
+    adm = admission(load(slots=8, queue_s=3.0))
+    assert refused(adm.submit(ask("i"), 0.0)).reason == "tpot"
+    assert refused(adm.submit(ask("j"), 9.0)).reason == "tpot"
+    assert placed(adm.submit(ask("k"), 11.0)) == ["k"]
+    assert refused(adm.submit(ask("l"), 11.1)).reason == "tpot"
 
 
 def test_steps_slow_down_by_experts_queue_and_the_refusal_names_that_plane() -> None:
@@ -422,7 +483,7 @@ def test_those_that_wait_when_the_last_replica_goes_are_refused_after_their_budg
     assert isinstance(refused(adm.tick(6.0)), NoCapacity)
 
 
-def test_withdraw_of_a_waiting_or_running_request_places_the_next() -> None:
+def test_cancelling_a_waiting_or_running_request_places_the_next() -> None:
     adm = patient(load(slots=1))
     for ticket in ("a", "b", "c", "d"):
         adm.submit(ask(ticket), 0.0)
@@ -433,7 +494,7 @@ def test_withdraw_of_a_waiting_or_running_request_places_the_next() -> None:
     assert (adm.waiting(), adm.running()) == (0, 0)
 
 
-def test_withdrawing_what_holds_up_others_places_them() -> None:
+def test_cancelling_what_holds_up_others_places_them() -> None:
     adm = patient(load(slots=4))
     adm.submit(ask("a", sequences=2), 0.0)
     adm.submit(ask("large", sequences=4), 0.0)
@@ -525,15 +586,16 @@ def test_what_was_generated_before_a_move_is_part_of_the_prompt() -> None:
     adm.progress("a", 50, 1.0)
     other = "s" if grant.replica_id == "r" else "r"
     assert placed(adm.move("a", 1.0)) == ["a"]
-    state = adm._replicas[other]
+    state = adm._replicas._states[other]
     assert state.queued_tokens == 60
     assert 60 <= state.kv_tokens <= 70
 
 
-def test_an_adopted_request_holds_its_slot_and_its_stream() -> None:
+def test_an_restored_request_holds_its_slot_and_its_stream() -> None:
     adm = patient(load("r", 1))
     tenant = Tenant("t", max_streams=1)
-    adm.restore(ask("a", tenant=tenant), "r", 0.0)
+    adm._quotas.restore(ask("a", tenant=tenant), 0.0)
+    adm.restore(ask("a", tenant=tenant), "r", 0, 0.0)
     assert adm.running() == 1
     assert refused(adm.submit(ask("b", tenant=tenant), 0.0)).reason == "max_streams"
     assert adm.submit(ask("c"), 0.0) == []
@@ -542,9 +604,10 @@ def test_an_adopted_request_holds_its_slot_and_its_stream() -> None:
     assert placed(adm.finish("c", Usage(10, 20), 2.0) + adm.submit(ask("d", tenant=tenant), 2.0)) == ["d"]
 
 
-def test_a_request_can_be_adopted_at_a_replica_not_heard_of_yet() -> None:
+def test_a_request_can_be_restored_at_a_replica_not_heard_of_yet() -> None:
     adm = patient()
-    adm.restore(ask("a"), "r", 0.0)
+    adm._quotas.restore(ask("a"), 0.0)
+    adm.restore(ask("a"), "r", 7, 0.0)
     assert adm.submit(ask("b"), 0.0) == adm.cancel("b", 0.5) == []
     adm.set_loads([load("r", 1)], 1.0)
     assert adm.submit(ask("c"), 1.0) == []
@@ -558,7 +621,7 @@ def test_tickets_at_a_replica_that_is_gone_stay_until_they_end() -> None:
     assert adm.running() == 1
     adm.finish("a", Usage(10, 20), 2.0)
     assert adm.running() == 0
-    assert len(adm._replicas) == 1
+    assert len(adm._replicas._states) == 1
 
 
 def test_no_more_run_than_keep_the_promised_step_time() -> None:
@@ -581,6 +644,156 @@ def test_no_more_run_than_keep_the_promised_step_time() -> None:
     assert adm.running() == before  # interactive ones run there: their promise binds this one too
 
 
+# --- what generates nothing ---
+
+
+def side(ticket: str, prompt: int = 50, *, tenant: Tenant = TENANT, deadline_s: float | None = None) -> Ask:
+    return ask(ticket, tenant=tenant, prompt=prompt, new=0, sequences=0, deadline_s=deadline_s)
+
+
+def test_what_generates_nothing_needs_no_room_and_is_never_judged() -> None:
+    adm = admission(load("r", 1, kv=10), load("s", 1, kv=10), max_waiting=0)
+    for ticket in "ab":
+        adm.submit(ask(ticket, new=10_000), 0.0)
+    found = grants([one for n in range(40) for one in adm.submit(side(str(n), 10**6, deadline_s=0.001), 0.0)])
+    assert len(found) == 40
+    assert {grant.replica_id for grant in found} == {"r", "s"}  # spread
+    assert {grant.predicted_ttft_s for grant in found} == {None}
+    assert {state.sequences for state in adm._replicas.live} == {1}
+    for number in range(40):
+        adm.first_token(str(number), 1.0)
+        adm.progress(str(number), 0, 1.0)
+        adm.finish(str(number), Usage(17, 0), 1.0)
+    assert adm.running() == 2
+
+
+def test_what_generates_nothing_is_charged_what_it_counted() -> None:
+    adm = admission(load())
+    tenant = Tenant("small", tokens_per_minute=100, requests_per_minute=3)
+    (grant,) = grants(adm.submit(side("a", 90, tenant=tenant), 0.0))
+    assert grant.limits is not None
+    assert (grant.limits.remaining_tokens, grant.limits.remaining_requests) == (10, 2)
+    assert refused(adm.submit(side("b", tenant=tenant), 0.0)).reason == "tokens_per_minute"
+    adm.finish("a", Usage(40, 0), 0.0)
+    assert placed(adm.submit(side("c", tenant=tenant), 0.0)) == ["c"]
+
+
+@pytest.mark.parametrize("mode", ["enforce", "shadow", "off"])
+def test_what_generates_nothing_waits_within_its_objective_while_every_replica_blinks(mode: str) -> None:
+    adm = admission(load(), mode=mode)
+    adm.set_loads([], 10.0)
+    assert adm.submit(side("a"), 11.0) == adm.submit(side("b"), 11.0) == adm.tick(15.9) == []
+    assert adm.cancel("b", 15.9) == []
+    assert placed(adm.set_loads([load()], 15.95)) == ["a"]
+    adm.set_loads([], 16.0)
+    assert adm.submit(side("c"), 16.0) == []
+    assert isinstance(refused(adm.tick(21.1)), NoCapacity)
+
+
+def test_what_generates_nothing_waits_behind_nobody() -> None:
+    adm = patient(load("r", 1), max_waiting=9)
+    adm.submit(ask("a"), 0.0)
+    adm.submit(ask("b"), 0.0)
+    adm.set_loads([], 1.0)
+    assert adm.submit(side("s"), 1.0) == []
+    assert placed(adm.set_loads([load("r", 1)], 1.5)) == ["s"]
+    assert placed(adm.finish("a", Usage(10, 20), 2.0)) == ["b"]
+
+
+def test_what_generates_nothing_goes_elsewhere_if_its_replica_is_lost() -> None:
+    adm = admission(load("r"), load("s"))
+    (first,) = grants(adm.submit(side("a"), 0.0))
+    (second,) = grants(adm.move("a", 0.1))
+    assert {first.replica_id, second.replica_id} == {"r", "s"}
+
+
+# --- wide requests ---
+
+
+def test_behind_a_wide_request_others_go_where_it_cannot() -> None:
+    adm = patient(load("r", 4), load("s", 4))
+    where = {}
+    for ticket, sequences in (("a", 3), ("b", 2)):
+        (grant,) = grants(adm.submit(ask(ticket, sequences=sequences, new=400 * sequences), 0.0))
+        where[ticket] = grant.replica_id
+    assert where["a"] != where["b"]
+    assert adm.submit(ask("wide", sequences=4), 0.0) == []
+    held = adm._replicas.reservation
+    assert held is not None
+    free = {"a": 1, "b": 2}
+    taken = [one for n in range(6) for one in grants(adm.submit(ask(f"n{n}", new=400), 0.0))]
+    other = next(ticket for ticket in "ab" if where[ticket] != held.state.load.replica_id)
+    assert [grant.replica_id for grant in taken] == [where[other]] * free[other]
+    mine = next(ticket for ticket in "ab" if ticket != other)
+    assert placed(adm.finish(mine, Usage(10, 60), 1.0))[0] == "wide"
+
+
+def test_a_request_that_ends_before_the_drain_may_use_the_reserved_replica() -> None:
+    adm = patient(load("r", 4))
+    adm.submit(ask("a", sequences=2, new=100_000), 0.0)
+    assert adm.submit(ask("wide", sequences=4), 0.0) == []
+    assert placed(adm.submit(ask("short", new=1), 0.0)) == ["short"]
+    assert adm.submit(ask("long", new=100_000), 0.0) == []
+
+
+def test_nobody_keeps_a_wide_request_waiting_for_ever() -> None:
+    """Narrow ones come all the time, of tenants below their share."""
+    adm, now_s, running = patient(load("r", 4), load("s", 4)), 0.0, []
+    for number in range(4):
+        running += placed(adm.submit(ask(f"first {number}", sequences=2), now_s))
+    assert adm.submit(ask("wide", sequences=4), now_s) == []
+    started_s = None
+    for step in range(400):
+        now_s += 0.05
+        decisions = adm.submit(ask(f"n{step}", tenant=Tenant(f"t{step}")), now_s)
+        if len(running) > 3:
+            decisions += adm.finish(running.pop(0), Usage(10, 20), now_s)
+        found = placed(decisions)
+        running += found
+        if "wide" in found:
+            started_s = now_s
+            break
+    assert started_s is not None
+    assert started_s < 3.0
+
+
+def test_the_wait_of_a_wide_request_is_that_of_one_replica() -> None:
+    """Half of all slots are free, and it needs them in one place."""
+    adm = admission(load("r", 4), load("s", 4), interactive=ClassObjective(ttft_s=2.0, tpot_s=10.0))
+    for number in range(2):
+        adm.submit(ask(f"a{number}", sequences=2, new=20_000), 0.0)
+    assert {state.sequences for state in adm._replicas.live} == {2}
+    refusal = refused(adm.submit(ask("wide", sequences=4), 0.0))
+    assert refusal.reason == "ttft"
+    assert placed(adm.submit(ask("two", sequences=2), 0.0)) == ["two"]
+
+
+# --- demand ---
+
+
+def test_demand_is_what_runs_waits_and_was_refused_against_what_keeps_the_promise() -> None:
+    adm = admission(load("r", 8), load("s", 8), max_waiting=2)
+    assert adm.demand(0.0).in_replicas == 0
+    for number in range(16):
+        adm.submit(ask(f"r{number}", new=10_000), 0.0)
+    assert adm.demand(0.0).in_replicas == pytest.approx(2.0)
+    for number in range(4):
+        adm.submit(ask(f"w{number}"), 0.0)
+    assert adm.waiting() == 2
+    assert adm.demand(0.0).in_replicas == pytest.approx(2.25)
+    for number in range(200):
+        adm.submit(ask(f"x{number}"), 0.02 * number)
+    assert 3.0 < adm.demand(4.0).in_replicas <= 4.25  # no more than as much again as there is
+    assert adm.demand(400.0).in_replicas == pytest.approx(2.25, abs=0.01)
+
+
+def test_demand_counts_replicas_by_the_promised_step_time_and_not_by_their_slots() -> None:
+    adm = admission(load(slots=64), interactive=ClassObjective(ttft_s=1e4, tpot_s=0.2))
+    saturate(adm, 0.4, 4, 0.0)
+    assert adm.demand(30.0).per_replica < 4
+    assert adm.demand(30.0).in_replicas > 1
+
+
 # --- invariants ---
 
 
@@ -597,7 +810,7 @@ class World:
         self.tenants = [Tenant("a"), Tenant("b", weight=3.0), Tenant("c", requests_per_minute=40, max_streams=4),
                         Tenant("d", tokens_per_minute=2_000)]  # fmt: skip
         self.asks: dict[str, Ask] = {}
-        self.state: dict[str, str] = {}  # waiting, admitted, refused, withdrawn or finished
+        self.state: dict[str, str] = {}  # waiting, admitted, refused, cancelled or finished
         self.where: dict[str, str] = {}
         self.lost: dict[str, set[str]] = {}
         self.moved_s: dict[str, float] = {}
@@ -631,7 +844,7 @@ class World:
         rng, ticket = self.rng, f"t{len(self.asks)}"
         one = ask(
             ticket, rng.choice(list(Priority)), tenant=rng.choice(self.tenants), prompt=rng.randint(1, 400),
-            new=rng.randint(1, 200), sequences=rng.choice([1, 1, 1, 2, 5]), deadline_s=rng.choice([None, None, 0.5]),
+            new=rng.randint(1, 200), sequences=rng.choice([1, 1, 1, 2, 5, 0]), deadline_s=rng.choice([None, None, 0.5]),
             hashes=tuple(range(rng.randint(0, 4))),
         )  # fmt: skip
         self.asks[ticket] = one
@@ -640,29 +853,30 @@ class World:
     def step(self) -> None:
         rng, adm = self.rng, self.adm
         self.now_s += rng.choice([0.0, 0.001, 0.05, 1.0])
-        rare = ["first", "finish", "finish", "cut", "withdraw", "move", "tick", "fleet", "adopt"]
-        what = rng.choice(["offer"] * 6 + ["progress"] * 4 + rare)
+        rare = ["first", "finish", "finish", "cut", "cancel", "move", "tick", "loads", "restore"]
+        what = rng.choice(["submit"] * 6 + ["progress"] * 4 + rare)
         ticket = self.some("admitted")
-        if what == "offer":
+        if what == "submit":
             one = self.new_ask()
             self.state[one.ticket] = "waiting"
             self.take(adm.submit(one, self.now_s))
-        elif what == "fleet":
+        elif what == "loads":
             names = rng.sample("pqr", rng.randint(0 if rng.random() < 0.2 else 1, 3))
             queue_s = rng.choice([0.0, 0.0, 0.2])
             self.loads = {name: load(name, rng.choice([1, 4]), rng.choice([300, 3000]), queue_s) for name in names}
             self.take(adm.set_loads(list(self.loads.values()), self.now_s))
         elif what == "tick":
             self.take(adm.tick(self.now_s))
-        elif what == "adopt":
+        elif what == "restore":
             one, replica_id = self.new_ask(), rng.choice("pqrx")
             self.state[one.ticket], self.where[one.ticket] = "admitted", replica_id
-            adm.restore(one, replica_id, self.now_s)
-        elif what == "withdraw":
+            adm._quotas.restore(one, self.now_s)
+            adm.restore(one, replica_id, rng.randint(0, one.max_new_tokens), self.now_s)
+        elif what == "cancel":
             other = self.some("admitted", "waiting", "refused", "finished")
             if other is not None:
                 if self.state[other] in ("admitted", "waiting"):
-                    self.state[other] = "withdrawn"
+                    self.state[other] = "cancelled"
                 self.take(adm.cancel(other, self.now_s))
         elif ticket is None:
             adm.progress(f"unknown {what}", 1, self.now_s)
@@ -692,7 +906,7 @@ class World:
         for tenant in self.tenants:
             alive = [one for one, state in self.state.items() if state in ("waiting", "admitted")]
             assert adm._quotas.streams(tenant) == sum(self.asks[one].tenant is tenant for one in alive)
-        for replica_id, state in adm._replicas.items():
+        for replica_id, state in adm._replicas._states.items():
             tickets = list(state.tickets.values())
             assert {one.ask.ticket for one in tickets} == {
                 one for one in self.of("admitted") if self.where[one] == replica_id
@@ -701,7 +915,8 @@ class World:
             assert state.kv_tokens == sum(one.kv_tokens for one in tickets)
             prefilling = [one for one in tickets if one.state is TicketState.PREFILLING]
             assert state.queued_tokens == sum(one.uncached_tokens for one in prefilling)
-            assert sum(state.by_class) == len(tickets)
+            assert sum(state.by_class) == state.sequences
+            assert state.left_tokens == pytest.approx(sum(one.left_tokens for one in tickets), abs=1e-6)
         for queue in adm._queues.values():
             assert queue.slots == sum(one.slots for one in queue)
             assert queue.kv_tokens == sum(one.kv_tokens for one in queue)
@@ -709,7 +924,7 @@ class World:
 
 @pytest.mark.parametrize("mode", ["enforce", "shadow", "off"])
 @settings(max_examples=60, deadline=None)
-@given(rng=st.randoms(use_true_random=True), length=st.integers(1, 150), max_waiting=st.sampled_from([0, 3, 512]))
+@given(rng=st.randoms(use_true_random=False), length=st.integers(1, 150), max_waiting=st.sampled_from([0, 3, 512]))
 def test_whatever_happens_every_ticket_ends_once_and_nothing_stays_counted(
     mode: str, rng: random.Random, length: int, max_waiting: int
 ) -> None:
@@ -721,22 +936,22 @@ def test_whatever_happens_every_ticket_ends_once_and_nothing_stays_counted(
     while tickets := [*world.of("admitted"), *world.of("waiting")]:
         for ticket in tickets:
             if world.state[ticket] == "waiting":
-                world.state[ticket] = "withdrawn"
+                world.state[ticket] = "cancelled"
                 world.take(adm.cancel(ticket, world.now_s))
             elif world.state[ticket] == "admitted":
                 world.end(ticket, Usage(0, 0, False))
         world.check()
     assert adm.waiting() == adm.running() == 0
-    for state in adm._replicas.values():
+    for state in adm._replicas._states.values():
         assert (state.sequences, state.queued_tokens, state.kv_tokens, sum(state.by_class)) == (0, 0, 0, 0)
-        assert state.load is not None
+        assert state.live
     for queue in adm._queues.values():
         assert (len(queue), queue.slots, queue.kv_tokens) == (0, 0, 0)
-    assert set(world.state.values()) <= {"refused", "withdrawn", "finished"}
+    assert set(world.state.values()) <= {"refused", "cancelled", "finished"}
 
 
 @settings(max_examples=60, deadline=None)
-@given(rng=st.randoms(use_true_random=True), mode=st.sampled_from(["enforce", "shadow"]))
+@given(rng=st.randoms(use_true_random=False), mode=st.sampled_from(["enforce", "shadow"]))
 def test_a_replica_never_gets_more_than_it_has_but_for_one_request_when_idle(rng: random.Random, mode: str) -> None:
     world = World(rng, mode, 512)
     slots = {name: rng.randint(1, 5) for name in "pqr"}
@@ -758,6 +973,7 @@ def test_a_replica_never_gets_more_than_it_has_but_for_one_request_when_idle(rng
             world.moved_s[ticket] = world.now_s
             world.state[ticket] = "waiting"
             world.take(world.adm.move(ticket, world.now_s))
-        for replica_id, state in world.adm._replicas.items():
-            assert len(state.tickets) <= 1 or state.sequences <= slots[replica_id]
-            assert len(state.tickets) <= 1 or state.kv_tokens <= kv[replica_id]
+        for replica_id, state in world.adm._replicas._states.items():
+            generating = sum(one.slots > 0 for one in state.tickets.values())
+            assert generating <= 1 or state.sequences <= slots[replica_id]
+            assert generating <= 1 or state.kv_tokens <= kv[replica_id]

@@ -22,7 +22,7 @@ _numbers = count()
 def ticket(tenant: Tenant, cost: float = 10.0, sequences: int = 1, kv_tokens: int = 10) -> Ticket:
     number = next(_numbers)
     ask = Ask(str(number), tenant, Priority.BATCH, 5, 5, sequences, (), None)
-    return Ticket(ask, number, 0.0, 1.0, 0.1, cost, sequences, kv_tokens=kv_tokens)
+    return Ticket(ask, number, 0.0, 1.0, 0.1, cost, sequences, kv_tokens, 5.0)
 
 
 def pushed(queue: FairQueue, tenant: Tenant, cost: float = 10.0, sequences: int = 1) -> Ticket:
@@ -116,7 +116,7 @@ def test_one_that_was_moved_goes_before_all_and_is_not_charged_again() -> None:
     next_tag = queue.next_tag(A)
     queue.push_front(running)
     assert list(queue) == [running, waiting]
-    assert queue.before(-math.inf) == (1, 10)
+    assert queue.before(-math.inf, math.inf) == (1, 10)
     assert queue.next_tag(A) == next_tag
     assert start_first(queue) is running
     assert queue.next_tag(A) == next_tag
@@ -153,9 +153,11 @@ def test_what_goes_before_a_tag() -> None:
     queue = FairQueue()
     pushed(queue, A, 10.0, sequences=2)
     pushed(queue, A, 10.0, sequences=3)
-    assert queue.before(queue.next_tag(B)) == (2, 10)
-    assert queue.before(queue.next_tag(A)) == (5, 20)
+    assert queue.before(queue.next_tag(B), math.inf) == (2, 10)
+    assert queue.before(queue.next_tag(A), math.inf) == (5, 20)
     assert (queue.slots, queue.kv_tokens) == (5, 20)
+    pushed(queue, A, 10.0)
+    assert queue.before(math.inf, 2) == (3, 20)  # the one of three slots is passed
 
 
 def test_a_request_that_cost_less_than_charged_is_paid_back() -> None:
@@ -164,7 +166,7 @@ def test_a_request_that_cost_less_than_charged_is_paid_back() -> None:
     pushed(queue, B, 10.0)
     start_first(queue)
     start_first(queue)
-    queue.settle(A, 100.0, 10.0)
+    queue.correct_cost(A, 100.0, 10.0)
     assert queue.next_tag(A) == queue.next_tag(B) == 10
 
 
@@ -173,7 +175,7 @@ def test_paying_back_lets_no_request_pass_its_tenants_earlier_ones() -> None:
     pushed(queue, A, 100.0)
     start_first(queue)
     earlier = [pushed(queue, A, 10.0) for _ in range(3)]
-    queue.settle(A, 100.0, 1.0)
+    queue.correct_cost(A, 100.0, 1.0)
     later = pushed(queue, A, 10.0)
     assert list(queue) == [*earlier, later]
     queue.remove(earlier[0])
@@ -183,8 +185,8 @@ def test_paying_back_lets_no_request_pass_its_tenants_earlier_ones() -> None:
 def test_overtakers_are_what_others_will_ask_for_up_to_their_share() -> None:
     queue = FairQueue()
     for tenth in range(200):
-        queue.asked(B, 1, 0.1 * tenth)
-    queue.asked(A, 1, 20.0)
+        queue.note_demand(B, 1, 0.1 * tenth)
+    queue.note_demand(A, 1, 20.0)
     for _ in range(20):
         pushed(queue, A)
     tag = queue.next_tag(A)
@@ -201,7 +203,7 @@ def test_forgotten_tenants_are_those_without_waiting_requests(monkeypatch: pytes
     queue = FairQueue()
     waiting = [pushed(queue, A), pushed(queue, A)]
     for number in range(30):
-        queue.asked(Tenant(f"idle {number}"), 1, 0.0)
+        queue.note_demand(Tenant(f"idle {number}"), 1, 0.0)
     assert queue.next_tag(A) == 20
     for one in waiting:
         queue.remove(one)
@@ -225,7 +227,7 @@ def test_any_sequence_keeps_sums_and_each_tenants_order(rng: random.Random, leng
             if what == "front":
                 queue.push_front(one)
             else:
-                queue.settle(one.ask.tenant, one.cost, rng.uniform(0.1, 2) * one.cost)
+                queue.correct_cost(one.ask.tenant, one.cost, rng.uniform(0.1, 2) * one.cost)
         waiting = list(queue)
         assert len(queue) == len(waiting)
         assert queue.slots == sum(one.slots for one in waiting)

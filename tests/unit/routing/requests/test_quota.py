@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from routing.requests import quota
-from routing.requests.quota import Bucket, Quotas
+from routing.requests.quota import UNSTATED_NEW_TOKENS, Bucket, Quotas, reservation
 from routing.requests.request import Ask, Priority, Tenant
 
 
@@ -35,13 +35,13 @@ def test_a_bucket_says_when_an_amount_can_be_taken() -> None:
     assert bucket.seconds_until(10, 60, 5.0) == 0
     assert bucket.seconds_until(25, 60, 5.0) == pytest.approx(15)
     assert bucket.seconds_until(25, 60, 20.0) == pytest.approx(0, abs=1e-6)
-    assert bucket.seconds_until(61, 60, 5.0) == math.inf
+    assert bucket.seconds_until(61, 60, 5.0) == pytest.approx(50)  # once it is whole, and overdraws it
 
 
 def test_what_is_given_back_never_makes_more_than_a_full_bucket() -> None:
     bucket = Bucket()
     bucket.take(5, 60, 0.0)
-    bucket.refund(50, 60, 0.0)
+    bucket.take(-50, 60, 0.0)
     assert bucket.used(60, 0.0) == 0
 
 
@@ -138,7 +138,7 @@ def test_an_ended_request_still_counts_as_a_request() -> None:
     assert quotas.reserve(ask(tenant), 0.0) is not None
 
 
-def test_more_than_was_reserved_is_charged_up_to_as_much_again() -> None:
+def test_more_than_was_reserved_is_charged_and_the_next_request_waits_until_it_is_paid() -> None:
     quotas, tenant = Quotas(), Tenant("t", tokens_per_minute=1000)
     assert quotas.reserve(ask(tenant), 0.0) is None
     quotas.commit(ask(tenant), 70, 0.0)
@@ -146,10 +146,137 @@ def test_more_than_was_reserved_is_charged_up_to_as_much_again() -> None:
     assert limits is not None
     assert limits.remaining_tokens == 930
     assert quotas.reserve(ask(tenant), 0.0) is None
-    quotas.commit(ask(tenant), 10**6, 0.0)
+    quotas.commit(ask(tenant), 5_000, 0.0)
     limits = quotas.limits(tenant, 0.0)
     assert limits is not None
-    assert limits.remaining_tokens == 830
+    assert (limits.remaining_tokens, limits.reset_tokens_s) == (0, pytest.approx(5_070 / 1_000 * 60))
+    refusal = quotas.reserve(ask(tenant), 0.0)
+    assert refusal is not None
+    assert refusal.retry_after_s == pytest.approx(4_120 / 1_000 * 60)
+    assert quotas.reserve(ask(tenant), refusal.retry_after_s - 0.1) is not None
+    assert quotas.reserve(ask(tenant), refusal.retry_after_s) is None
+
+
+def open_ask(tenant: Tenant, sequences: int = 1, prompt_tokens: int = 10) -> Ask:
+    """The client states no bound: it is whatever the context allows."""
+    return Ask("t", tenant, Priority.INTERACTIVE, prompt_tokens, 131_072, sequences, (), None, bound_stated=False)
+
+
+def test_an_unstated_bound_reserves_some_tokens_per_sequence_and_never_more_than_the_budget() -> None:
+    assert reservation(open_ask(Tenant("t"))) == 10 + UNSTATED_NEW_TOKENS
+    assert reservation(open_ask(Tenant("t"), sequences=3)) == 10 + 3 * UNSTATED_NEW_TOKENS
+    assert reservation(open_ask(Tenant("t", tokens_per_minute=500))) == 500
+    assert reservation(open_ask(Tenant("t", tokens_per_minute=500), prompt_tokens=600)) == 600
+
+
+def test_a_budget_smaller_than_what_an_unstated_bound_reserves_is_still_served() -> None:
+    quotas, tenant = Quotas(), Tenant("t", tokens_per_minute=500)
+    assert quotas.reserve(open_ask(tenant), 0.0) is None
+    refusal = quotas.reserve(open_ask(tenant), 0.0)
+    assert refusal is not None
+    assert (refusal.reason, refusal.retry_after_s) == ("tokens_per_minute", pytest.approx(60))
+    never = quotas.reserve(open_ask(tenant, prompt_tokens=501), 0.0)
+    assert never is not None
+    assert (never.reason, never.retry_after_s) == ("request_over_budget", math.inf)
+
+
+_REQUESTS = st.tuples(
+    st.floats(0, 5),  # seconds since the last one
+    st.integers(1, 3_000),  # prompt
+    st.integers(0, 20_000),  # generated
+    st.booleans(),  # its bound is stated
+    st.integers(0, 2),  # how many of those that run end then
+)
+
+
+@given(st.lists(_REQUESTS, max_size=60))
+def test_a_budget_bounds_what_is_spent_up_to_the_overrun_of_those_that_run(
+    requests: list[tuple[float, int, int, bool, int]],
+) -> None:
+    quotas, tenant, now_s = Quotas(), Tenant("t", tokens_per_minute=10_000), 0.0
+    spent = overrun = 0  # `overrun`: by those that ended since the last one was let in
+    running: list[tuple[Ask, int]] = []
+    for pause_s, prompt, generated, stated, ends in requests:
+        now_s += pause_s
+        one = Ask("t", tenant, Priority.INTERACTIVE, prompt, 700 if stated else 131_072, 1, (), None, stated)
+        if quotas.reserve(one, now_s) is None:
+            overrun = 0
+            running.append((one, prompt + (min(700, generated) if stated else generated)))
+        for _ in range(min(ends, len(running))):
+            done, tokens = running.pop(0)
+            quotas.commit(done, tokens, now_s)
+            spent += tokens
+            overrun += max(0, tokens - reservation(done))
+        reserved = sum(reservation(one) for one, _ in running)
+        assert spent + reserved <= 10_000 + 10_000 / 60 * now_s + overrun + 1e-3
+
+
+def test_a_request_that_generates_nothing_is_charged_its_prompt() -> None:
+    quotas, tenant = Quotas(), Tenant("t", tokens_per_minute=1_000)
+    one = Ask("t", tenant, Priority.INTERACTIVE, 900, 0, 0, (), None)
+    assert quotas.reserve(one, 0.0) is None
+    assert quotas.reserve(one, 0.0) is not None
+    quotas.commit(one, 300, 0.0)  # counted exactly
+    limits = quotas.limits(tenant, 0.0)
+    assert limits is not None
+    assert limits.remaining_tokens == 700
+
+
+# --- several gateways ---
+
+
+def test_a_part_of_a_budget_refuses_for_a_while_what_only_the_whole_one_holds() -> None:
+    quotas, tenant = Quotas(), Tenant("t", tokens_per_minute=1_000)
+    quotas.set_share(0.25)
+    large = ask(tenant, 10, 600)
+    assert quotas.reserve(large, 0.0) is None  # overdraws this part, which pays for it
+    quotas.commit(large, 610, 0.0)
+    refusal = quotas.reserve(large, 0.0)
+    assert refusal is not None
+    assert (refusal.reason, refusal.retry_after_s) == ("tokens_per_minute", pytest.approx(610 / 250 * 60))
+    assert quotas.reserve(large, refusal.retry_after_s) is None
+    never = quotas.reserve(ask(tenant, 10, 1_000), 0.0)
+    assert never is not None
+    assert (never.reason, never.retry_after_s) == ("request_over_budget", math.inf)
+
+
+def spent(quotas: Quotas, now_s: float, since_told: bool) -> tuple[float, float]:
+    """Requests and tokens of the only tenant."""
+    found = quotas.spending(now_s, since_told)
+    assert len(found) <= 1
+    return (found[0].requests, found[0].tokens) if found else (0.0, 0.0)
+
+
+def test_spending_is_handed_on_and_what_is_known_is_not_told_again() -> None:
+    tenant = Tenant("t", requests_per_minute=60, tokens_per_minute=600)
+    mine, common = Quotas(), Quotas()
+    before, after = ask(tenant, 50, 100), ask(tenant, 20, 0)
+    mine.take(before, 0.0)
+    mine.mark_told(0.0)
+    mine.untell(before, 90, 0.0)  # the common admission charged the prompt and ten tokens, and dropped the rest
+    mine.take(after, 0.0)
+    assert spent(mine, 0.0, since_told=True) == (1.0, pytest.approx(110))
+    assert spent(mine, 0.0, since_told=False) == (2.0, pytest.approx(170))
+    for one in mine.spending(0.0, since_told=False):
+        common.add(one, 0.0)
+    common.restore(before, 0.0)
+    common.commit(before, 60, 0.0)
+    assert common.streams(tenant) == 0
+    limits = common.limits(tenant, 0.0)
+    assert limits is not None
+    assert (limits.remaining_requests, limits.remaining_tokens) == (58, 520)
+
+
+def test_what_was_told_is_the_first_to_be_refilled() -> None:
+    tenant = Tenant("t", tokens_per_minute=600)
+    quotas = Quotas()
+    quotas.take(ask(tenant, 100, 0), 0.0)
+    quotas.mark_told(0.0)
+    quotas.take(ask(tenant, 100, 0), 5.0)
+    assert spent(quotas, 5.0, since_told=True)[1] == pytest.approx(100)
+    assert spent(quotas, 10.0, since_told=True)[1] == pytest.approx(100)
+    assert spent(quotas, 15.0, since_told=True)[1] == pytest.approx(50)
+    assert quotas.spending(20.1, since_told=True) == []
 
 
 @pytest.mark.parametrize(("prompt_tokens", "fix"), [(40, "max_tokens to at most 60"), (200, "shorten the prompt")])
@@ -176,7 +303,7 @@ def test_max_streams_bounds_those_in_flight() -> None:
 def test_what_already_runs_is_taken_beyond_every_limit() -> None:
     quotas, tenant = Quotas(), Tenant("t", requests_per_minute=1, tokens_per_minute=50, max_streams=1)
     for _ in range(3):
-        quotas.restore(ask(tenant), 0.0)
+        quotas.take(ask(tenant), 0.0)
     assert quotas.streams(tenant) == 3
     limits = quotas.limits(tenant, 0.0)
     assert limits is not None

@@ -1,12 +1,10 @@
-"""Filter, score, pick: who may, who is cheapest, and that equals share."""
+"""Who has room, who is cheapest, and that equals share."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from routing.requests.prefix_index import prefix_hashes
 from routing.requests.replica_choice import Candidate, ReplicaChoice
@@ -30,39 +28,33 @@ def replica(
     return Candidate(load, sequences, queued, held)
 
 
-def test_nobody_is_picked_from_nobody() -> None:
-    assert ReplicaChoice().pick(ask(), []) is None
-
-
-def test_a_replica_without_slot_or_kv_room_is_not_picked() -> None:
-    full = replica("full", sequences=8)
-    crowded = replica("crowded", sequences=1, held=9_900)
-    assert ReplicaChoice().pick(ask(), [full, crowded]) is None
-    assert ReplicaChoice().pick(ask(), [full, crowded, replica("busy", sequences=7, queued=5_000)]) == "busy"
+def test_nobody_is_chosen_from_nobody() -> None:
+    assert ReplicaChoice().best(ask(), []) is None
 
 
 def test_the_last_slot_and_the_last_token_of_room_can_be_had() -> None:
     tight = replica("tight", sequences=7, held=9_850)
-    assert ReplicaChoice().pick(ask(), [tight]) == "tight"
-    assert ReplicaChoice().pick(ask(prompt_tokens=101), [tight]) is None
-    assert ReplicaChoice().pick(ask(sequences=2), [tight]) is None
+    assert tight.has_room(1, 150, 8)
+    assert not tight.has_room(1, 151, 8)
+    assert not tight.has_room(2, 150, 8)
+    assert not tight.has_room(1, 150, 7.9)
 
 
 def test_what_is_too_large_for_any_replica_goes_to_an_idle_one() -> None:
-    huge = ask(prompt_tokens=50_000, sequences=64)
-    assert ReplicaChoice().pick(huge, [replica("busy", sequences=1), replica("idle")]) == "idle"
+    assert replica("idle").has_room(64, 50_000, 8)
+    assert not replica("busy", sequences=1).has_room(64, 50_000, 8)
 
 
 def test_a_prefix_goes_where_it_went_before() -> None:
     choice = ReplicaChoice()
     prompt = "You are a helpful assistant. " * 100
     first = ask("1", prompt=prompt, prompt_tokens=800)
-    home = choice.pick(first, [replica("a"), replica("b"), replica("c")])
+    home = choice.best(first, [replica("a"), replica("b"), replica("c")])
     assert home is not None
     choice.placed(first, home)
     for number in range(20):
         again = ask(str(number), prompt=prompt + f"Question {number}", prompt_tokens=810)
-        assert choice.pick(again, [replica("a"), replica("b"), replica("c")]) == home
+        assert choice.best(again, [replica("a"), replica("b"), replica("c")]) == home
     assert choice.cached_tokens(again, home) > 700
     choice.forget(home)
     assert choice.cached_tokens(again, home) == 0
@@ -74,7 +66,7 @@ def test_the_longer_shared_prefix_wins() -> None:
     choice.placed(ask(prompt=system), "short")
     choice.placed(ask(prompt=system + history), "long")
     asked = ask(prompt=system + history + "q", prompt_tokens=800)
-    assert choice.pick(asked, [replica("short"), replica("long")]) == "long"
+    assert choice.best(asked, [replica("short"), replica("long")]) == "long"
 
 
 def test_a_queue_longer_than_the_prefix_saves_sends_it_elsewhere() -> None:
@@ -82,8 +74,8 @@ def test_a_queue_longer_than_the_prefix_saves_sends_it_elsewhere() -> None:
     asked = ask(prompt="p" * 2560, prompt_tokens=600)
     choice.placed(asked, "home")
     short, long = (replica("home", slots=64, sequences=1, queued=queued) for queued in (300, 900))
-    assert choice.pick(asked, [short, replica("other", slots=64)]) == "home"
-    assert choice.pick(asked, [long, replica("other", slots=64)]) == "other"
+    assert choice.best(asked, [short, replica("other", slots=64)]) == "home"
+    assert choice.best(asked, [long, replica("other", slots=64)]) == "other"
 
 
 @pytest.mark.parametrize(
@@ -99,16 +91,16 @@ def test_a_queue_longer_than_the_prefix_saves_sends_it_elsewhere() -> None:
 )
 def test_all_else_equal_the_freer_replica_is_picked(busier: Candidate, freer: Candidate) -> None:
     for number in range(10):
-        assert ReplicaChoice().pick(ask(str(number)), [busier, freer]) == "freer"
-        assert ReplicaChoice().pick(ask(str(number)), [freer, busier]) == "freer"
+        assert ReplicaChoice().best(ask(str(number)), [busier, freer]) == "freer"
+        assert ReplicaChoice().best(ask(str(number)), [freer, busier]) == "freer"
 
 
 def test_equals_share_and_the_order_of_the_list_decides_nothing() -> None:
     choice = ReplicaChoice()
     idle = [replica(name) for name in "abcd"]
-    picked = [choice.pick(ask(f"ticket {number}"), idle) for number in range(400)]
+    picked = [choice.best(ask(f"ticket {number}"), idle) for number in range(400)]
     assert min(Counter(picked)[name] for name in "abcd") > 60
-    backwards = [choice.pick(ask(f"ticket {number}"), idle[::-1]) for number in range(400)]
+    backwards = [choice.best(ask(f"ticket {number}"), idle[::-1]) for number in range(400)]
     assert backwards == picked
 
 
@@ -117,39 +109,7 @@ def test_the_index_is_no_larger_than_the_replica_s_cache() -> None:
     small = replica("small", capacity=640)  # ten blocks of 64 tokens
     old, new = ask(prompt="old " * 640, prompt_tokens=640), ask(prompt="new " * 640, prompt_tokens=640)
     for one in (old, new):
-        assert choice.pick(one, [small]) == "small"
+        assert choice.best(one, [small]) == "small"
         choice.placed(one, "small")
     assert choice.cached_tokens(new, "small") > 0
     assert choice.cached_tokens(old, "small") == 0
-
-
-_CANDIDATES = st.lists(
-    st.builds(
-        replica,
-        st.sampled_from("abcdef"),
-        slots=st.integers(1, 4),
-        capacity=st.integers(0, 400),
-        sequences=st.integers(0, 5),
-        queued=st.integers(0, 1000),
-        held=st.integers(0, 400),
-    ),
-    unique_by=lambda candidate: candidate.load.replica_id,
-)
-
-
-@given(_CANDIDATES, st.integers(1, 3), st.integers(0, 300))
-def test_the_pick_fits_and_is_none_only_if_nobody_fits(
-    candidates: list[Candidate], sequences: int, new_tokens: int
-) -> None:
-    asked = ask(sequences=sequences, new_tokens=new_tokens)
-    fitting = {
-        candidate.load.replica_id
-        for candidate in candidates
-        if candidate.sequences == 0
-        or (
-            candidate.sequences + sequences <= candidate.load.max_num_seqs
-            and candidate.kv_tokens + 100 + new_tokens <= candidate.load.kv_cache_tokens
-        )
-    }
-    picked = ReplicaChoice().pick(asked, candidates)
-    assert picked in fitting if fitting else picked is None
