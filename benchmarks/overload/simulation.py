@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from benchmarks.fakes.service_model import Engine, Job, ServiceModel
+from benchmarks.fakes.service_model import ServiceModel, SimulatedEngine, SimulatedSequence
 from cluster.config import AdmissionConfig, ClassObjective
 from routing.requests.admission import Admission, Decision, Refused
 from routing.requests.replica_choice import ReplicaChoice
@@ -24,7 +24,7 @@ class Call:
     ask: Ask
     due_s: float
     tokens: int  # that each of its sequences will have
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[SimulatedSequence] = field(default_factory=list)
     placed_s: float | None = None
     token_s: list[float] = field(default_factory=list)  # of its first sequence
     told_s: float = 0.0  # last progress
@@ -53,10 +53,10 @@ class Simulation:
         self._service = service
         config = AdmissionConfig.model_validate(objectives)
         self.admission = Admission(config, ReplicaChoice(), random.Random(seed + 1))
-        self._engines = {f"r{number}": Engine(service) for number in range(replicas)}
+        self._engines = {f"r{number}": SimulatedEngine(service) for number in range(replicas)}
         self._busy = dict.fromkeys(self._engines, False)
         self.calls: dict[str, Call] = {}
-        self._by_job: dict[Job, Call] = {}
+        self._by_job: dict[SimulatedSequence, Call] = {}
         self._held: dict[str, int] = dict.fromkeys(self._engines, 0)  # slots of requests that each has
         self._events: list[tuple[float, int, str | Call]] = []
         self._order = count()
@@ -106,7 +106,7 @@ class Simulation:
 
     def _arrive(self, call: Call) -> None:
         ask = call.ask
-        call.jobs = [Job((), ask.prompt_tokens, call.tokens) for _ in range(ask.sequences)]
+        call.jobs = [SimulatedSequence((), ask.prompt_tokens, call.tokens) for _ in range(ask.sequences)]
         self.calls[ask.ticket] = call
         self._by_job |= dict.fromkeys(call.jobs, call)
         self._take(self.admission.submit(ask, self._now_s))

@@ -190,11 +190,10 @@ class AttentionReplica(LLMServer):
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Tell Serve what it needs when it sets the number of replicas."""
         stats = await self.engine_stats()
-        if self._directory is not None:
-            try:
-                self._demand = await self._directory.demand.remote()
-            except (RayError, RayServeException) as error:
-                logger.warning("the directory is away (%s); the last known demand stays", type(error).__name__)
+        try:
+            self._demand = await self._directory.demand.remote()
+        except (RayError, RayServeException) as error:
+            logger.warning("the directory is away (%s); the last known demand stays", type(error).__name__)
         said = {OCCUPANCY: (stats.running + stats.waiting) / self._max_num_seqs}
         return said if self._demand is None else said | {DEMAND: self._demand}
 

@@ -43,7 +43,8 @@ def test_the_version_grows_with_each_change_and_with_nothing_else() -> None:
 def test_the_common_admission_is_known_until_its_successor_registers() -> None:
     registry = Registry(silence_s=6.0, first_version=0)
     for address in ("n:1", "n:2"):
-        registry.register_admission(AdmissionEndpoint(address, "token"), ScrapeTarget("admission", address, "n"), 0.0, 0.0)
+        target = ScrapeTarget("admission", address, "n")
+        registry.register_admission(AdmissionEndpoint(address, "token"), target, 0.0, 0.0)
         registry.expire(99.0)
         assert registry.update_view([])
         assert registry.view.admission is not None
