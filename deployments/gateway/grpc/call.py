@@ -17,6 +17,8 @@ from deployments.gateway.open_requests import Session
 from deployments.gateway.pipeline import AnswerHead, Pipeline
 from deployments.gateway.upstream import sse
 
+_CANCELLATION_S = 0.01  # gRPC says that nothing more comes of a cancelled call too, just before it cancels its task
+
 
 class CallContext:
     """A gRPC call: its metadata, and how its messages are read and written."""
@@ -44,7 +46,10 @@ class CallContext:
     async def read(self) -> bytes | None:
         """The next message as it came; None when the client sends no more."""
         raw = await self.context.read()
-        return None if raw is grpc.aio.EOF else raw
+        if raw is not grpc.aio.EOF:
+            return raw
+        await asyncio.sleep(_CANCELLATION_S)
+        return None
 
     async def write(self, message: Message) -> None:
         """Send a message. Raises RequestTimeout when the client reads nothing, ClientGone."""

@@ -84,6 +84,22 @@ def test_cancelling_a_unary_call_aborts_too() -> None:
     run(test())
 
 
+def test_cancelling_before_the_message_is_no_bad_request() -> None:
+    async def test() -> None:
+        world = World(answering(token("a")), gateway_config())
+        async with served(world) as channel:
+            for _ in range(10):
+                call = channel.stream_unary("/deepsplit.v1.Inference/Complete")()
+                async with asyncio.timeout(10):
+                    while not len(world.pipeline.open_requests):
+                        await asyncio.sleep(0.005)
+                call.cancel()
+                await world.until_idle()
+        assert world.requests("cancelled") == 10
+
+    run(test())
+
+
 def test_a_lost_connection_aborts() -> None:
     async def test() -> None:
         replicas = streaming(token("a"), hold=True)
