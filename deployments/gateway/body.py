@@ -20,12 +20,17 @@ _ZSTD_WINDOW_BYTES = 8 * 2**20  # RFC 9659
 _ZLIB, _DEFLATE, _GZIP = 15, -15, 31  # what zlib calls them
 
 
-async def read_body(lease: Lease, chunks: AsyncIterator[bytes], encodings: str, limit_bytes: int) -> bytes:
-    """The body without its byte order mark. `encodings` is its Content-Encoding; empty for none.
+async def read_body(
+    lease: Lease, chunks: AsyncIterator[bytes], encodings: str, limit_bytes: int, declared: str = ""
+) -> bytes:
+    """The body without its byte order mark. `encodings` is its Content-Encoding, `declared` its Content-Length; empty
+    for none. A body that says itself that it is too large is not read: its client may not have sent it yet.
 
     Raises RequestTooLarge, RequestTimeout, UnsupportedEncoding, RequestError (broken packing), Overloaded (memory).
     """
     unpackers = _unpackers(encodings)
+    if declared.isdecimal() and int(declared) > limit_bytes:
+        raise _too_large(limit_bytes)
     try:
         async with asyncio.timeout(READ_TIMEOUT_S):
             body = await _joined(lease, chunks, limit_bytes)
@@ -45,13 +50,15 @@ async def _joined(lease: Lease, pieces: AsyncIterator[bytes], limit_bytes: int) 
     async for piece in pieces:
         size += len(piece)
         if size > limit_bytes:
-            raise RequestTooLarge(
-                f"the request body is larger than {limit_bytes // 2**20} MiB, this server's limit "
-                "(gateway.max_body_mib)"
-            )
+            raise _too_large(limit_bytes)
         lease.hold(len(piece))
         parts.append(piece)
     return b"".join(parts)
+
+
+def _too_large(limit_bytes: int) -> RequestTooLarge:
+    limit = f"{limit_bytes // 2**20} MiB, this server's limit (gateway.max_body_mib)"
+    return RequestTooLarge(f"the request body is larger than {limit}")
 
 
 async def _in_turns(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:

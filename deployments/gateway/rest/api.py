@@ -100,7 +100,8 @@ class _PipelineEndpoint:
         try:
             async with self._pipeline.open(head) as lease:
                 encodings = ",".join(request.headers.getlist("content-encoding"))
-                body = await read_body(lease, _chunks(request), encodings, self._config.max_body_mib * 2**20)
+                limit_bytes, declared = self._config.max_body_mib * 2**20, request.headers.get("content-length", "")
+                body = await read_body(lease, _chunks(request), encodings, limit_bytes, declared)
                 async with _while_connected(receive):
                     outlined = await self._pipeline.outline(lease, body)
                     async with aclosing(self._pipeline.run(lease, outlined, body)) as items:

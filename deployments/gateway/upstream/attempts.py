@@ -1,6 +1,7 @@
 """One admitted request at attention replicas: sent, and sent again or continued elsewhere when its replica is lost.
 
-The only retry loop of the gateway. A request that was at two replicas when they were lost is not sent to a third.
+The only retry loop of the gateway. A request that was at two replicas when they were lost is not sent to a third,
+unless the last of them had got on with it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from deployments.gateway.upstream.pool import ReplicaPool
 _JSON = "application/json"
 # What a replica answers while its engine dies or starts: nothing has been generated, so another one may be asked.
 _RETRIED_STATUS = (500, 502, 503)
-_MOST_LOSSES = 2  # replicas that were lost with the request on them: one may be bad luck
+_MOST_LOSSES = 2  # replicas that were lost with the request on them, the last one before it gave a token
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Attempts:
         self._path = lease.head.path
         self._events = self._fresh()
         self._begun = False  # the client has something
+        self._had_tokens = 0  # when the replica that has the request got it
 
     async def run(self) -> AsyncGenerator[ResponseHead | bytes, None]:
         """Raises ReplicaUnavailable or a Refusal when nobody else can take the request, EngineKilled when nobody else
@@ -74,7 +76,8 @@ class Attempts:
         """Raises what ends the request, if it must not or cannot go to another replica."""
         if isinstance(error, ReplicaLost):
             self._losses += 1
-            if self._losses >= _MOST_LOSSES:
+            # One may be bad luck, and who got on with the request in between was not killed by it.
+            if self._losses >= _MOST_LOSSES and self._events.generated_tokens == self._had_tokens:
                 about = {"request_id": self._lease.head.request_id}
                 logger.error("two replicas were lost with this request; it is refused", extra={"fields": about})
                 raise EngineKilled(
@@ -95,6 +98,7 @@ class Attempts:
 
     async def _attempt(self, path: str, body: bytes) -> AsyncGenerator[ResponseHead | bytes, None]:
         replica_id = self._lease.replica_id
+        self._had_tokens = self._events.generated_tokens
         self._lease.sent()
         upstream = self._pool.send(replica_id, self._lease.head.method, path, body, self._lease.head.passed_on())
         async with aclosing(upstream):

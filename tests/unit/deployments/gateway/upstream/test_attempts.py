@@ -181,11 +181,20 @@ def test_a_request_that_killed_two_engines_is_never_sent_to_a_third(
 
 def test_in_mid_stream_too() -> None:
     async def scenario() -> None:
-        pool = FakePool([SSE, stream("wxyz")[0], LOST], [SSE, event(ord("x")), LOST], [SSE, DONE], names="abcd")
+        pool = FakePool([SSE, stream("wxyz")[0], LOST], [SSE, LOST], [SSE, DONE], names="abcd")
         world = World(pool, max_resends=5)
         with pytest.raises(EngineKilled):
             await world.ask()
         assert len(pool.seen) == 2
+
+    run(scenario)
+
+
+def test_a_replica_that_got_on_with_it_was_not_killed_by_it() -> None:
+    async def scenario() -> None:
+        rest = [event(ord("y")), event(ord("z"), finish="length"), DONE]
+        pool = FakePool([SSE, stream("wxyz")[0], LOST], [SSE, event(ord("x")), LOST], [SSE, *rest], names="abcd")
+        assert text_of((await World(pool, max_resends=5).ask()).body) == "wxyz"
 
     run(scenario)
 
