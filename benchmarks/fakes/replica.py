@@ -75,8 +75,8 @@ class FakeReplicaApp:
         """What it says of itself."""
         engine, model = self.engine, self.engine.model
         return ReplicaLoad(
-            self.replica_id, model.slots, model.kv_cache_tokens, len(engine.running), len(engine.waiting),
-            engine.cache.usage,
+            self.replica_id, model.slots, model.kv_cache_tokens, running=len(engine.running),
+            waiting=len(engine.waiting), kv_cache_usage=engine.cache.usage,
         )  # fmt: skip
 
     # --- the engine, in real time ---
