@@ -210,6 +210,7 @@ class Pipeline:
             priority=_priority(lease.head.priority(), lease.tenant),
             prompt_tokens=prompt_tokens,
             max_new_tokens=(UNKNOWN_BOUND if bound is None else bound) * outlined.sequences,
+            streamed=outlined.stream,
             bound_stated=outlined.max_new_tokens is not None,
             sequences=outlined.sequences,
             prefix_hashes=prefix_hashes(outlined.prompt_text),

@@ -48,6 +48,7 @@ class Ask:
     sequences: int  # decode slots that it takes (n, or several prompts); 0: it generates nothing (tokenize)
     prefix_hashes: tuple[int, ...]  # one per full block of the prompt, each covering all before it, root first
     deadline_s: float | None  # how long the client waits for the first token; None: the class's objective only
+    streamed: bool = True  # False: nobody sees how far the answer is before it is whole
     bound_stated: bool = True  # False: the client named no bound, and `max_new_tokens` is what the engine would allow
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from cluster.config import AdmissionConfig, ClassObjective
 from cluster.errors import Reason, Refusal
@@ -173,6 +174,8 @@ class Admission:
         ticket = self._tickets.get(ticket_id)
         if ticket is None:
             return []
+        if not (ticket.waits or ticket.ask.streamed or usage.complete or usage.generated_tokens):
+            usage = replace(usage, generated_tokens=self._forecast.probably_generated(ticket, now_s))
         ask, tokens = ticket.ask, usage.prompt_tokens + usage.generated_tokens
         if ticket.waits:
             if ticket.moved:

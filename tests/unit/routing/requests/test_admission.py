@@ -977,3 +977,21 @@ def test_a_replica_never_gets_more_than_it_has_but_for_one_request_when_idle(rng
             generating = sum(one.slots > 0 for one in state.tickets.values())
             assert generating <= 1 or state.sequences <= slots[replica_id]
             assert generating <= 1 or state.kv_tokens <= kv[replica_id]
+
+
+def test_an_answer_in_one_piece_that_is_cut_off_is_charged_what_it_has_probably_generated() -> None:
+    tenant = Tenant("t", tokens_per_minute=1_000)
+
+    def left_after(streamed: bool, seconds: float, new: int = 500) -> int:
+        deciding = patient(load(slots=4))
+        deciding.submit(replace(ask("a", tenant=tenant, prompt=10, new=new), streamed=streamed), 0.0)
+        deciding.finish("a", Usage(10, 0, complete=False), seconds)
+        (granted,) = deciding.submit(ask("b", tenant=tenant, prompt=0, new=0), seconds)
+        assert isinstance(granted, Admitted)
+        assert granted.grant.limits is not None
+        assert granted.grant.limits.remaining_tokens is not None
+        return granted.grant.limits.remaining_tokens
+
+    # Two seconds at the 20 ms per step that are taken before anything is known; a stream would have shown its tokens.
+    assert 60 < left_after(streamed=True, seconds=2.0) - left_after(streamed=False, seconds=2.0) < 140
+    assert left_after(True, 2.0, new=7) - left_after(False, 2.0, new=7) == 7  # never more than its bound
