@@ -994,4 +994,4 @@ def test_an_answer_in_one_piece_that_is_cut_off_is_charged_what_it_has_probably_
 
     # Two seconds at the 20 ms per step that are taken before anything is known; a stream would have shown its tokens.
     assert 60 < left_after(streamed=True, seconds=2.0) - left_after(streamed=False, seconds=2.0) < 140
-    assert left_after(True, 2.0, new=7) - left_after(False, 2.0, new=7) == 7  # never more than its bound
+    assert left_after(True, 0.5, new=7) - left_after(False, 0.5, new=7) == 7  # never more than its bound
