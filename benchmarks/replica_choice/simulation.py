@@ -195,8 +195,8 @@ class Simulation:
                 for replica in self._replicas:
                     engine, model = replica.engine, replica.engine.model
                     replica.load = ReplicaLoad(
-                        replica.name, model.slots, model.kv_cache_tokens, len(engine.running), len(engine.waiting),
-                        engine.cache.usage,
+                        replica.name, model.slots, model.kv_cache_tokens, running=len(engine.running),
+                        waiting=len(engine.waiting), kv_cache_usage=engine.cache.usage,
                     )  # fmt: skip
                 if self._events:
                     self._at(now_s + LOAD_INTERVAL_S, None)
