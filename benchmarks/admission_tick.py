@@ -69,10 +69,10 @@ class Full:
         self.admission.set_loads(self.loads, self.now_s)
 
 
-def measured(call: Callable[[], object], full: Full, pause_s: float) -> dict[str, float]:
+def measured(call: Callable[[], object], full: Full, pause_s: float, calls: int = _CALLS) -> dict[str, float]:
     """Milliseconds per call, at calls that come `pause_s` apart."""
     took_ms = []
-    for _ in range(_CALLS):
+    for _ in range(calls):
         full.now_s += pause_s
         begun_s = time.perf_counter()
         call()

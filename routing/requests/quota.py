@@ -105,7 +105,7 @@ class Quotas:
         self._take(account, 0, tokens - reservation(ask), now_s)
 
     def refund(self, ask: Ask, now_s: float) -> None:
-        """The request was refused or withdrawn before it ran."""
+        """The request was refused or cancelled before it ran."""
         account = self._account(ask.tenant, now_s)
         account.streams -= 1
         self._take(account, -1, -reservation(ask), now_s)

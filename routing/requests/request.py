@@ -29,7 +29,7 @@ class Tenant:
     classes: tuple[Priority, ...] = (Priority.INTERACTIVE, Priority.BATCH)
     default_class: Priority = Priority.INTERACTIVE
     models: tuple[str, ...] | None = None
-    weight: float = 1.0  # share of the cluster relative to other tenants of the same class
+    weight: float = 1.0  # part of the cluster relative to other tenants of the same class
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None  # prompt plus generated
     max_streams: int | None = None  # in flight at once, in the whole cluster
@@ -82,6 +82,6 @@ class ReplicaLoad:
     max_model_len: int = 0  # longest prompt plus completion, in tokens; 0: not known
     running: int = 0  # sequences in the engine's batch
     waiting: int = 0  # sequences not yet in it
-    kv_cache_usage: float = 0.0  # share of KV blocks in use, 0 to 1
+    kv_cache_usage: float = 0.0  # part of the KV blocks in use, 0 to 1
     experts_queue_s: float = 0.0  # mean time that a step's rows wait in expert workers' queues, summed over layers
     degraded: bool = False  # rows went without some of their experts lately (dispatch.on_uncovered: degrade)

@@ -146,7 +146,7 @@ class Forecast:
         """The queues of all higher classes."""
         return [self._queues[one] for one in Priority if one < priority]
 
-    def share_beside_wide(self) -> float:
+    def part_beside_wide(self) -> float:
         """The part of the replicas that takes narrow requests while one is reserved for a wide one."""
         live = len(self._replicas.live)
         return (live - 1) / live if live > 1 else 1.0
@@ -154,7 +154,7 @@ class Forecast:
     def _until(self, room: Room, slots: float, kv_tokens: float, passes_wide: bool) -> Wait:
         seconds, for_kv = room.until(np.array([slots]), np.array([kv_tokens]))
         plane = Plane.KV_CACHE if for_kv[0] else self.best_step()[1]
-        return Wait(float(seconds[0]) / (self.share_beside_wide() if passes_wide else 1.0), plane)
+        return Wait(float(seconds[0]) / (self.part_beside_wide() if passes_wide else 1.0), plane)
 
     def _ahead(self, ticket: Ticket, queue: FairQueue, higher: list[FairQueue], now_s: float) -> tuple[int, int, bool]:
         """Slots and KV tokens of those placed before the ticket, and whether it passes wide ones."""

@@ -141,7 +141,7 @@ class Judge:
         if passed:
             narrow = waiting.slots <= 1
             beside_s, _ = room.until(ahead.narrow + np.cumsum(counts & narrow), np.zeros_like(kv_tokens))
-            beside_s /= self._forecast.share_beside_wide()
+            beside_s /= self._forecast.part_beside_wide()
             wait_s = np.where(narrow, np.minimum(wait_s, beside_s), wait_s)
         return wait_s, for_kv
 

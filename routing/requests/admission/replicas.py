@@ -54,8 +54,11 @@ class Replicas:
             if state is None:
                 state = self._states[load.replica_id] = ReplicaState(load)
             if not state.live or state.load is not load:
+                same = state.live and _room_of(state.load) == _room_of(load)
                 state.load, state.live = load, True
-                self._set_limits(state)
+                if not same:
+                    self._set_limits(state)
+                    self._free.clear()
             live.append(state)
         if len(live) != len(self.live) or live != self.live:
             gone = [state for state in self.live if state not in live]
@@ -66,9 +69,8 @@ class Replicas:
                 self._drop_if_unused(state)
             if self.reservation is not None and not self.reservation.state.live:
                 self.reservation = None
-        if live:
-            self.most_slots = max(load.max_num_seqs for load in loads)
-        self._free.clear()
+            self._free.clear()
+        self.most_slots = max((load.max_num_seqs for load in loads), default=self.most_slots)
 
     def refresh_limits(self) -> None:
         """By what was learned of the pace since."""
@@ -212,3 +214,8 @@ class Replicas:
     def _drop_if_unused(self, state: ReplicaState) -> None:
         if not state.live and not state.tickets:
             self._states.pop(state.load.replica_id, None)
+
+
+def _room_of(load: ReplicaLoad) -> tuple[int, int, float]:
+    """What room is computed from; the rest of what a replica says changes all the time."""
+    return load.max_num_seqs, load.kv_cache_tokens, load.experts_queue_s

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_SHARE = 0.99  # of admitted requests that are to keep their objective
+_KEPT = 0.99  # of admitted requests that are to keep their objective
 _STEP = 0.05
 _START = 0.2
 _MOST = 4.0  # far above one is reached where higher classes take nearly all: what they leave varies much
@@ -11,7 +11,7 @@ _COUNTS_FROM = 0.25  # of the budget: errors of shorter predictions break no pro
 
 class Margin:
     """A quantile of (actual - predicted) / predicted, tracked by stochastic approximation (Robbins, Monro 1951): up by
-    `_STEP * _SHARE` after each error above it, down by `_STEP * (1 - _SHARE)` after each one below.
+    `_STEP * _KEPT` after each error above it, down by `_STEP * (1 - _KEPT)` after each one below.
     """
 
     def __init__(self) -> None:
@@ -31,4 +31,4 @@ class Margin:
         self._track(True)
 
     def _track(self, above: bool) -> None:
-        self.value = min(_MOST, max(0.0, self.value + _STEP * (above - (1 - _SHARE))))
+        self.value = min(_MOST, max(0.0, self.value + _STEP * (above - (1 - _KEPT))))

@@ -154,7 +154,7 @@ def test_without_the_server_each_takes_its_part_and_comes_back() -> None:
                     await end.connected()
                 await asyncio.wait_for(third, 10)
                 await asyncio.wait_for(two.room.admit(ask("fourth")), 10)
-                fifth = asyncio.create_task(two.room.admit(ask("fifth")))  # what ran before was adopted
+                fifth = asyncio.create_task(two.room.admit(ask("fifth")))  # what ran before was restored
                 assert await waits(fifth)
                 fifth.cancel()
 

@@ -31,12 +31,14 @@ class Script:
     def __init__(self) -> None:
         self.heard: list[tuple[str, str]] = []
         self.loads: Sequence[ReplicaLoad] = ()
+        self.generated: dict[str, int] = {}  # of restored ones
 
     def submit(self, ask: Ask) -> None:
         self.heard.append(("submit", ask.ticket))
 
     def restore(self, ask: Ask, replica_id: str, generated_tokens: int) -> None:
         self.heard.append(("restore " + replica_id, ask.ticket))
+        self.generated[ask.ticket] = generated_tokens
 
     def cancel(self, ticket: str) -> None:
         self.heard.append(("cancel", ticket))
@@ -162,6 +164,45 @@ def test_move_and_its_refusal() -> None:
         with pytest.raises(Overloaded):
             await moving
         assert room.open_tickets() == 0
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_while_its_request_moves_is_charged_what_was_generated() -> None:
+    async def run() -> None:
+        room, script, _ = waiting_room()
+        first = asyncio.create_task(room.admit(ask("a")))
+        await settle()
+        room.decided(granted("a"))
+        await first
+        room.progress("a", 1)
+        room.progress("a", 3)  # too soon to be told
+        moving = asyncio.create_task(room.move("a"))
+        await settle()
+        moving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await moving
+        assert [what for what, _ in script.heard] == ["submit", "progress 1", "progress 3", "move", "cancel"]
+        assert room.open_tickets() == 0
+        room.finish("a", Usage(5, 3))  # harmless
+
+    asyncio.run(run())
+
+
+def test_what_waits_holds_nothing_at_a_decider_that_is_left() -> None:
+    async def run() -> None:
+        room, script, _ = waiting_room()
+        tasks = {name: asyncio.create_task(room.admit(ask(name))) for name in ("runs", "waits")}
+        await settle()
+        room.decided(granted("runs"))
+        await settle()
+        room.progress("runs", 4)
+        room.decide_by(second := Script())
+        assert script.heard[-1] == ("cancel", "waits")
+        assert ("cancel", "runs") not in script.heard
+        assert second.heard == [("restore r0", "runs"), ("submit", "waits")]
+        assert second.generated == {"runs": 4}
+        tasks["waits"].cancel()
 
     asyncio.run(run())
 
