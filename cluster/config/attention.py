@@ -12,12 +12,13 @@ from cluster.config.vllm_arguments import VLLM_VERSION, EngineArguments
 
 
 class AttentionAutoscaling(Section):
-    """Serve sets the number of attention replicas by how full the engines' batches are."""
+    """Serve sets the number of attention replicas by what clients ask for: admitted, waiting and refused requests."""
 
     min_replicas: int = Field(1, ge=1, description="Fewest replicas.")
     max_replicas: int = Field(ge=1, description="Most replicas.")
-    target_occupancy: float = Field(0.7, gt=0, le=1, description="Share of attention.max_num_seqs that a replica is to "
-                                                                 "have running on average.")
+    target_occupancy: float = Field(0.7, gt=0, le=1, description="Share of a replica's decode slots, those at which "
+                                                                 "steps are as fast as promised, that clients' "
+                                                                 "requests are to fill on average.")
     upscale_delay_s: float = Field(30.0, ge=0, description="How long more must be wanted before there are more.")
     downscale_delay_s: float = Field(600.0, ge=0, description="How long fewer must be wanted before there are fewer.")
 
