@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from cluster.errors import DeepsplitError, RateLimits, Refusal, ReplicaUnavailable, RequestTimeout
+from cluster.errors import ClientError, DeepsplitError, RateLimits, Refusal, ReplicaUnavailable, RequestTimeout
 
 RETRY_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry")
 RATE_LIMIT_HEADERS = tuple(
@@ -44,7 +44,7 @@ def retry_headers(error: DeepsplitError) -> dict[str, str]:
         return rate_limit_headers(error.limits) | _after(error.retry_after_s)
     if isinstance(error, ReplicaUnavailable):
         return _after(_RETRY_LOST_S * (1 + 0.5 * random.random()))
-    return {"x-should-retry": "false"} if isinstance(error, RequestTimeout) else {}
+    return {"x-should-retry": "false"} if isinstance(error, ClientError | RequestTimeout) else {}
 
 
 def _after(seconds: float) -> dict[str, str]:

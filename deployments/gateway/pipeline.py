@@ -161,7 +161,7 @@ class Pipeline:
         most = min(tokens for tokens in (own, None if context is None else context - 1) if tokens is not None)
         tokens = outlined.prompt_ids // max(1, outlined.prompts)
         if not outlined.prompt_ids and outlined.prompts == 1 and len(outlined.prompt_text) > most:
-            tokens = await self._tokenizer.count(outlined.prompt_text)  # a token is at least a byte
+            tokens = await self._tokenizer.count(outlined.prompt_text, most)  # a token is at least a byte
         if outlined.truncate_prompt_tokens is not None:
             tokens = min(tokens, outlined.truncate_prompt_tokens)
         if tokens <= most:

@@ -96,6 +96,7 @@ class Gateway:
             self._server.set_admission(view.admission)
         if view.draining and self._draining is None:
             self._draining = asyncio.create_task(self._server.drain(self._drain_timeout_s))
+            self._draining.add_done_callback(_log_failure)
 
     async def _cluster_status(self) -> Mapping[str, object]:
         """What the directory knows of both planes, and the counters of one attention replica's engine."""
@@ -118,6 +119,11 @@ class Gateway:
         scrape = getattr(self, "_scrape", None)
         if scrape is not None:
             scrape.stop()
+
+
+def _log_failure(draining: asyncio.Task[None]) -> None:
+    if not draining.cancelled() and (error := draining.exception()) is not None:
+        logger.error("draining failed", exc_info=error)
 
 
 def gateway_deployment(

@@ -41,6 +41,8 @@ from routing.requests.tenants import TenantsFile
 
 logger = logging.getLogger(__name__)
 
+_DESCRIPTION_TIMEOUT_S = 5.0
+
 ClusterStatus = Callable[[], Awaitable[Mapping[str, object]]]
 
 
@@ -193,8 +195,9 @@ class GatewayServer:
 
     async def _get(self, path: str) -> bytes:
         for load in self._replicas.current():
-            with contextlib.suppress(ReplicaUnavailable):
-                items = [item async for item in self._pool.send(load.replica_id, "GET", path, b"", {})]
+            with contextlib.suppress(ReplicaUnavailable, TimeoutError):
+                async with asyncio.timeout(_DESCRIPTION_TIMEOUT_S):
+                    items = [item async for item in self._pool.send(load.replica_id, "GET", path, b"", {})]
                 if isinstance(items[0], ResponseHead) and items[0].status == 200:
                     return b"".join(item for item in items if isinstance(item, bytes))
         raise NoCapacity(

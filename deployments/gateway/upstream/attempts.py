@@ -81,8 +81,8 @@ class Attempts:
                 about = {"request_id": self._lease.head.request_id}
                 logger.error("two replicas were lost with this request; it is refused", extra={"fields": about})
                 raise EngineKilled(
-                    f"two attention replicas were lost while they computed this request ({error}); it is not sent to "
-                    "a third: the request itself may be what kills them"
+                    f"two attention replicas failed or were lost while they computed this request ({error}); it is "
+                    "not sent to a third: the request itself may be what kills them"
                 ) from error
         if self._begun and (why := self._events.why_not_continuable) is not None:
             raise StreamLost(
@@ -180,7 +180,7 @@ class Attempts:
 
     def _may_ask_another(self) -> bool:
         others = any(load.replica_id != self._lease.replica_id for load in self._pool.loads())
-        return others and self._resends_left > 0 and self._losses + 1 < _MOST_LOSSES
+        return self._losses > 0 or (others and self._resends_left > 0)
 
     def _report(self) -> None:
         events = self._events

@@ -15,6 +15,7 @@ import pytest
 from cluster.errors import (
     DeepsplitError,
     Draining,
+    EngineKilled,
     ModelNotFound,
     NoCapacity,
     Overloaded,
@@ -86,6 +87,7 @@ def test_what_may_go_well_later_is_asked_again_after_the_stated_time(error: Deep
     [
         (ModelNotFound("no such model"), openai.NotFoundError),
         (RequestTimeout("slow"), openai.InternalServerError),
+        (EngineKilled("two engines died of it"), openai.InternalServerError),
         (
             QuotaExceeded("never", retry_after_s=math.inf, plane=Plane.QUOTA, reason=Reason.REQUEST_OVER_BUDGET),
             openai.RateLimitError,

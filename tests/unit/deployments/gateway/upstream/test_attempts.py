@@ -207,13 +207,23 @@ def test_replicas_that_were_never_reached_were_not_killed() -> None:
     run(scenario)
 
 
-def test_the_second_engines_own_error_is_the_answer() -> None:
+def test_two_engines_that_answer_500_are_as_good_as_lost() -> None:
     async def scenario() -> None:
-        head = ResponseHead(500, "application/json")
-        pool = FakePool([head, b'{"error": 1}'], [head, b'{"error": 2}'], [JSON, b"{}"], names="abcd")
-        got = await World(pool, max_resends=5).ask(stream=False)
-        assert (got.status, got.body) == (500, b'{"error": 2}')
+        failed = [ResponseHead(500, "application/json"), b'{"error": 1}']
+        pool = FakePool(failed, failed, [JSON, b"{}"], names="abcd")
+        with pytest.raises(EngineKilled, match="answered 500"):
+            await World(pool, max_resends=5).ask(stream=False)
         assert len(pool.seen) == 2
+
+    run(scenario)
+
+
+def test_the_only_engines_own_error_is_the_answer() -> None:
+    async def scenario() -> None:
+        pool = FakePool([ResponseHead(500, "application/json"), b'{"error": 1}'], names="a")
+        got = await World(pool, max_resends=5).ask(stream=False)
+        assert (got.status, got.body) == (500, b'{"error": 1}')
+        assert len(pool.seen) == 1
 
     run(scenario)
 

@@ -399,15 +399,26 @@ def test_half_an_event_of_the_lost_replica_is_forgotten(
 def test_the_tokenizer_is_loaded_once_and_again_after_a_failure(demo_model: Path, tmp_path: Path) -> None:
     async def scenario() -> None:
         tokens = ModelTokenizer(demo_model)
-        assert await asyncio.gather(tokens.count(b"def f"), tokens.count(b"def f")) == [3, 3]  # with <|bos|>
-        assert await tokens.count("é".encode()[:1]) > 1  # no text, still counted
+        assert await asyncio.gather(tokens.count(b"def f", 9), tokens.count(b"def f", 9)) == [3, 3]  # with <|bos|>
+        assert await tokens.count("é".encode()[:1], 9) > 1  # no text, still counted
         assert await tokens.decode([0, 319], True) == "def"
         assert await tokens.decode([0, 319], False) == "<|bos|>def"
 
         late = ModelTokenizer(tmp_path)
         with pytest.raises(Exception, match="No such file"):
-            await late.count(b"x")
+            await late.count(b"x", 9)
         (tmp_path / "tokenizer.json").symlink_to(demo_model / "tokenizer.json")
-        assert await late.count(b"def f") == 3
+        assert await late.count(b"def f", 9) == 3
+
+    asyncio.run(scenario())
+
+
+def test_a_long_text_is_counted_until_there_is_enough(demo_model: Path) -> None:
+    async def scenario() -> None:
+        tokens = ModelTokenizer(demo_model)
+        text = b"def split(self, word):\n    return word.split()\n" * 20_000
+        whole = len(Tokenizer.from_file(str(demo_model / "tokenizer.json")).encode(text.decode()).ids)
+        assert abs(await tokens.count(text, 10**9) - whole) <= len(text) // 65536
+        assert 1_000 < await tokens.count(text, 1_000) < whole / 5
 
     asyncio.run(scenario())
