@@ -32,7 +32,7 @@ class ModelTokenizer:
     async def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """The text of some tokens."""
         tokenizer = await self._tokenizer()
-        return str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+        return str(await asyncio.to_thread(tokenizer.decode, ids, skip_special_tokens=skip_special_tokens))
 
     async def _tokenizer(self) -> Tokenizer:
         if self._loading is None or (self._loading.done() and self._loading.exception() is not None):

@@ -41,9 +41,17 @@ class Session:
         left_s = self._until_s - asyncio.get_running_loop().time()
         if self._ending is None and left_s <= 0:
             self._ending = _stopping("this call is older than gateway.connection_max_age_s: open a new one")
-        if self._ending is not None:
-            raise self._ending
-        return await self._quiet.next(self.tenant.name, message, self._idle_s)
+        return await self._quiet.next(self.tenant.name, self._unless_ending(message), self._idle_s)
+
+    def _unless_ending(self, message: Callable[[], Awaitable[T]]) -> Callable[[], Awaitable[T]]:
+        """Looks when its turn has come: the gateway may have begun to stop while it waited for that."""
+
+        async def checked() -> T:
+            if self._ending is not None:
+                raise self._ending
+            return await message()
+
+        return checked
 
     def finish(self, error: Draining) -> None:
         """Take no further request on it."""

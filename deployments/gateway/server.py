@@ -120,8 +120,11 @@ class GatewayServer:
 
     def demand(self) -> float:
         """Attention replicas that this gateway's requests would fill; 0 while the common admission decides."""
-        decides = self._common is None or not self._common.connected
-        return self._local.demand().in_replicas if decides else 0.0
+        return self._local.demand().in_replicas if self._decides_alone() else 0.0
+
+    def _decides_alone(self) -> bool:
+        """Whether this gateway's own admission decides; one that has been relieved must say nothing more."""
+        return self._common is None or not self._common.connected
 
     def set_endpoints(self, endpoints: Sequence[ReplicaEndpoint]) -> None:
         """The attention replicas that there are."""
@@ -174,7 +177,8 @@ class GatewayServer:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self._local.tick()
+            if self._decides_alone():
+                self._local.tick()
 
     async def _status(self) -> Mapping[str, object]:
         replicas = [

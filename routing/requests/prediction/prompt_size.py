@@ -8,6 +8,7 @@ from __future__ import annotations
 
 _PRIOR_TOKENS_PER_BYTE = 0.3  # 3 to 4 bytes of English per token
 _WEIGHT = 0.05  # of a new observation; about the last 20 requests count
+_LEAST_PER_BYTE = 1 / 16  # prompts that the template drops or cuts say nothing about those of others
 _TEMPLATE_TOKENS = 8  # what a chat template adds to a short request
 
 
@@ -26,5 +27,5 @@ class PromptSize:
     def learn(self, text_bytes: int, tokens: int) -> None:
         """A prompt of `text_bytes` had `tokens`, the template's included."""
         if text_bytes > 0 and tokens > _TEMPLATE_TOKENS:
-            seen = min((tokens - _TEMPLATE_TOKENS) / text_bytes, 1.0)
+            seen = max(_LEAST_PER_BYTE, min((tokens - _TEMPLATE_TOKENS) / text_bytes, 1.0))
             self._tokens_per_byte += _WEIGHT * (seen - self._tokens_per_byte)

@@ -169,3 +169,19 @@ def test_draining_without_requests_takes_no_time() -> None:
         assert now_s() == 0
 
     run(scenario())
+
+
+def test_a_session_that_waits_for_its_turn_takes_no_request_once_the_gateway_stops() -> None:
+    async def scenario() -> None:
+        requests = open_requests(max_bodies_mib=8, max_body_mib=8)  # one may receive at a time
+        with requests.session(A) as first, requests.session(B) as second:
+            holding = await quiet(first)
+            waiting = asyncio.ensure_future(second.next(at_once))
+            await asyncio.sleep(0)
+            await requests.drain(5.0)
+            with pytest.raises(Draining):
+                await holding
+            with pytest.raises(Draining):
+                await waiting
+
+    run(scenario)
