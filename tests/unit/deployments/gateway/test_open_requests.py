@@ -184,4 +184,4 @@ def test_a_session_that_waits_for_its_turn_takes_no_request_once_the_gateway_sto
             with pytest.raises(Draining):
                 await waiting
 
-    run(scenario)
+    run(scenario())
