@@ -65,7 +65,7 @@ class TenantEntry(Section):
     weight: float = Field(1.0, gt=0, strict=True)  # share relative to other tenants of the same class
     requests_per_minute: int | None = Field(None, ge=1, strict=True)
     tokens_per_minute: int | None = Field(None, ge=1, strict=True)  # prompt plus generated
-    max_streams: int | None = Field(None, ge=1, strict=True)  # in flight at once, fleet-wide
+    max_streams: int | None = Field(None, ge=1, strict=True)  # in flight at once, all gateways together
     operator: bool = Field(False, strict=True)  # may read the cluster's metrics and service discovery
 
     @model_validator(mode="after")
