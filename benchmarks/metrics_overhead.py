@@ -127,7 +127,7 @@ def _report(with_metrics: _Times, without: _Times, layers: int) -> None:
         middle, low, high = statistics.median(added), medians[50], medians[-51]
         print(
             f"{what:>4} added: {1e6 * middle:.0f} us per step [{1e6 * low:.0f}, {1e6 * high:.0f}], "
-            f"{1e6 * middle / layers:.1f} us per layer; share of the step {middle / step_s:.2%} "
+            f"{1e6 * middle / layers:.1f} us per layer; part of the step {middle / step_s:.2%} "
             f"[{low / step_s:.2%}, {high / step_s:.2%}], target below {LIMIT:.0%}"
         )
         if low / step_s > LIMIT:

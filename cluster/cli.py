@@ -46,7 +46,7 @@ def up_command(config_file: Path | None, detach: bool, builder: str) -> None:
         pass
     check_model(config)
     start = up_detached if detach else up
-    start(config, StateFolder(), _announce, builder)
+    start(config, StateFolder(), _print_addresses, builder)
 
 
 @cli.command("validate")
@@ -118,7 +118,7 @@ def _default_config() -> Path:
     raise StartupError("no CONFIG given and no deepsplit.yaml here: run `deepsplit up CONFIG`")
 
 
-def _announce(state: ClusterState) -> None:
+def _print_addresses(state: ClusterState) -> None:
     """What the user needs once all is ready; on stdout."""
     config = state.parsed_config()
     url = rest_url(config)

@@ -21,7 +21,6 @@ REQUEST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 
 ERROR_SECONDS = (-30.0, -10.0, -5.0, -2.0, -1.0, -0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
-STAGES = ("pack", "send", "wait", "compute", "return", "combine")
 MAX_TENANTS = 200  # further ones are counted together
 OTHER_TENANTS = "other"
 

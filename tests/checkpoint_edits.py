@@ -55,7 +55,7 @@ def drop_tensor(checkpoint: Path, folder: Path, name: str) -> Path:
 
 
 def truncate_shard(checkpoint: Path, folder: Path, shard: int = 0, keep: float = 0.5) -> Path:
-    """A copy whose `shard`-th file ends after the share `keep` of its bytes, as an interrupted download leaves it."""
+    """A copy whose `shard`-th file ends after the fraction `keep` of its bytes, as a download cut short does."""
     shutil.copytree(checkpoint, folder)
     file = shard_files(folder)[shard]
     os.truncate(file, int(file.stat().st_size * keep))

@@ -17,7 +17,7 @@ Json = dict[str, object]
 _CHAT_TOKENS = 256  # of a chat without a bound; vLLM: all that the context leaves
 
 
-class StreamOptions(msgspec.Struct):
+class FakeStreamOptions(msgspec.Struct):
     """See OpenAI; `continuous_usage_stats` is vLLM's."""
 
     include_usage: bool = False
@@ -34,7 +34,7 @@ class FakeRequest(msgspec.Struct):
     max_completion_tokens: int | None = None
     n: int = 1
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: FakeStreamOptions | None = None
     return_token_ids: bool | None = None
     ignore_eos: bool = False
 

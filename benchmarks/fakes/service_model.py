@@ -56,7 +56,7 @@ class KvCache:
 
     @property
     def usage(self) -> float:
-        """Share of the blocks that jobs hold."""
+        """Fraction of the blocks that jobs hold."""
         return 1 - (self._free + len(self._unused)) / self._total
 
     def start(self, job: SimulatedSequence) -> bool:

@@ -88,7 +88,7 @@ async def strike(fault: Fault, times: int, clients: int, pause_s: float = 0.7) -
 
 
 def report(outcomes: Sequence[FaultOutcome]) -> None:
-    """The table. `begun`: share of the requests at hand of which the client had read something."""
+    """The table. `begun`: fraction of the requests at hand of which the client had read something."""
     print(f"{'fault':48}{'times':>6}{'requests':>9}{'struck':>8}{'failed':>8}{'begun':>7}  what clients saw")
     for one in outcomes:
         of = one.struck if one.fault in (Fault.GATEWAY_KILLED, Fault.GATEWAY_DRAINED) else one.in_flight

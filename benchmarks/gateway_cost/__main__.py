@@ -117,10 +117,10 @@ def over_fake(streams: Sequence[int], pairs: int, seconds: float) -> None:
     for service in (PACED, FAST, IDLE):
         config = fake_config(free_port())
         with ExitStack() as stack:
-            fleet = stack.enter_context(FakeReplicas([FakeReplica("r0", service, MODEL, None)]))
-            gateway = stack.enter_context(GatewayProcess(config, fleet.endpoints))
+            replicas = stack.enter_context(FakeReplicas([FakeReplica("r0", service, MODEL, None)]))
+            gateway = stack.enter_context(GatewayProcess(config, replicas.endpoints))
             process = psutil.Process(gateway.process.pid)
-            direct, behind = servers(fleet.endpoints[0], f"http://{gateway.address}", [process])
+            direct, behind = servers(replicas.endpoints[0], f"http://{gateway.address}", [process])
             if service is PACED:
                 print(f"gateway alone: {behind.rss_bytes() / 1e6:.0f} MB")
                 report_head()

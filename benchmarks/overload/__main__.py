@@ -27,7 +27,7 @@ from benchmarks.fakes.gateway_process import GatewayProcess
 from benchmarks.fakes.replica_process import FakeReplica, FakeReplicas
 from benchmarks.measuring.free_port import free_port
 from benchmarks.overload import demo as overload_demo
-from benchmarks.overload.load import Client, closed_loop, open_loop
+from benchmarks.overload.load import LoadClient, closed_loop, open_loop
 from benchmarks.overload.mix import EOS_EVERY, MODEL, OBJECTIVES, REPLICAS, SERVICE, Mix
 from benchmarks.overload.mixed import mixed
 from benchmarks.overload.report import Run, Window, figures, print_load, print_verdict
@@ -66,8 +66,8 @@ def _fakes(admission: AdmissionConfig, keys_file: Path) -> Iterator[Target]:
         {"model": {"path": "fake", "name": MODEL}, "gateway": gateway, "admission": admission.model_dump()}
     )
     replicas = [FakeReplica(f"replica-{number}", SERVICE, MODEL, EOS_EVERY) for number in range(REPLICAS)]
-    with FakeReplicas(replicas) as fleet, GatewayProcess(config, fleet.endpoints) as gateway_process:
-        pids = {"gateway": gateway_process.process.pid, "fakes": fleet.process.pid}
+    with FakeReplicas(replicas) as engines, GatewayProcess(config, engines.endpoints) as gateway_process:
+        pids = {"gateway": gateway_process.process.pid, "fakes": engines.process.pid}
         yield Target(gateway_process.address, pids)
 
 
@@ -95,7 +95,7 @@ class Bench:
     def __init__(self, setup: Setup, mix: Mix, target: Target) -> None:
         self._setup = setup
         self._mix = mix
-        self._client = Client(f"http://{target.address}")
+        self._client = LoadClient(f"http://{target.address}")
         self._processes = {psutil.Process(): "clients"}
         for name, pid in target.pids.items():
             process = psutil.Process(pid)

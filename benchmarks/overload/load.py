@@ -51,7 +51,7 @@ class Sent:
         return (self.token_s[-1] - self.token_s[0]) / (len(self.token_s) - 1)
 
 
-class Client:
+class LoadClient:
     """Keeps connections for reuse."""
 
     def __init__(self, url: str) -> None:
@@ -88,7 +88,7 @@ class Client:
         self._idle.clear()
 
 
-async def open_loop(client: Client, arrivals: Sequence[Arrival], seconds: float) -> list[Sent]:
+async def open_loop(client: LoadClient, arrivals: Sequence[Arrival], seconds: float) -> list[Sent]:
     """Each arrival at its time; whatever still runs after `seconds` is cut off."""
     begun_s = time.monotonic()
     tasks = []
@@ -102,7 +102,7 @@ async def open_loop(client: Client, arrivals: Sequence[Arrival], seconds: float)
     return [one for one in await asyncio.gather(*tasks, return_exceptions=True) if isinstance(one, Sent)]
 
 
-async def closed_loop(client: Client, arrivals: Iterator[Arrival], at_once: int, seconds: float) -> list[Sent]:
+async def closed_loop(client: LoadClient, arrivals: Iterator[Arrival], at_once: int, seconds: float) -> list[Sent]:
     """`at_once` in flight for `seconds`; each is due when the one before it ended."""
     found: list[Sent] = []
 

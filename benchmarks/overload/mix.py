@@ -34,8 +34,8 @@ class TenantMix:
 
     name: str
     weight: float
-    share: float  # of all requests
-    classes: tuple[float, float, float]  # shares of system, interactive and batch among its own
+    fraction: float  # of all requests
+    classes: tuple[float, float, float]  # fractions of system, interactive and batch among its own
 
 
 # `loud` and `quiet` weigh the same, and `loud` asks for twice as much.
@@ -69,7 +69,7 @@ class Mix:
     def arrival(self, due_s: float) -> Arrival:
         """The next request."""
         rng = self._random
-        tenant = rng.choices(TENANTS, [tenant.share for tenant in TENANTS])[0]
+        tenant = rng.choices(TENANTS, [tenant.fraction for tenant in TENANTS])[0]
         priority = rng.choices(CLASSES, tenant.classes)[0]
         # Half of each tenant's requests begin alike.
         prefix = f"{tenant.name} " * 80 if rng.random() < 0.5 else ""

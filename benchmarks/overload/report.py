@@ -102,7 +102,7 @@ def figures(sent: Sequence[Sent], window: Window, admission: AdmissionConfig) ->
 
 
 def _error(sent: Sent) -> list[tuple[float, float]]:
-    """Seconds and share by which admission predicted too much. From when it was sent: the generator's own lateness
+    """Seconds and fraction by which admission predicted too much. From when it was sent: the generator's own lateness
     is not admission's to predict.
     """
     if sent.predicted_ttft_s is None or not sent.token_s:
@@ -111,16 +111,16 @@ def _error(sent: Sent) -> list[tuple[float, float]]:
     return [(sent.predicted_ttft_s - actual_s, sent.predicted_ttft_s / actual_s - 1)]
 
 
-def jain(shares: Sequence[float]) -> float:
+def jain(amounts: Sequence[float]) -> float:
     """Jain's fairness index: 1 if all are equal, 1/n if one has it all."""
-    squares = sum(share * share for share in shares)
-    return sum(shares) ** 2 / (len(shares) * squares) if squares else 1.0
+    squares = sum(amount * amount for amount in amounts)
+    return sum(amounts) ** 2 / (len(amounts) * squares) if squares else 1.0
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of them do not exceed; NaN of none."""
+def quantile(values: Sequence[float], fraction: float) -> float:
+    """The smallest value that at least `fraction` of them do not exceed; NaN of none."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
+    return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))] if ordered else float("nan")
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def print_load(title: str, enforced: Run, off: Run, most: float, admission: Admi
     def row(name: str, cells: Sequence[str]) -> None:
         print(f"  {name:52}" + "".join(f"{cell:>42}" for cell in cells))
 
-    row("goodput, tokens/s (share of maximum)", [f"{one.goodput:.0f} ({one.goodput / most:.1%})" for one in both])
+    row("goodput, tokens/s (fraction of the most)", [f"{one.goodput:.0f} ({one.goodput / most:.1%})" for one in both])
     row("all tokens/s", [f"{one.throughput:.0f}" for one in both])
     for name in CLASSES:
         objective_s = objective_of(admission, name).ttft_s
@@ -158,7 +158,7 @@ def print_load(title: str, enforced: Run, off: Run, most: float, admission: Admi
     for name in ("interactive", "batch"):
         errors = enforced.figures.errors[name]
         row(f"{name}: TTFT predicted - actual, p1 / p50 / p99", [_spread([s for s, _ in errors], "{:+.2f}", " s"), "-"])
-        row("  of actual", [_spread([share for _, share in errors], "{:+.0%}"), "-"])
+        row("  of actual", [_spread([fraction for _, fraction in errors], "{:+.0%}"), "-"])
     row("cores used", [" ".join(f"{name} {cores:.2f}" for name, cores in one.cpu.items()) for one in (enforced, off)])
 
 
@@ -187,7 +187,7 @@ def _fairness(one: Figures) -> float:
 def _spread(values: Sequence[float], form: str, unit: str = "") -> str:
     if not values:
         return "-"
-    return " / ".join(form.format(quantile(values, share)) for share in (0.01, 0.5, 0.99)) + unit
+    return " / ".join(form.format(quantile(values, fraction)) for fraction in (0.01, 0.5, 0.99)) + unit
 
 
 def _ms(values: Sequence[float]) -> str:

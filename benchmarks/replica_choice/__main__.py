@@ -24,9 +24,9 @@ from benchmarks.replica_choice.simulation import (
     Outcome,
     Policy,
     PowerOfTwo,
+    ReplicaSimulation,
     Request,
     RoundRobin,
-    Simulation,
     make_request,
 )
 from routing.requests.replica_choice import KV_TOKENS, SLOTS_TOKENS, ReplicaChoice
@@ -109,22 +109,22 @@ def run(load: Load, policies: Sequence[Callable[[int], Policy]]) -> list[Outcome
         for outcomes, policy in zip(found, policies, strict=True):
             # A simulation writes arrival times into its requests, so the open loop comes first.
             fresh = [Request(one.ask, one.blocks, one.arrived_s) for one in asked]
-            outcomes.opened.append(Simulation(policy(seed), MODEL, REPLICAS).open_loop(fresh))
-            outcomes.partly.append(Simulation(policy(seed), MODEL, REPLICAS).closed_loop(fresh, slots * 3 // 4))
-            outcomes.full.append(Simulation(policy(seed), MODEL, REPLICAS).closed_loop(fresh, slots))
+            outcomes.opened.append(ReplicaSimulation(policy(seed), MODEL, REPLICAS).open_loop(fresh))
+            outcomes.partly.append(ReplicaSimulation(policy(seed), MODEL, REPLICAS).closed_loop(fresh, slots * 3 // 4))
+            outcomes.full.append(ReplicaSimulation(policy(seed), MODEL, REPLICAS).closed_loop(fresh, slots))
     return found
 
 
-def _quantile(outcomes: Sequence[Outcome], share: float) -> float:
+def _quantile(outcomes: Sequence[Outcome], fraction: float) -> float:
     values = sorted(value for outcome in outcomes for value in outcome.ttft_s)
-    return values[min(len(values) - 1, int(share * len(values)))]
+    return values[min(len(values) - 1, int(fraction * len(values)))]
 
 
 def _row(name: str, outcomes: Outcomes) -> list[float]:
     hits = statistics.fmean(one.hit_ratio for one in outcomes.opened)
     tpot_ms = 1e3 * statistics.fmean(value for one in outcomes.opened for value in one.tpot_s)
     partly, full = (statistics.fmean(one.tokens_per_s for one in kind) for kind in (outcomes.partly, outcomes.full))
-    p50_ms, p99_ms = (1e3 * _quantile(outcomes.opened, share) for share in (0.5, 0.99))
+    p50_ms, p99_ms = (1e3 * _quantile(outcomes.opened, fraction) for fraction in (0.5, 0.99))
     print(f"  {name:28}{p50_ms:>10.0f}{p99_ms:>10.0f}{tpot_ms:>10.1f}{hits:>8.1%}{partly:>12.0f}{full:>12.0f}")
     return [p50_ms, p99_ms, tpot_ms, hits, partly, full]
 

@@ -129,7 +129,7 @@ class Outcome:
     tokens_per_s: float  # generated
 
 
-class Simulation:
+class ReplicaSimulation:
     """One policy over one list of requests."""
 
     def __init__(self, policy: Policy, model: ServiceModel, replicas: int) -> None:

@@ -21,14 +21,14 @@ from deployments.hosting.http_server import HttpServer
 
 
 @dataclass(frozen=True)
-class Head:
+class Status:
     """First item of an answer; chunks of the body follow."""
 
     status: int
     content_type: str
 
 
-Send = Callable[[str, str, bytes, str], AsyncGenerator[Head | bytes, None]]
+Send = Callable[[str, str, bytes, str], AsyncGenerator[Status | bytes, None]]
 _DEPLOY = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 1000}
 
 
@@ -39,7 +39,7 @@ def forwarding_app(send: Send) -> Starlette:
         request_id = request.headers.get("x-request-id", "")
         answer = send(request.method, "/" + request.path_params["path"], await request.body(), request_id)
         head = await anext(answer)
-        assert isinstance(head, Head)
+        assert isinstance(head, Status)
         if not head.content_type.startswith("text/event-stream"):
             async with aclosing(answer):
                 body = b"".join([chunk async for chunk in answer if isinstance(chunk, bytes)])
@@ -49,7 +49,7 @@ def forwarding_app(send: Send) -> Starlette:
     return Starlette(routes=[Route("/{path:path}", handle, methods=["GET", "POST"])])
 
 
-async def _chunks(answer: AsyncGenerator[Head | bytes, None]) -> AsyncGenerator[bytes, None]:
+async def _chunks(answer: AsyncGenerator[Status | bytes, None]) -> AsyncGenerator[bytes, None]:
     async with aclosing(answer):
         async for chunk in answer:
             assert isinstance(chunk, bytes)
@@ -63,12 +63,12 @@ class OverHttp:
         self._url = url
         self._session: aiohttp.ClientSession | None = None
 
-    async def send(self, method: str, path: str, body: bytes, request_id: str) -> AsyncGenerator[Head | bytes, None]:
+    async def send(self, method: str, path: str, body: bytes, request_id: str) -> AsyncGenerator[Status | bytes, None]:
         if self._session is None:
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         headers = {"content-type": "application/json", "x-request-id": request_id}
         async with self._session.request(method, self._url + path, data=body, headers=headers) as answer:
-            yield Head(answer.status, answer.headers["content-type"])
+            yield Status(answer.status, answer.headers["content-type"])
             async for chunk in answer.content.iter_any():
                 yield chunk
 
@@ -79,7 +79,7 @@ class OverHandle:
     def __init__(self, replica: DeploymentHandle) -> None:
         self._replica = replica.options(stream=True)
 
-    async def send(self, method: str, path: str, body: bytes, request_id: str) -> AsyncGenerator[Head | bytes, None]:
+    async def send(self, method: str, path: str, body: bytes, request_id: str) -> AsyncGenerator[Status | bytes, None]:
         answer = self._replica.http.remote(method, path, body, request_id)
         ended = False
         try:
@@ -98,17 +98,17 @@ class SourceReplica:
     def __init__(self) -> None:
         self._source = TokenSource()
 
-    async def http(self, method: str, path: str, body: bytes, request_id: str) -> AsyncGenerator[Head | bytes, None]:
+    async def http(self, method: str, path: str, body: bytes, request_id: str) -> AsyncGenerator[Status | bytes, None]:
         if method == "GET":
-            yield Head(200, "application/json")
+            yield Status(200, "application/json")
             yield json.dumps(self._source.left_s(path.rpartition("/")[2])).encode()
             return
         asked = json.loads(body)
         if not asked["stream"]:
-            yield Head(200, "application/json")
+            yield Status(200, "application/json")
             yield json.dumps(self._source.whole(asked)).encode()
             return
-        yield Head(200, "text/event-stream")
+        yield Status(200, "text/event-stream")
         async with aclosing(self._source.stream(asked, request_id)) as events:
             async for event in events:
                 yield event

@@ -25,4 +25,5 @@ class AdmissionConfig(Section):
     system: ClassObjective = Field(ClassObjective(ttft_s=10.0, tpot_s=1.0), description="Highest priority.")
     interactive: ClassObjective = Field(ClassObjective(ttft_s=5.0, tpot_s=0.5), description="The default class.")
     batch: ClassObjective = Field(ClassObjective(ttft_s=60.0, tpot_s=2.0), description="Lowest priority.")
-    max_waiting: int = Field(512, ge=0, description="Most requests that wait for an attention replica, fleet-wide.")
+    max_waiting: int = Field(512, ge=0, description="Most requests that wait for an attention replica, all "
+                                                        "gateways together.")

@@ -16,7 +16,7 @@ class AttentionAutoscaling(Section):
 
     min_replicas: int = Field(1, ge=1, description="Fewest replicas.")
     max_replicas: int = Field(ge=1, description="Most replicas.")
-    target_occupancy: float = Field(0.7, gt=0, le=1, description="Share of a replica's decode slots, those at which "
+    target_occupancy: float = Field(0.7, gt=0, le=1, description="Fraction of a replica's decode slots, those at which "
                                                                  "steps are as fast as promised, that clients' "
                                                                  "requests are to fill on average.")
     upscale_delay_s: float = Field(30.0, ge=0, description="How long more must be wanted before there are more.")

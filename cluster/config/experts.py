@@ -12,8 +12,8 @@ from cluster.config.section import AutoDtype, NodeSelector, Section, conflict
 class ExpertSpares(Section):
     """More expert workers while the experts are busy, each with a copy of one worker's share. Serve sets the number."""
 
-    max_workers: int = Field(ge=1, description="Most spare workers; there is always one.")
-    target_busy: float = Field(0.6, gt=0, le=1, description="Share of its time that a worker is to compute.")
+    max_workers: int = Field(ge=1, description="Most redundant workers; there is always one.")
+    target_busy: float = Field(0.6, gt=0, le=1, description="Fraction of its time that a worker is to compute.")
     upscale_delay_s: float = Field(30.0, ge=0, description="How long more must be wanted before there are more.")
     downscale_delay_s: float = Field(600.0, ge=0, description="How long fewer must be wanted before there are fewer.")
 

@@ -62,10 +62,10 @@ class TenantEntry(Section):
     classes: tuple[PriorityName, ...] = ("interactive", "batch")
     default_class: PriorityName | None = None  # interactive if the tenant has it, else the first of `classes`
     models: tuple[str, ...] | None = None  # all models if not set
-    weight: float = Field(1.0, gt=0, strict=True)  # share relative to other tenants of the same class
+    weight: float = Field(1.0, gt=0, strict=True)  # part of the cluster relative to other tenants of the same class
     requests_per_minute: int | None = Field(None, ge=1, strict=True)
     tokens_per_minute: int | None = Field(None, ge=1, strict=True)  # prompt plus generated
-    max_streams: int | None = Field(None, ge=1, strict=True)  # in flight at once, fleet-wide
+    max_streams: int | None = Field(None, ge=1, strict=True)  # in flight at once, all gateways together
     operator: bool = Field(False, strict=True)  # may read the cluster's metrics and service discovery
 
     @model_validator(mode="after")

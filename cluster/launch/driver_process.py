@@ -93,9 +93,9 @@ def as_error(event: Event) -> DeepsplitError:
     return kind(event.text)
 
 
-def log_tail(root: Path, lines: int = 20) -> str:
-    """The driver's last words."""
+def log_tail(root: Path) -> str:
+    """The last 20 lines of the driver's log."""
     try:
-        return "\n".join((root / "driver.log").read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join((root / "driver.log").read_text(errors="replace").splitlines()[-20:])
     except OSError:
         return "(it left no log)"

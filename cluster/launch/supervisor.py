@@ -1,4 +1,4 @@
-"""The process that owns a running cluster: starts the driver, relays its stages, and ends everything, come what may.
+"""The process that owns a running cluster: starts the driver, passes its stages on, and ends everything, come what may.
 
 It imports neither Ray nor torch.
 """

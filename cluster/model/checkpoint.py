@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -181,14 +181,14 @@ def _entry(item: dict[str, Any], data_start: int) -> TensorEntry:
     return entry
 
 
-def check_shards(index: CheckpointIndex, names: Iterable[str] | None = None) -> None:
+def check_shards(index: CheckpointIndex) -> None:
     """Every shard exists, is as long as its header says, and has the tensors that the index promises.
 
-    Reads headers only. `names`: only the shards of these tensors. Raises CheckpointError naming the file and the fix.
+    Reads headers only. Raises CheckpointError naming the file and the fix.
     """
     promised: dict[str, list[str]] = {}
-    for name in index.weight_map if names is None else names:
-        promised.setdefault(index.weight_map[name], []).append(name)
+    for name, shard in index.weight_map.items():
+        promised.setdefault(shard, []).append(name)
     for shard in sorted(promised):
         entries = read_entries(index.path / shard)
         missing = [name for name in promised[shard] if name not in entries]

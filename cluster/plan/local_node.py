@@ -9,7 +9,7 @@ from cluster.config import Config
 from cluster.errors import PlanError
 from cluster.plan.pools import expert_pools
 
-# The engine's placement group and the replica in front of it; Serve's controller, proxies and spare room.
+# The engine's placement group and the replica in front of it; Serve's controller, proxies and some room.
 _CPUS_PER_ATTENTION = 2
 _CPUS_PER_GATEWAY = 1
 _CPUS_OF_SERVE = 2

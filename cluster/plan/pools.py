@@ -43,7 +43,7 @@ class SparePool:
 
 
 def spare_pools(experts: ExpertsConfig) -> tuple[SparePool, ...]:
-    """The spare workers of each pool that has some; their slots come after those of all pools."""
+    """The redundant workers of each pool that has some; their slots come after those of all pools."""
     made, first = [], experts.workers
     for pool in expert_pools(experts):
         scaling = pool.experts.spares
@@ -56,6 +56,6 @@ def spare_pools(experts: ExpertsConfig) -> tuple[SparePool, ...]:
 
 
 def with_copies(shares: Sequence[_Share], experts: ExpertsConfig) -> list[_Share]:
-    """The share of each slot: `shares` of the workers, then of those that the spare slots help, in turn."""
+    """The share of each slot: `shares` of the workers, then of those that the redundant slots help, in turn."""
     slots = [one.helped[at % len(one.helped)] for one in spare_pools(experts) for at in range(len(one.pool.slots))]
     return [*shares, *(shares[slot] for slot in slots)]

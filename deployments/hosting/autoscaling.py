@@ -1,4 +1,4 @@
-"""How many attention replicas and spare expert workers Serve is to run, by what they say of themselves.
+"""How many attention replicas and redundant expert workers Serve is to run, by what they say of themselves.
 
 Serve's own measure, the requests that it routes, is always 0 here: gateways talk to the replicas directly, and those to
 the expert workers. Engines know only what admission let through, so attention replicas also pass on what clients ask
@@ -17,7 +17,7 @@ from cluster.config import AttentionAutoscaling, ExpertSpares
 
 OCCUPANCY = "occupancy"  # of a replica: sequences in its engine, relative to attention.max_num_seqs
 DEMAND = "demand"  # attention replicas that would be full with what clients ask for, refused requests included
-BUSY = "busy"  # share of their time that expert workers compute, the mean over all of them
+BUSY = "busy"  # fraction of their time that expert workers compute, the mean over all of them
 
 
 def wanted(said: Mapping[str, float], running: int, target: float) -> int:
@@ -62,7 +62,7 @@ def serve_autoscaling(scaling: AttentionAutoscaling, initial: int) -> Autoscalin
 
 
 def spare_autoscaling(spares: ExpertSpares, helped: int) -> AutoscalingConfig:
-    """Serve's form of it. One spare is always there: it is how Serve hears of the load of the `helped` ones."""
+    """Serve's form of it. One redundant worker is always there: through it Serve hears of the `helped` ones' load."""
     return AutoscalingConfig(
         min_replicas=1,
         max_replicas=spares.max_workers,

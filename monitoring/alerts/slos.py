@@ -15,11 +15,12 @@ from monitoring.alerts.rule import Alert, Group, Record, Severity
 # Fraction of events that must be good.
 SLOS = {"ttft": 0.99, "tpot": 0.99, "errors": 0.999}
 
-# Outcomes that are our fault. `request_timeout` is one: a hung engine shows in nothing else; a client that sets itself
-# an impossible deadline is one tenant, which the runbook tells apart. `overloaded` and `draining` are not: they were
-# answered at once, with the time to come back, and shedding has an alert of its own. `quota`, `bad_request` and their
-# like are the client's, `cancelled` is nobody's.
-OURS = ("internal_error", "engine_error", "replica_unavailable", "stream_lost", "no_capacity", "request_timeout")
+# Outcomes that are our fault. `engine_killed` is one: two engines died, whatever the request was. `request_timeout` is
+# one too: a hung engine shows in nothing else; a client that sets itself an impossible deadline is one tenant, which
+# the runbook tells apart. `overloaded` and `draining` are not: they were answered at once, with the time to come back,
+# and shedding has an alert of its own. `quota`, `bad_request` and their like are the client's, `cancelled` is nobody's.
+OURS = ("internal_error", "engine_error", "engine_killed", "replica_unavailable", "stream_lost", "no_capacity",
+        "request_timeout")  # fmt: skip
 
 EVENTS, BAD = "model_class:deepsplit_slo_events:rate5m", "model_class:deepsplit_slo_bad:rate5m"
 REMAINING = "model_class:deepsplit_error_budget:remaining30d"

@@ -33,8 +33,8 @@ REQUESTS = Row("Requests", (
     ),
     Chart(
         "Not ok", "reqps",
-        "What ended otherwise, by outcome and class. engine_error, replica_unavailable, stream_lost and internal_error"
-        " are ours; quota and bad_request the clients'.",
+        "What ended otherwise, by outcome and class. engine_error, engine_killed, replica_unavailable, stream_lost and"
+        " internal_error are ours; quota and bad_request the clients'.",
         (Query(top(rate("deepsplit_requests_total", f'{TENANT},outcome!="ok"', "outcome, class")),
                "{{outcome}} {{class}}"),),
         alert="DeepsplitErrorBudgetBurn",

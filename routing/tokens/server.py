@@ -35,6 +35,8 @@ from routing.tokens.wire import (
 
 logger = logging.getLogger(__name__)
 
+_MAX_STREAMS = 64  # of dispatches, one of each engine
+
 # (layer, hidden_TH, expert_ids_TK int32 with -1 unused, weights_TK float32) -> output_TH float32
 ComputeExperts = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -161,7 +163,6 @@ class ExpertServer:
         model_id: str,
         settings: DispatchConfig,
         tls: InternalTlsConfig | None = None,
-        max_streams: int = 64,
         meter: ExpertMeter | None = None,
     ) -> None:
         self._batcher = LayerBatcher(experts, meter)
@@ -171,9 +172,9 @@ class ExpertServer:
         self._tls = tls
         self._server = grpc.server(
             # One thread per stream; a stream beyond the bound is refused, not queued.
-            ThreadPoolExecutor(max_streams, thread_name_prefix="experts"),
+            ThreadPoolExecutor(_MAX_STREAMS, thread_name_prefix="experts"),
             options=channel_options(settings),
-            maximum_concurrent_rpcs=max_streams,
+            maximum_concurrent_rpcs=_MAX_STREAMS,
         )
         handler = grpc.stream_stream_rpc_method_handler(self._dispatch)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))

@@ -27,8 +27,8 @@ def test_no_client_notices_a_lost_attention_replica(fault: Fault) -> None:
     assert outcome.tally.failed == {}
     assert outcome.tally.again == {}
     # What the clients had read of their answers says which half of the life of a request was hit.
-    share = outcome.begun / outcome.in_flight
-    assert share < 0.1 if fault is Fault.ATTENTION_KILLED_EARLY else share > 0.6
+    fraction = outcome.begun / outcome.in_flight
+    assert fraction < 0.1 if fault is Fault.ATTENTION_KILLED_EARLY else fraction > 0.6
 
 
 def test_a_killed_gateway_costs_the_streams_that_it_held_and_no_other() -> None:

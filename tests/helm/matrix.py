@@ -68,7 +68,7 @@ MATRIX: dict[str, tuple[str | None, Values]] = {
         "ray": {"autoscaler": {"enabled": True}},
         "attention": {"replicas": 2, "autoscaling": {"enabled": True, "minReplicas": 1, "maxReplicas": 8}},
     }),
-    "spare experts": (None, {
+    "redundant experts": (None, {
         "ray": {"autoscaler": {"enabled": True}},
         "experts": {"groups": {"cpu": {"spares": {"maxWorkers": 4, "targetBusy": 0.5, "downscaleDelaySeconds": 60}}}},
     }),

@@ -102,13 +102,13 @@ def await_refusal(client: httpx.Client) -> httpx.Response:
 def test_the_limits_are_enough(service: LocalService) -> None:
     """Runs last: by now every pod has done its work."""
 
-    def share(pod: LocalPod) -> float:
+    def fraction(pod: LocalPod) -> float:
         limit = quantity_bytes(pod.pod.spec["containers"][0]["resources"]["limits"]["memory"])
         return pod.peak_bytes / limit
 
-    shares = {f"{pod.pod.role} {pod.host.name}": round(share(pod), 2) for pod in service.all_pods}
-    assert not any(pod.was_short_of_memory for pod in service.all_pods), shares
-    assert max(shares.values()) < 0.8, shares
+    fractions = {f"{pod.pod.role} {pod.host.name}": round(fraction(pod), 2) for pod in service.all_pods}
+    assert not any(pod.was_short_of_memory for pod in service.all_pods), fractions
+    assert max(fractions.values()) < 0.8, fractions
     limits = sum(
         quantity_bytes(pod.pod.spec["containers"][0]["resources"]["limits"]["memory"]) for pod in service.all_pods
     )

@@ -113,7 +113,7 @@ MISTAKES: dict[str, tuple[Values, str]] = {
     "replicas without pods": (
         {"attention": {"autoscaling": {"enabled": True}}}, "set ray.autoscaler.enabled too",
     ),
-    "spare workers without pods": (
+    "redundant workers without pods": (
         {"experts": {"groups": {"cpu": {"spares": {"maxWorkers": 2}}}}},
         "experts.groups.cpu.spares.maxWorkers above 1 asks for workers that no pod is made for",
     ),

@@ -119,7 +119,7 @@ def attacks(method: str) -> Sequence[Attack]:
             await peer.send(frame(HEADERS, END_HEADERS, stream, headers(rng.choice([method, PROBE]))))
         await peer.answer(0.5)
 
-    async def announced_and_not_sent(target: Target, peer: Peer, rng: random.Random) -> None:
+    async def declared_and_not_sent(target: Target, peer: Peer, rng: random.Random) -> None:
         await peer.send(PREFACE + frame(SETTINGS, 0, 0, b""))
         data = b"\x00" + struct.pack(">I", 2**22) + b"\x12" * 600
         for stream in range(1, 201, 2):
@@ -136,7 +136,7 @@ def attacks(method: str) -> Sequence[Attack]:
 
     return (random_bytes, http1, random_frames, garbage_after_preface, huge_header_list, pings, settings_flood,
             rapid_reset, truncated_message, message_too_large, never_ended, half_closed, slow_preface,
-            silent_calls, announced_and_not_sent, no_window_for_answers)  # fmt: skip
+            silent_calls, declared_and_not_sent, no_window_for_answers)  # fmt: skip
 
 
 ALLOWED = {

@@ -196,7 +196,7 @@ def test_detached_then_down(bench: Bench) -> None:
 def test_running_requests_are_drained_before_anything_stops(bench: Bench) -> None:
     process = bench.up(name="busy")
     assert process.stdout is not None
-    next(line for line in process.stdout if line.startswith("REST"))  # announced: there may be requests
+    next(line for line in process.stdout if line.startswith("REST"))  # ready: there may be requests
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert "running requests have 30 s" in wait_for_line(process, "stopping")

@@ -1,5 +1,5 @@
 """`deepsplit up` on an existing three-node Ray cluster: attention on one host, expert workers on the two others, one of
-them a spare.
+them a redundant one.
 """
 
 from __future__ import annotations

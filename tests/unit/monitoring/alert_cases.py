@@ -134,10 +134,10 @@ def _attention() -> Iterator[Case]:
             refusals: f"0+{refused}x{minutes}",
         }
 
-    def shedding(severity: str, share: str) -> Firing:
+    def shedding(severity: str, fraction: str) -> Firing:
         return Firing(
             {"severity": severity, "model": "m", "plane": "experts"},
-            f"{share} of the requests were refused because of this plane.",
+            f"{fraction} of the requests were refused because of this plane.",
         )
 
     yield Case("DeepsplitShedding", "half, for a short time", shed("experts", 50, 10), 8, (shedding("page", "50%"),))

@@ -21,11 +21,11 @@ def burn_rates() -> Iterator[Case]:
             (_burning(slo, "1h", "25%" if scale == 1 else "2.5%"),),
         )  # fmt: skip
         yield _burn(slo, "the same, but good again for ten minutes", good_again, 6 * HOUR + 26)
-        share = "8%" if scale == 1 else "0.8%"
+        fraction = "8%" if scale == 1 else "0.8%"
         yield _burn(
             slo, "eight times what is allowed, for seven hours",
             (f"0+{1000 * scale - 80}x420", "0+80x420"), 7 * HOUR,
-            (_burning(slo, "6h", share), _burning(slo, "3d", share)),
+            (_burning(slo, "6h", fraction), _burning(slo, "3d", fraction)),
         )  # fmt: skip
         yield _burn(
             slo, "twice what is allowed, for eight hours", (f"0+{1000 * scale - 20}x480", "0+20x480"), 8 * HOUR,
@@ -53,12 +53,12 @@ def _burn(
     return Case(_BURNS[slo], why, _events(slo, *events), at_min, firing, every="2m")
 
 
-def _burning(slo: str, window: str, share: str) -> Firing:
+def _burning(slo: str, window: str, fraction: str) -> Firing:
     severity, factor, spent = {"1h": ("page", "14.4", 2), "6h": ("page", "6", 5), "3d": ("ticket", "1", 10)}[window]
     allowed = "0.1" if slo == "errors" else "1"
     return Firing(
         {"severity": severity, "window": window, "model": "m", "class": "interactive", "slo": slo},
-        f"True of {share} in the last {window}; {allowed} % may be. At {factor} times that, {spent} % of the error "
+        f"True of {fraction} in the last {window}; {allowed} % may be. At {factor} times that, {spent} % of the error "
         f"budget of 30 days goes in {window}.",
     )
 

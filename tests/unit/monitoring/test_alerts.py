@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cluster import errors
 from monitoring.alerts.__main__ import all_groups, prometheus_rule, rules
 from monitoring.alerts.rule import Alert
 from monitoring.alerts.slos import OURS
@@ -137,3 +138,13 @@ def test_severities_and_texts() -> None:
 
 def test_refusals_are_not_errors() -> None:
     assert {"overloaded", "quota", "draining", "cancelled", "ok"}.isdisjoint(OURS)
+
+
+def test_every_5xx_of_the_gateway_is_ours_but_refusals() -> None:
+    leaves = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, errors.DeepsplitError)]
+    never_seen = (errors.OperatorError, errors.FrameError, errors.StalePlacement, errors.WorkerLost,
+                  errors.UncoveredExperts, errors.DispatchTimeout)  # fmt: skip
+    bases = {errors.ElsewhereError, errors.ClientError, errors.Refusal}
+    seen = {one.outcome for one in leaves if one.http_status >= 500 and not issubclass(one, never_seen)
+            and one not in bases}  # fmt: skip
+    assert seen - {errors.Draining.outcome} == set(OURS)

@@ -17,7 +17,6 @@ from monitoring.expert_load import Detail, ExpertLoad
 from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import (
     MAX_TENANTS,
-    STAGES,
     DirectoryMetrics,
     DispatchMetrics,
     EngineMetrics,
@@ -45,7 +44,8 @@ VALUES = {
     "reason": tuple(f"r{number}" for number in range(REASONS)), "plane": get_args(errors.Plane),
     "slo": ("ttft", "tpot"), "met": ("true", "false"), "kind": ("again", "continued"),
     "member": ("experts", "attention", "gateway"), "state": ("starting", "loading", "ready", "draining"),
-    "event": ("joined", "ready", "left", "lost"), "stage": STAGES, "direction": ("in", "out"),
+    "event": ("joined", "ready", "left", "lost"), "stage": ("pack", "send", "wait", "compute", "return", "combine"),
+    "direction": ("in", "out"),
     "expert_worker": tuple(f"w{number}" for number in range(WORKERS)), "certificate": ("internal_tls", "gateway.tls"),
 }  # fmt: skip
 

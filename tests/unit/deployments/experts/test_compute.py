@@ -44,6 +44,10 @@ def reference(
     return out
 
 
+def some_hidden(tokens: int, size: int = HIDDEN) -> torch.Tensor:
+    return torch.randn(tokens, size, generator=torch.Generator().manual_seed(tokens))
+
+
 def rows(tokens: int, experts: list[int], top_k: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """hidden, ids (distinct within a token, some of them -1), weights."""
     generator = torch.Generator().manual_seed(tokens)
@@ -78,7 +82,7 @@ def test_shares_of_several_workers_add_up(checkpoint: Path) -> None:
 
 def test_entries_without_an_expert_add_nothing(checkpoint: Path) -> None:
     compute = compute_of(checkpoint, [3, 4])
-    hidden_TH, weights_TK = torch.randn(3, HIDDEN), torch.full((3, 2), torch.nan)
+    hidden_TH, weights_TK = some_hidden(3), torch.full((3, 2), torch.nan)
     ids_TK = torch.full((3, 2), -1, dtype=torch.int32)
     assert torch.equal(compute.forward(1, hidden_TH, ids_TK, weights_TK), torch.zeros(3, HIDDEN))
     ids_TK[1, 1], weights_TK[1, 1] = 4, 1.0
@@ -116,7 +120,7 @@ def test_a_token_does_not_depend_on_its_batch(checkpoint: Path) -> None:
     together_TH = compute.forward(1, hidden_TH, ids_TK, weights_TK)
     one = [slice(t, t + 1) for t in range(64)]
     alone_TH = torch.cat([compute.forward(1, hidden_TH[t], ids_TK[t], weights_TK[t]) for t in one])
-    weight = torch.randn(HIDDEN, HIDDEN)
+    weight = some_hidden(HIDDEN)
     stable = torch.equal((hidden_TH @ weight)[:16], hidden_TH[:16] @ weight)
     bound = 0 if stable else 2e-6 * float(together_TH.abs().max())
     assert float((alone_TH - together_TH).abs().max()) <= bound
@@ -137,21 +141,21 @@ def test_an_unknown_layer(checkpoint: Path) -> None:
 def test_an_expert_that_is_not_held(checkpoint: Path) -> None:
     ids_TK = torch.tensor([[3, -1], [3, 8]], dtype=torch.int32)
     with pytest.raises(StalePlacement, match="layer 2: expert 8 is not held by this worker"):
-        compute_of(checkpoint, [3, 4]).forward(2, torch.randn(2, HIDDEN), ids_TK, torch.ones(2, 2))
+        compute_of(checkpoint, [3, 4]).forward(2, some_hidden(2), ids_TK, torch.ones(2, 2))
 
 
 @pytest.mark.parametrize("bad", [60, -2, 2**31 - 1])
 def test_an_id_that_the_model_does_not_have(checkpoint: Path, bad: int) -> None:
     ids_TK = torch.tensor([[3, bad]], dtype=torch.int32)
     with pytest.raises(FrameError, match="expert ids must be from -1 to 59"):
-        compute_of(checkpoint, [3, 4]).forward(2, torch.randn(1, HIDDEN), ids_TK, torch.ones(1, 2))
+        compute_of(checkpoint, [3, 4]).forward(2, some_hidden(1), ids_TK, torch.ones(1, 2))
 
 
 def test_shapes_that_do_not_fit(checkpoint: Path) -> None:
     compute, ids_TK = compute_of(checkpoint, [3]), torch.tensor([[3]], dtype=torch.int32)
     with pytest.raises(FrameError, match=r"hidden states are \[1, 64\], not \[tokens, 128\]"):
-        compute.forward(1, torch.randn(1, 64), ids_TK, torch.ones(1, 1))
+        compute.forward(1, some_hidden(1, 64), ids_TK, torch.ones(1, 1))
     with pytest.raises(FrameError, match=r"expert ids \[1, 1\] and weights \[1, 2\] do not fit 1 tokens"):
-        compute.forward(1, torch.randn(1, HIDDEN), ids_TK, torch.ones(1, 2))
+        compute.forward(1, some_hidden(1), ids_TK, torch.ones(1, 2))
     with pytest.raises(FrameError, match="do not fit 2 tokens"):
-        compute.forward(1, torch.randn(2, HIDDEN), ids_TK, torch.ones(1, 1))
+        compute.forward(1, some_hidden(2), ids_TK, torch.ones(1, 1))

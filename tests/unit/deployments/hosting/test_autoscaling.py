@@ -54,7 +54,7 @@ def test_bounds_must_fit() -> None:
     ("busy", "spares", "replicas"),
     [(0.6, 1, 1), (0.8, 1, 3), (1.0, 1, 4), (1.0, 3, 7), (0.3, 4, 1), (0.1, 4, 0)],  # Serve keeps at least one
 )
-def test_spares_take_the_load_that_is_too_much_for_the_workers(busy: float, spares: int, replicas: int) -> None:
+def test_redundant_workers_take_the_load_that_is_too_much(busy: float, spares: int, replicas: int) -> None:
     policy = LoadPolicy(BUSY, target=0.6, fixed=3)
     context: Any = SimpleNamespace(aggregated_metrics={BUSY: {"a": busy}}, current_num_replicas=spares)
     assert policy(context) == (replicas, {})
