@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from deployments.admission.messages import Cancel, Event, Finish, FirstToken, Move, Progress, Restore, Submit
 from routing.requests.admission import Admitted, Decision
 from routing.requests.request import Ask, Grant, ReplicaLoad, Usage
 
@@ -22,13 +23,7 @@ PROGRESS_INTERVAL_S = 0.2  # how often a running ticket tells how far it is
 class Decider(Protocol):
     """Where decisions are made. They come back through the callback given at construction, at once or later."""
 
-    def submit(self, ask: Ask) -> None: ...
-    def restore(self, ask: Ask, replica_id: str, generated_tokens: int) -> None: ...
-    def cancel(self, ticket: str) -> None: ...
-    def first_token(self, ticket: str) -> None: ...
-    def progress(self, ticket: str, generated_tokens: int) -> None: ...
-    def move(self, ticket: str) -> None: ...
-    def finish(self, ticket: str, usage: Usage) -> None: ...
+    def tell(self, event: Event) -> None: ...
     def set_loads(self, loads: Sequence[ReplicaLoad]) -> None: ...
 
 
@@ -59,20 +54,20 @@ class WaitingRoom:
         decider.set_loads(self._loads)
         for entry in self._entries.values():
             if entry.replica_id is not None:
-                decider.restore(entry.ask, entry.replica_id, entry.generated_tokens)
+                decider.tell(Restore(entry.ask, entry.replica_id, entry.generated_tokens))
         for entry in list(self._entries.values()):
             if entry.waiting is not None:
                 if entry.replica_id is not None:
-                    decider.move(entry.ask.ticket)
+                    decider.tell(Move(entry.ask.ticket))
                 else:
-                    decider.submit(entry.ask)
+                    decider.tell(Submit(entry.ask))
 
     def leave(self) -> None:
         """What waits holds nothing at the present decider any more; `decide_by` follows at once."""
         if self._decider is not None:
             for entry in list(self._entries.values()):
                 if entry.waiting is not None and entry.replica_id is None:
-                    self._decider.cancel(entry.ask.ticket)
+                    self._decider.tell(Cancel(entry.ask.ticket))
 
     def set_loads(self, loads: Sequence[ReplicaLoad]) -> None:
         """The live replicas' newest loads."""
@@ -82,7 +77,7 @@ class WaitingRoom:
     async def admit(self, ask: Ask) -> Grant:
         """Wait for leave to run. Raises Refusal. Cancelling it cancels the ticket."""
         entry = self._entries[ask.ticket] = _Entry(ask)
-        return await self._wait(entry, lambda: self._by().submit(ask))
+        return await self._wait(entry, Submit(ask))
 
     async def move(self, ticket: str) -> Grant:
         """The ticket's replica was lost: wait for leave to run elsewhere. Raises Refusal; the ticket is gone then.
@@ -90,11 +85,11 @@ class WaitingRoom:
         """
         entry = self._entries[ticket]
         self._tell_progress(entry)
-        return await self._wait(entry, lambda: self._by().move(ticket))
+        return await self._wait(entry, Move(ticket))
 
     def first_token(self, ticket: str) -> None:
         """The ticket's first token came."""
-        self._by().first_token(ticket)
+        self._by().tell(FirstToken(ticket))
 
     def progress(self, ticket: str, generated_tokens: int) -> None:
         """Tokens generated so far. Cheap: the decider is told only every PROGRESS_INTERVAL_S."""
@@ -106,7 +101,7 @@ class WaitingRoom:
     def finish(self, ticket: str, usage: Usage) -> None:
         """The ticket ended and cost this. Harmless for one that is gone."""
         if self._entries.pop(ticket, None) is not None:
-            self._by().finish(ticket, usage)
+            self._by().tell(Finish(ticket, usage))
 
     def decided(self, decision: Decision) -> None:
         """Called by the decider. One about a ticket that nobody waits for any more has been overtaken."""
@@ -125,15 +120,15 @@ class WaitingRoom:
         """Waiting and running."""
         return len(self._entries)
 
-    async def _wait(self, entry: _Entry, ask: Callable[[], None]) -> Grant:
+    async def _wait(self, entry: _Entry, event: Event) -> Grant:
         waiting = entry.waiting = asyncio.get_running_loop().create_future()
         try:
-            ask()
+            self._by().tell(event)
             return await waiting
         except BaseException:
             # Cancelled, above all. The answer may have come in the same turn of the loop; a refused ticket is gone.
             if self._entries.pop(entry.ask.ticket, None) is not None:
-                self._by().cancel(entry.ask.ticket)
+                self._by().tell(Cancel(entry.ask.ticket))
             if waiting.done() and not waiting.cancelled():
                 waiting.exception()  # a refusal that nobody reads any more
             raise
@@ -142,7 +137,7 @@ class WaitingRoom:
 
     def _tell_progress(self, entry: _Entry) -> None:
         entry.told_at_s = self._clock()
-        self._by().progress(entry.ask.ticket, entry.generated_tokens)
+        self._by().tell(Progress(entry.ask.ticket, entry.generated_tokens))
 
     def _by(self) -> Decider:
         assert self._decider is not None, "decide_by comes first"
