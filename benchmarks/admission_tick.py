@@ -43,7 +43,7 @@ class Full:
         running = [self.ask() for _ in range(replicas * SLOTS)]
         for one in running:
             self.admission.submit(one, self.now_s)
-            self.admission.first_token(one.ticket, self.now_s)
+            self.admission.progress(one.ticket, 1, self.now_s)
         for steps in (10, 20, 30):
             self.now_s += 0.2
             for one in running:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from cluster.config import AdmissionConfig
-from deployments.admission.messages import Cancel, Event, Finish, FirstToken, Move, Progress, Restore, Submit
+from deployments.admission.messages import Cancel, Event, Finish, Move, Progress, Restore, Submit
 from routing.requests.admission import Admission, Decision, Demand
 from routing.requests.quota import Quotas
 from routing.requests.replica_choice import ReplicaChoice
@@ -49,8 +49,6 @@ class LocalAdmission:
                 admission.restore(ask, replica_id, generated_tokens, now_s)
             case Cancel(ticket):
                 self._report(admission.cancel(ticket, now_s))
-            case FirstToken(ticket):
-                admission.first_token(ticket, now_s)
             case Progress(ticket, generated_tokens):
                 admission.progress(ticket, generated_tokens, now_s)
             case Move(ticket):

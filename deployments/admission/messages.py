@@ -55,14 +55,8 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     ticket: str
 
 
-class FirstToken(msgspec.Struct, frozen=True, tag=True):
-    """The first token came."""
-
-    ticket: str
-
-
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """Tokens generated so far."""
+    """So many tokens have been generated; the first such event says when the first token came."""
 
     ticket: str
     generated_tokens: int
@@ -99,7 +93,7 @@ class Denied(msgspec.Struct, frozen=True, tag=True):
     limits: RateLimits | None
 
 
-Event = Submit | Restore | Cancel | FirstToken | Progress | Move | Finish
+Event = Submit | Restore | Cancel | Progress | Move | Finish
 _events = msgspec.msgpack.Decoder(Event | Spent)
 _answers = msgspec.msgpack.Decoder(Granted | Denied)
 encode_event = msgspec.msgpack.Encoder().encode

@@ -125,24 +125,16 @@ class Admission:
             return self._placing.place_waiting(now_s)
         return self.finish(ticket_id, Usage(ticket.ask.prompt_tokens, ticket.generated_tokens, False), now_s)
 
-    def first_token(self, ticket_id: str, now_s: float) -> None:
-        """The first token came."""
-        ticket = self._tickets.get(ticket_id)
-        if ticket is None or ticket.state is not TicketState.PREFILLING or not ticket.slots:
-            return
-        state = self._replicas.running_at(ticket)
-        state.first_token(ticket, now_s)
-        self._pace.observe_prefill(ticket.ahead_tokens, now_s - ticket.placed_s, state.load.experts_queue_s, now_s)
-        self._judge.first_token(ticket, now_s)
-
     def progress(self, ticket_id: str, generated_tokens: int, now_s: float) -> None:
-        """So many tokens have been generated, over all sequences."""
+        """So many tokens have been generated, over all sequences. The first call says that the first token came."""
         ticket = self._tickets.get(ticket_id)
         if ticket is None or ticket.waits or not ticket.slots:
             return
-        if ticket.state is TicketState.PREFILLING:
-            self.first_token(ticket_id, now_s)
         state = self._replicas.running_at(ticket)
+        if ticket.state is TicketState.PREFILLING:
+            state.first_token(ticket, now_s)
+            self._pace.observe_prefill(ticket.ahead_tokens, now_s - ticket.placed_s, state.load.experts_queue_s, now_s)
+            self._judge.first_token(ticket, now_s)
         ticket.generated_tokens = max(ticket.generated_tokens, generated_tokens)
         left_tokens = ticket.expected_left_tokens()
         state.expect(ticket, _kv_tokens(ticket, left_tokens), left_tokens)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from cluster.errors import Overloaded
-from deployments.admission.messages import Event, FirstToken, Progress, Restore, Submit
+from deployments.admission.messages import Event, Progress, Restore, Submit
 from deployments.admission.waiting_room import PROGRESS_INTERVAL_S, WaitingRoom
 from routing.requests.admission import Admitted, Decision, Refused
 from routing.requests.request import Ask, Grant, Priority, ReplicaLoad, Tenant, Usage
@@ -44,8 +44,6 @@ class Script:
             case Restore(ask, replica_id, generated_tokens):
                 self.heard.append(("restore " + replica_id, ask.ticket))
                 self.generated[ask.ticket] = generated_tokens
-            case FirstToken(ticket):
-                self.heard.append(("first", ticket))
             case Progress(ticket, generated_tokens):
                 self.heard.append((f"progress {generated_tokens}", ticket))
             case _:
@@ -81,7 +79,6 @@ def test_granted_progress_finished() -> None:
         await settle()
         room.decided(granted("a"))
         assert (await waiting).replica_id == "r0"
-        room.first_token("a")
         for tokens in (1, 2, 3):
             room.progress("a", tokens)
         clock.now_s += PROGRESS_INTERVAL_S
@@ -89,7 +86,7 @@ def test_granted_progress_finished() -> None:
         room.finish("a", Usage(5, 4))
         room.finish("a", Usage(5, 4))  # once is enough
         heard = [what for what, _ in script.heard]
-        assert heard == ["submit", "first", "progress 1", "progress 4", "finish"]
+        assert heard == ["submit", "progress 1", "progress 4", "finish"]
         assert room.open_tickets() == 0
 
     asyncio.run(run())
@@ -181,6 +178,39 @@ def test_a_client_that_leaves_while_its_request_moves_is_charged_what_was_genera
         assert [what for what, _ in script.heard] == ["submit", "progress 1", "progress 3", "move", "cancel"]
         assert room.open_tickets() == 0
         room.finish("a", Usage(5, 3))  # harmless
+
+    asyncio.run(run())
+
+
+def test_the_first_progress_after_a_move_is_told_at_once() -> None:
+    async def run() -> None:
+        room, script, _ = waiting_room()
+        first = asyncio.create_task(room.admit(ask("a")))
+        await settle()
+        room.decided(granted("a"))
+        await first
+        room.progress("a", 1)
+        moving = asyncio.create_task(room.move("a"))
+        await settle()
+        room.decided(granted("a", "r1"))
+        await moving
+        for tokens in (2, 3):
+            room.progress("a", tokens)
+        heard = [what for what, _ in script.heard]
+        assert heard == ["submit", "progress 1", "progress 1", "move", "progress 2"]
+
+    asyncio.run(run())
+
+
+def test_one_that_was_granted_in_the_turn_of_a_change_over_runs_where_it_was_granted() -> None:
+    async def run() -> None:
+        room, _, _ = waiting_room()
+        waiting = asyncio.create_task(room.admit(ask("a")))
+        await settle()
+        room.decided(granted("a"))
+        room.decide_by(second := Script())  # before the task has seen its grant
+        assert (await waiting).replica_id == "r0"
+        assert second.heard == [("restore r0", "a")]
 
     asyncio.run(run())
 

@@ -71,7 +71,7 @@ def saturate(adm: Admission, step_s: float, running: int, now_s: float) -> float
     tickets = [f"seen {number}" for number in range(running)]
     for ticket in tickets:
         adm.submit(ask(ticket, new=10_000), now_s)
-        adm.first_token(ticket, now_s)
+        adm.progress(ticket, 1, now_s)
     for step in range(1, 61):
         for ticket in tickets:
             adm.progress(ticket, step, now_s + step * step_s)
@@ -215,7 +215,7 @@ def test_what_came_while_replicas_were_away_teaches_no_margin() -> None:
         adm.submit(ask(ticket), 10.0)
     adm.cancel("c", 10.1)
     adm.set_loads([load()], 14.0)
-    adm.first_token("a", 14.9)
+    adm.progress("a", 1, 14.9)
     assert {priority: margin.value for priority, margin in adm._judge._margins.items()} == before
 
 
@@ -315,7 +315,7 @@ def learn_slow_prefill(adm: Admission, s_per_token: float, now_s: float = 0.0) -
     for number in range(20):
         adm.submit(ask(f"slow {number}", prompt=1_000), now_s)
         now_s += 1_000 * s_per_token
-        adm.first_token(f"slow {number}", now_s)
+        adm.progress(f"slow {number}", 1, now_s)
         adm.finish(f"slow {number}", Usage(1_000, 1), now_s)
     return now_s
 
@@ -350,12 +350,12 @@ def test_a_pessimistic_picture_that_refuses_every_request_is_tried_after_a_while
     decisions = [adm.submit(ask(f"{at_s}", prompt=60_000, deadline_s=7.0), at_s) for at_s in later]
     tried = [at_s for at_s, found in zip(later, decisions, strict=True) if placed(found)]
     assert tried == [pytest.approx(now_s + 10.0), pytest.approx(now_s + 20.0)]  # one at a time
-    adm.first_token(f"{tried[0]}", tried[0] + 6.0)
+    adm.progress(f"{tried[0]}", 1, tried[0] + 6.0)
     adm.finish(f"{tried[0]}", Usage(60_000, 1), tried[0] + 6.0)
     adm.finish(f"{tried[1]}", Usage(60_000, 1), tried[1] + 6.0)
     for number in range(8):  # it is quick again, and what is seen of that counts
         adm.submit(ask(f"probe {number}", prompt=10_000), now_s + 40.0 + number)
-        adm.first_token(f"probe {number}", now_s + 40.1 + number)
+        adm.progress(f"probe {number}", 1, now_s + 40.1 + number)
         adm.finish(f"probe {number}", Usage(10_000, 1), now_s + 40.2 + number)
     assert placed(adm.submit(ask("now", prompt=60_000, deadline_s=7.0), now_s + 50.0)) == ["now"]
 
@@ -507,7 +507,7 @@ def test_unknown_tickets_change_nothing() -> None:
     adm.submit(ask("a"), 0.0)
     for _ in range(2):
         assert adm.cancel("x", 1.0) == adm.finish("x", Usage(1, 1), 1.0) == adm.move("x", 1.0) == []
-        adm.first_token("x", 1.0)
+        adm.progress("x", 1, 1.0)
         adm.progress("x", 5, 1.0)
     assert (adm.waiting(), adm.running()) == (0, 1)
     assert adm.finish("a", Usage(10, 20), 2.0) == adm.finish("a", Usage(10, 20), 2.0) == []
@@ -517,7 +517,7 @@ def test_what_happens_to_a_waiting_ticket_before_it_runs_is_ignored() -> None:
     adm = patient(load(slots=1))
     adm.submit(ask("a"), 0.0)
     adm.submit(ask("b"), 0.0)
-    adm.first_token("b", 1.0)
+    adm.progress("b", 1, 1.0)
     adm.progress("b", 5, 1.0)
     assert adm.move("b", 1.0) == []
     assert (adm.waiting(), adm.running()) == (1, 1)
@@ -630,7 +630,7 @@ def test_no_more_run_than_keep_the_promised_step_time() -> None:
     # Steps of 20 ms and 10 ms more per sequence: eight keep 0.1 s.
     for running in range(1, 7):
         adm.submit(ask(f"r{running}", new=100_000), now_s)
-        adm.first_token(f"r{running}", now_s)
+        adm.progress(f"r{running}", 1, now_s)
         start_s, step_s = now_s, 0.02 + 0.01 * running
         for step in range(1, 41):
             for number in range(1, running + 1):
@@ -661,7 +661,7 @@ def test_what_generates_nothing_needs_no_room_and_is_never_judged() -> None:
     assert {grant.predicted_ttft_s for grant in found} == {None}
     assert {state.sequences for state in adm._replicas.live} == {1}
     for number in range(40):
-        adm.first_token(str(number), 1.0)
+        adm.progress(str(number), 1, 1.0)
         adm.progress(str(number), 0, 1.0)
         adm.finish(str(number), Usage(17, 0), 1.0)
     assert adm.running() == 2
@@ -884,7 +884,7 @@ class World:
             self.generated[ticket] = self.generated.get(ticket, 0) + rng.randint(0, 20)
             adm.progress(ticket, self.generated[ticket], self.now_s)
         elif what == "first":
-            adm.first_token(ticket, self.now_s)
+            adm.progress(ticket, 1, self.now_s)
         elif what == "move":
             self.lost.setdefault(ticket, set()).add(self.where[ticket])
             self.moved_s[ticket] = self.now_s
