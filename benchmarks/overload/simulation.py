@@ -140,7 +140,7 @@ class Simulation:
                 call.token_s.append(self._now_s)
             if not call.told_s:
                 call.told_s = self._now_s
-                self.admission.progress(ticket, generated, self._now_s)
+                self.admission.progress(ticket, 0, self._now_s)
             if all(job.generated >= job.new_tokens for job in call.jobs):
                 self._held[replica_id] -= len(call.jobs)
                 self.admission.progress(ticket, generated, self._now_s)
