@@ -11,6 +11,7 @@ from itertools import count
 from benchmarks.fakes.service_model import ServiceModel, SimulatedEngine, SimulatedSequence
 from cluster.config import AdmissionConfig, ClassObjective
 from routing.requests.admission import Admission, Decision, Refused
+from routing.requests.quota import Quotas
 from routing.requests.replica_choice import ReplicaChoice
 from routing.requests.request import Ask, ReplicaLoad, Usage
 
@@ -52,7 +53,7 @@ class Simulation:
     ) -> None:
         self._service = service
         config = AdmissionConfig.model_validate(objectives)
-        self.admission = Admission(config, ReplicaChoice(), random.Random(seed + 1))
+        self.admission = Admission(config, ReplicaChoice(), random.Random(seed + 1), Quotas())
         self._engines = {f"r{number}": SimulatedEngine(service) for number in range(replicas)}
         self._busy = dict.fromkeys(self._engines, False)
         self.calls: dict[str, Call] = {}

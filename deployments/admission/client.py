@@ -189,7 +189,7 @@ class AdmissionClient:
             remote = RemoteAdmission(self._quotas, self._clock, self._room.decided)
             call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(remote.events(), metadata=((TOKEN_KEY, token),))
             self._room.leave()
-            self._quotas.set_share(1.0)
+            self._quotas.set_fraction(1.0)
             remote.report(since_told=token == self._told_token)
             self.connected, self._told_token = True, token
             self._room.decide_by(remote)

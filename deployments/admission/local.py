@@ -18,8 +18,8 @@ from routing.requests.request import ReplicaLoad
 class LocalAdmission:
     """A `Decider` around `Admission`, with a clock.
 
-    `share` below 1: one of several gateways that cannot ask the common admission just now, and takes its part of the
-    replicas and of each tenant's quota.
+    `fraction` below 1: one of several gateways that cannot ask the common admission just now, and takes this part of
+    the replicas and of each tenant's quota.
     """
 
     def __init__(
@@ -27,16 +27,15 @@ class LocalAdmission:
         config: AdmissionConfig,
         clock: Callable[[], float],
         decided: Callable[[Decision], None],
-        share: float = 1.0,
-        quotas: Quotas | None = None,
+        quotas: Quotas,
+        fraction: float = 1.0,
     ) -> None:
-        """`quotas`: accounts that outlive this admission; its own if None."""
-        quotas = Quotas() if quotas is None else quotas
-        quotas.set_share(share)
+        """The accounts of `quotas` may outlive this admission."""
+        quotas.set_fraction(fraction)
         self._admission = Admission(config, ReplicaChoice(), random.Random(), quotas)
         self._clock = clock
         self._decided = decided
-        self._share = share
+        self._fraction = fraction
         self._parts: dict[str, tuple[ReplicaLoad, ReplicaLoad]] = {}  # by replica: its load, and our part of it
 
     def tell(self, event: Event) -> None:
@@ -69,7 +68,7 @@ class LocalAdmission:
     def demand(self) -> Demand:
         """What clients ask of this admission now, in whole replicas."""
         demand = self._admission.demand(self._clock())
-        return replace(demand, per_replica=demand.per_replica / self._share)
+        return replace(demand, per_replica=demand.per_replica / self._fraction)
 
     def _report(self, decisions: Sequence[Decision]) -> None:
         for decision in decisions:
@@ -77,10 +76,10 @@ class LocalAdmission:
 
     def _part(self, load: ReplicaLoad) -> ReplicaLoad:
         """The same object as last time for a load that is the same."""
-        if self._share == 1:
+        if self._fraction == 1:
             return load
         known = self._parts.get(load.replica_id)
         if known is None or known[0] is not load:
-            slots, tokens = max(1, int(load.max_num_seqs * self._share)), int(load.kv_cache_tokens * self._share)
+            slots, tokens = max(1, int(load.max_num_seqs * self._fraction)), int(load.kv_cache_tokens * self._fraction)
             known = self._parts[load.replica_id] = load, replace(load, max_num_seqs=slots, kv_cache_tokens=tokens)
         return known[1]

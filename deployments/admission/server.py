@@ -58,7 +58,7 @@ class AdmissionServer:
     ) -> None:
         self._clock = clock
         self._quotas = Quotas()
-        self._admission = LocalAdmission(config, clock, self._decided, quotas=self._quotas)
+        self._admission = LocalAdmission(config, clock, self._decided, self._quotas)
         self._token = token
         self._tls = tls
         self._owners: dict[str, _Connection] = {}  # by ticket

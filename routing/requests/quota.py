@@ -70,11 +70,11 @@ class Quotas:
 
     def __init__(self) -> None:
         self._accounts: OrderedDict[str, _Account] = OrderedDict()
-        self._share = 1.0
+        self._fraction = 1.0
 
-    def set_share(self, share: float) -> None:
+    def set_fraction(self, fraction: float) -> None:
         """From now on these accounts may use this fraction of every limit: others use the rest."""
-        self._share = share
+        self._fraction = fraction
 
     def reserve(self, ask: Ask, now_s: float, stream_ends_in_s: float = 1.0) -> QuotaExceeded | None:
         """Take what `ask` may use, or say why not, and then nothing is taken.
@@ -156,7 +156,7 @@ class Quotas:
     # --- inside ---
 
     def _limit(self, per_minute: int | None) -> float | None:
-        return None if per_minute is None else max(1.0, per_minute * self._share)
+        return None if per_minute is None else max(1.0, per_minute * self._fraction)
 
     def _take(self, account: _Account, requests: float, tokens: float, now_s: float) -> None:
         if (limit := self._limit(account.tenant.requests_per_minute)) is not None:
@@ -175,7 +175,7 @@ class Quotas:
         self, ask: Ask, account: _Account, now_s: float, stream_ends_in_s: float
     ) -> QuotaExceeded | None:  # fmt: skip
         tenant = ask.tenant
-        if tenant.max_streams is not None and account.streams >= max(1, int(tenant.max_streams * self._share)):
+        if tenant.max_streams is not None and account.streams >= max(1, int(tenant.max_streams * self._fraction)):
             what = f"has {account.streams} requests in flight, its limit (max_streams)"
             return self._exceeded(tenant, what, Reason.MAX_STREAMS, stream_ends_in_s, now_s)
         if (limit := self._limit(tenant.requests_per_minute)) is not None:

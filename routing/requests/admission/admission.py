@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from cluster.config import AdmissionConfig, ClassObjective
+from cluster.config import AdmissionConfig
 from cluster.errors import Reason, Refusal
 from routing.requests.admission.decisions import Decision, Demand, Refused, Wait
 from routing.requests.admission.forecast import Forecast
@@ -24,6 +24,7 @@ from routing.requests.admission.judging import Judge
 from routing.requests.admission.placing import Placing
 from routing.requests.admission.refusing import Refusals
 from routing.requests.admission.replicas import Replicas
+from routing.requests.admission.shared import Shared
 from routing.requests.fair_queue import FairQueue
 from routing.requests.prediction.decayed import Rate
 from routing.requests.prediction.pace import Lengths, Pace
@@ -39,17 +40,11 @@ _REFUSED_S = 30.0  # memory of what was refused, for `demand`
 class Admission:
     """Decides for one set of attention replicas. Each ticket ends with a Refused, `cancel` or `finish`."""
 
-    def __init__(
-        self, config: AdmissionConfig, choice: ReplicaChoice, rng: random.Random, quotas: Quotas | None = None
-    ) -> None:
-        """`quotas`: accounts that outlive this admission; its own if None."""
+    def __init__(self, config: AdmissionConfig, choice: ReplicaChoice, rng: random.Random, quotas: Quotas) -> None:
+        """The accounts of `quotas` may outlive this admission."""
         self._config = config
-        objectives: Mapping[Priority, ClassObjective] = {
-            Priority.SYSTEM: config.system,
-            Priority.INTERACTIVE: config.interactive,
-            Priority.BATCH: config.batch,
-        }
-        self._quotas = Quotas() if quotas is None else quotas
+        objectives = {priority: config.objective(priority.label) for priority in Priority}
+        self._quotas = quotas
         self._queues = {priority: FairQueue() for priority in Priority}
         self._tickets: dict[str, Ticket] = {}
         self._empty_since_s: float | None = None  # since when none is live; None: one is, or nobody has asked yet
@@ -58,10 +53,11 @@ class Admission:
         self._pace = Pace()
         self._replicas = Replicas(choice, self._pace, objectives)
         self._limits_at_s = -math.inf
-        self._forecast = Forecast(self._queues, self._replicas, self._pace)
-        self._refusals = Refusals(objectives, self._queues, self._quotas, self._forecast, rng)
-        self._judge = Judge(objectives, self._queues, self._replicas, self._pace, self._forecast, self._refusals)
-        self._placing = Placing(self._queues, self._replicas, self._forecast, self._quotas, rng, config.mode == "off")
+        shared = Shared(objectives, quotas, self._queues, self._replicas, self._pace, rng)
+        self._forecast = Forecast(shared)
+        self._refusals = Refusals(shared, self._forecast)
+        self._judge = Judge(shared, self._forecast, self._refusals)
+        self._placing = Placing(shared, self._forecast, config.mode == "off")
         self._refused = Rate(_REFUSED_S)  # sequences, for want of replicas
 
     # --- what the gateway tells ---

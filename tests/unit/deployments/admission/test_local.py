@@ -25,9 +25,9 @@ def ask(ticket: str, tenant: Tenant = TENANT) -> Ask:
 class Gateway:
     """One that decides alone over its part."""
 
-    def __init__(self, share: float, quotas: Quotas | None = None) -> None:
+    def __init__(self, fraction: float, quotas: Quotas | None = None) -> None:
         self.heard: list[Decision] = []
-        self.admission = LocalAdmission(CONFIG, lambda: 0.0, self.heard.append, share, quotas)
+        self.admission = LocalAdmission(CONFIG, lambda: 0.0, self.heard.append, quotas or Quotas(), fraction)
         self.admission.set_loads(LOADS)
 
     def granted(self) -> list[str]:

@@ -43,16 +43,16 @@ async def settled(there: Callable[[], bool]) -> None:
 class GatewayEnd:
     """One gateway's waiting room and its stream."""
 
-    def __init__(self, share: float = 0.5, tls: InternalTlsConfig | None = None) -> None:
+    def __init__(self, fraction: float = 0.5, tls: InternalTlsConfig | None = None) -> None:
         self.room = WaitingRoom(time.monotonic)
         self.room._loads = LOADS
         self.quotas = Quotas()
         self.client = AdmissionClient(
-            self.room, lambda: self._alone(share), self.quotas, time.monotonic, tls, reconnect_s=0.05
+            self.room, lambda: self._alone(fraction), self.quotas, time.monotonic, tls, reconnect_s=0.05
         )
 
-    def _alone(self, share: float) -> LocalAdmission:
-        return LocalAdmission(CONFIG, time.monotonic, self.room.decided, share, self.quotas)
+    def _alone(self, fraction: float) -> LocalAdmission:
+        return LocalAdmission(CONFIG, time.monotonic, self.room.decided, self.quotas, fraction)
 
     async def connected(self, wanted: bool = True) -> None:
         async with asyncio.timeout(20):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cluster.config import AdmissionConfig, ClassObjective
 from cluster.errors import NoCapacity, Overloaded, QuotaExceeded, Refusal
 from routing.requests.admission import Admission, Admitted, Decision, Refused
+from routing.requests.quota import Quotas
 from routing.requests.replica_choice import ReplicaChoice
 from routing.requests.request import Ask, Grant, Priority, ReplicaLoad, Tenant, Usage
 from routing.requests.ticket import TicketState
@@ -27,7 +28,7 @@ PATIENT = {
 
 def admission(*loads: ReplicaLoad, **settings: object) -> Admission:
     config = AdmissionConfig.model_validate(settings)
-    found = Admission(config, ReplicaChoice(), random.Random(0))
+    found = Admission(config, ReplicaChoice(), random.Random(0), Quotas())
     if loads:
         found.set_loads(loads, 0.0)
     return found

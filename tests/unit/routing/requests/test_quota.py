@@ -227,7 +227,7 @@ def test_a_request_that_generates_nothing_is_charged_its_prompt() -> None:
 
 def test_a_part_of_a_budget_refuses_for_a_while_what_only_the_whole_one_holds() -> None:
     quotas, tenant = Quotas(), Tenant("t", tokens_per_minute=1_000)
-    quotas.set_share(0.25)
+    quotas.set_fraction(0.25)
     large = ask(tenant, 10, 600)
     assert quotas.reserve(large, 0.0) is None  # overdraws this part, which pays for it
     quotas.commit(large, 610, 0.0)
