@@ -120,11 +120,6 @@ class Quotas:
         tokens = self._standing(account.tokens, tenant.tokens_per_minute, now_s)
         return RateLimits(*requests, *tokens)
 
-    def streams(self, tenant: Tenant) -> int:
-        """The tenant's requests in flight, waiting ones included."""
-        known = self._accounts.get(tenant.name)
-        return known.streams if known else 0
-
     # --- handing accounts on ---
 
     def spending(self, now_s: float, since_told: bool) -> list[Spending]:

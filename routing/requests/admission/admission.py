@@ -89,7 +89,7 @@ class Admission:
         queue = self._queues[ask.priority]
         queue.note_demand(ask.tenant, ticket.slots, now_s)
         ticket.tag = queue.next_tag(ask.tenant)
-        wait, refusal = self._judge.judge(ticket, now_s)
+        wait, ticket.predicted_ttft_s, refusal = self._judge.judge(ticket, now_s)
         displaced: list[Decision] = []
         if refusal is None and wait.seconds > 0 and self.waiting() >= self._config.max_waiting:
             refusal, displaced = self._displace(ticket, wait, now_s)
@@ -199,10 +199,6 @@ class Admission:
     def waiting(self) -> int:
         """Requests that wait."""
         return sum(len(queue) for queue in self._queues.values())
-
-    def running(self) -> int:
-        """Requests that were sent to replicas and have not ended."""
-        return len(self._tickets) - self.waiting()
 
     def demand(self, now_s: float) -> Demand:
         """What clients ask for now. What was refused lately counts up to as much again as can run, so that one wave of

@@ -45,27 +45,27 @@ class Judge:
             budget_s += own_s
         return budget_s if ask.deadline_s is None else min(budget_s, ask.deadline_s)
 
-    def judge(self, ticket: Ticket, now_s: float) -> tuple[Wait, Refusal | None]:
-        """How long a new ticket would wait, and why it is refused, if it is. Sets its predicted TTFT, if there is one:
-        while every replica is away for a moment, requests wait as long as they have time.
+    def judge(self, ticket: Ticket, now_s: float) -> tuple[Wait, float | None, Refusal | None]:
+        """How long a new ticket would wait, its TTFT, and why it is refused, if it is. No TTFT is predicted while every
+        replica is away for a moment: requests then wait as long as they have time.
         """
         if not self._shared.replicas.live or not ticket.slots:
-            return self._forecast.wait(ticket, now_s), None
+            return self._forecast.wait(ticket, now_s), None, None
         ask = ticket.ask
         step_s, plane = self._forecast.best_step()
         bearable_s = self._shared.pace.bearable_step_s(self._shared.objectives[ask.priority].tpot_s)
         if step_s > bearable_s and not self._try_one(Reason.TPOT, self._shared.pace.steps_seen_s(), now_s):
-            return Wait(0.0, plane), self._refusals.slow(ask, step_s, plane, now_s)
+            return Wait(0.0, plane), None, self._refusals.slow(ask, step_s, plane, now_s)
         wait = self._forecast.wait(ticket, now_s)
         predicted_s = wait.seconds + self._forecast.prefill_s(ticket, wait.seconds > 0)
-        ticket.predicted_ttft_s = predicted_s if math.isfinite(predicted_s) else None
+        ttft_s = predicted_s if math.isfinite(predicted_s) else None
         excess_s = self._margins[ask.priority].applied(predicted_s) - ticket.budget_s
         if excess_s <= 0:
-            return wait, None
+            return wait, ttft_s, None
         if wait.seconds == 0 and self._try_one(Reason.TTFT, self._shared.pace.prefill_seen_s(), now_s):
-            return wait, None
+            return wait, ttft_s, None
         plane = wait.plane if wait.seconds > 0.5 * predicted_s else plane
-        return wait, self._refusals.late(ticket, predicted_s, excess_s, plane, now_s)
+        return wait, ttft_s, self._refusals.late(ticket, predicted_s, excess_s, plane, now_s)
 
     def first_token(self, ticket: Ticket, now_s: float) -> None:
         """A ticket's first token came."""

@@ -54,14 +54,15 @@ class Placing:
 
     def start(self, ticket: Ticket, replica_id: str, now_s: float) -> Admitted:
         """Send the ticket to a replica."""
-        ask, choice = ticket.ask, self._shared.replicas.choice
+        ask, replicas = ticket.ask, self._shared.replicas
         uncached = 0
         if ticket.slots:
-            uncached = ticket.prompt_tokens - min(ticket.prompt_tokens, choice.cached_tokens(ask, replica_id))
-            choice.placed(ask, replica_id)
-        self._shared.replicas.release(ticket)
-        self._shared.replicas.add(ticket, replica_id, uncached, now_s)
+            cached = replicas.choice.cached_tokens(ask, replica_id)
+            uncached = ticket.prompt_tokens - min(ticket.prompt_tokens, cached)
+        replicas.release(ticket)
+        state = replicas.add(ticket, replica_id, uncached, now_s)
         if ticket.slots:
+            replicas.choice.placed(ask, state.load)
             self._forecast.placed(ticket)
         limits = self._shared.quotas.limits(ask.tenant, now_s)
         return Admitted(Grant(ask.ticket, replica_id, ticket.predicted_ttft_s, ticket.would_refuse, limits))
