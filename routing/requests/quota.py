@@ -81,11 +81,9 @@ class Quotas:
 
         `stream_ends_in_s`: about when one of the tenant's streams will end.
         """
-        account = self._account(ask.tenant, now_s)
-        refusal = self._refusal(ask, account, now_s, stream_ends_in_s)
+        refusal = self._refusal(ask, self._account(ask.tenant, now_s), now_s, stream_ends_in_s)
         if refusal is None:
-            self._take(account, 1, reservation(ask), now_s)
-            account.streams += 1
+            self.take(ask, now_s)
         return refusal
 
     def take(self, ask: Ask, now_s: float) -> None:
@@ -134,7 +132,7 @@ class Quotas:
         return found
 
     def add(self, spending: Spending, now_s: float) -> None:
-        """It was used elsewhere."""
+        """This was used elsewhere; here it counts as well."""
         self._take(self._account(spending.tenant, now_s), spending.requests, spending.tokens, now_s)
 
     def mark_told(self, now_s: float) -> None:
@@ -166,9 +164,7 @@ class Quotas:
             tokens.used(of_tokens, now_s) if of_tokens else 0.0,
         )
 
-    def _refusal(
-        self, ask: Ask, account: _Account, now_s: float, stream_ends_in_s: float
-    ) -> QuotaExceeded | None:  # fmt: skip
+    def _refusal(self, ask: Ask, account: _Account, now_s: float, stream_ends_in_s: float) -> QuotaExceeded | None:
         tenant = ask.tenant
         if tenant.max_streams is not None and account.streams >= max(1, int(tenant.max_streams * self._fraction)):
             what = f"has {account.streams} requests in flight, its limit (max_streams)"

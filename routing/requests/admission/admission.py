@@ -79,7 +79,7 @@ class Admission:
             if self._empty_since_s is None:
                 self._empty_since_s = now_s  # this admission is new and has not heard from the replicas yet
             if now_s - self._empty_since_s >= ticket.budget_s:
-                return [self._refused_for_load(ticket, Refused(ask.ticket, self._refusals.no_capacity()), now_s)]
+                return [self._refused_for_load(ticket, self._refusals.no_capacity(), now_s)]
         over = self._quotas.reserve(ask, now_s, self._forecast.mean_stay_s())
         if over is not None:
             return [Refused(ask.ticket, self._refusals.over_quota(over))]
@@ -96,7 +96,7 @@ class Admission:
         if refusal is not None:
             if self._config.mode == "enforce":
                 self._quotas.refund(ask, now_s)
-                return [self._refused_for_load(ticket, Refused(ask.ticket, refusal), now_s)]
+                return [self._refused_for_load(ticket, refusal, now_s)]
             ticket.would_refuse = refusal.reason
         self._tickets[ask.ticket] = ticket
         queue.push(ticket)
@@ -190,7 +190,7 @@ class Admission:
                 continue
             self._end_waiting(ticket, now_s)
             self._judge.missed(ticket)
-            decisions.append(self._refused_for_load(ticket, Refused(ticket.ask.ticket, refusal), now_s))
+            decisions.append(self._refused_for_load(ticket, refusal, now_s))
             refused += 1
         return decisions + self._placing.place_waiting(now_s) if refused else decisions
 
@@ -248,13 +248,13 @@ class Admission:
             message = "a request of a higher class or of a tenant below its share took this one's place in the queue"
             refusal = self._refusals.overloaded(victim.ask, message, wait.seconds, wait.plane, Reason.DISPLACED, now_s)
             self._end_waiting(victim, now_s)
-            return None, [self._refused_for_load(victim, Refused(victim.ask.ticket, refusal), now_s)]
+            return None, [self._refused_for_load(victim, refusal, now_s)]
         message = f"{self.waiting()} requests wait, the limit (admission.max_waiting)"
         return self._refusals.overloaded(ask, message, wait.seconds, wait.plane, Reason.QUEUE_FULL, now_s), []
 
-    def _refused_for_load(self, ticket: Ticket, refused: Refused, now_s: float) -> Refused:
+    def _refused_for_load(self, ticket: Ticket, refusal: Refusal, now_s: float) -> Refused:
         self._refused.add(ticket.slots, now_s)
-        return refused
+        return Refused(ticket.ask.ticket, refusal)
 
     def _refresh_limits(self, now_s: float) -> None:
         if now_s - self._limits_at_s >= _LIMITS_HOLD_S:

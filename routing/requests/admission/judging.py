@@ -54,7 +54,7 @@ class Judge:
         ask = ticket.ask
         step_s, plane = self._forecast.best_step()
         bearable_s = self._shared.pace.bearable_step_s(self._shared.objectives[ask.priority].tpot_s)
-        if step_s > bearable_s and not self._try_one(Reason.TPOT, self._shared.pace.steps_seen_s(), now_s):
+        if step_s > bearable_s and not self._try_one(Reason.TPOT, self._shared.pace.steps_seen_s, now_s):
             return Wait(0.0, plane), None, self._refusals.slow(ask, step_s, plane, now_s)
         wait = self._forecast.wait(ticket, now_s)
         predicted_s = wait.seconds + self._forecast.prefill_s(ticket, wait.seconds > 0)
@@ -62,7 +62,7 @@ class Judge:
         excess_s = self._margins[ask.priority].applied(predicted_s) - ticket.budget_s
         if excess_s <= 0:
             return wait, ttft_s, None
-        if wait.seconds == 0 and self._try_one(Reason.TTFT, self._shared.pace.prefill_seen_s(), now_s):
+        if wait.seconds == 0 and self._try_one(Reason.TTFT, self._shared.pace.prefill_seen_s, now_s):
             return wait, ttft_s, None
         plane = wait.plane if wait.seconds > 0.5 * predicted_s else plane
         return wait, ttft_s, self._refusals.late(ticket, predicted_s, excess_s, plane, now_s)
