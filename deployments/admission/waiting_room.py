@@ -94,13 +94,15 @@ class WaitingRoom:
         Cancelling it cancels the ticket, which is charged for what it has generated.
         """
         entry = self._entries[ticket]
-        self._tell_progress(entry)
+        if entry.told_at_s > -math.inf:  # a replica that was lost before its first token has made no progress
+            self._tell_progress(entry)
         entry.state, entry.answer = _State.MOVING, asyncio.get_running_loop().create_future()
         return await self._answer(entry, Move(ticket))
 
     def progress(self, ticket: str, generated_tokens: int) -> None:
-        """Tokens generated so far. Cheap: the decider is told of a replica's first ones at once and
-        then every PROGRESS_INTERVAL_S."""
+        """Tokens generated so far. Cheap: the decider is told at once of a replica's first ones, then only every
+        PROGRESS_INTERVAL_S.
+        """
         entry = self._entries[ticket]
         entry.generated_tokens = generated_tokens
         if self._clock() - entry.told_at_s >= PROGRESS_INTERVAL_S:

@@ -202,6 +202,24 @@ def test_the_first_progress_after_a_move_is_told_at_once() -> None:
     asyncio.run(run())
 
 
+def test_a_replica_that_is_lost_before_its_first_token_makes_no_progress() -> None:
+    async def run() -> None:
+        room, script, _ = waiting_room()
+        first = asyncio.create_task(room.admit(ask("a")))
+        await settle()
+        room.decided(granted("a"))
+        await first
+        for replica in ("r1", "r2"):
+            moving = asyncio.create_task(room.move("a"))
+            await settle()
+            room.decided(granted("a", replica))
+            await moving
+        room.progress("a", 1)
+        assert [what for what, _ in script.heard] == ["submit", "move", "move", "progress 1"]
+
+    asyncio.run(run())
+
+
 def test_one_that_was_granted_in_the_turn_of_a_change_over_runs_where_it_was_granted() -> None:
     async def run() -> None:
         room, _, _ = waiting_room()
