@@ -203,13 +203,10 @@ class Quotas:
         return int(limit), max(0, math.floor(limit - used + _ROUNDING)), used / limit * _WINDOW_S
 
     def _account(self, tenant: Tenant, now_s: float) -> _Account:
-        account = self._accounts.pop(tenant.name, None)
-        known = account is not None
-        if account is None:
-            account = _Account(tenant)
+        known = self._accounts.pop(tenant.name, None)
+        account = self._accounts[tenant.name] = known or _Account(tenant)
         account.tenant = tenant
-        self._accounts[tenant.name] = account
-        if not known and len(self._accounts) > _MOST_TENANTS:
+        if known is None and len(self._accounts) > _MOST_TENANTS:
             self._forget_one(now_s)
         return account
 

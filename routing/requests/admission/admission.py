@@ -82,7 +82,7 @@ class Admission:
                 return [self._refused_for_load(ticket, self._refusals.no_capacity(), now_s)]
         over = self._quotas.reserve(ask, now_s, self._forecast.mean_stay_s())
         if over is not None:
-            return [Refused(ask.ticket, self._refusals.over_quota(over))]
+            return [Refused(ask.ticket, self._refusals.jittered(over))]
         if (self._config.mode == "off" or not ask.sequences) and (place := self._placing.anywhere(ticket, now_s)):
             self._tickets[ask.ticket] = ticket
             return [self._placing.start(ticket, place, now_s)]
@@ -162,13 +162,13 @@ class Admission:
         ticket = self._tickets.get(ticket_id)
         if ticket is None:
             return []
-        if not (ticket.waits or ticket.ask.streamed or usage.complete or usage.generated_tokens):
-            usage = replace(usage, generated_tokens=self._forecast.probably_generated(ticket, now_s))
-        ask, tokens = ticket.ask, usage.prompt_tokens + usage.generated_tokens
         if ticket.waits:
             if ticket.moved:
                 ticket.generated_tokens = max(ticket.generated_tokens, usage.generated_tokens)
             return self.cancel(ticket_id, now_s)
+        if not (ticket.ask.streamed or usage.complete or usage.generated_tokens):
+            usage = replace(usage, generated_tokens=self._forecast.probably_generated(ticket, now_s))
+        ask, tokens = ticket.ask, usage.prompt_tokens + usage.generated_tokens
         self._replicas.remove(ticket, now_s)
         del self._tickets[ticket_id]
         self._quotas.commit(ask, tokens, now_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
-from cluster.errors import NoCapacity, Overloaded, Plane, QuotaExceeded, Reason, Refusal
+from cluster.errors import NoCapacity, Overloaded, Plane, Reason, Refusal
 from routing.requests.admission.forecast import Forecast
 from routing.requests.admission.shared import Shared
 from routing.requests.request import Ask
@@ -70,22 +70,19 @@ class Refusals:
             retry_after_s=min(_RETRY_MOST_S, drained_in_s), plane=plane, reason=reason,
             limits=self._shared.quotas.limits(ask.tenant, now_s),
         )  # fmt: skip
-        return self._jittered(refusal)
-
-    def over_quota(self, refusal: QuotaExceeded) -> QuotaExceeded:
-        """As it is, but not at the same time for all."""
-        return self._jittered(refusal)
+        return self.jittered(refusal)
 
     def no_capacity(self) -> NoCapacity:
         """No attention replica is there."""
-        return self._jittered(
+        return self.jittered(
             NoCapacity(
                 "no attention replica is ready", retry_after_s=_RETRY_NO_REPLICA_S, plane=Plane.ATTENTION,
                 reason=Reason.NO_REPLICA,
             )
         )  # fmt: skip
 
-    def _jittered(self, refusal: R) -> R:
+    def jittered(self, refusal: R) -> R:
+        """The refusal with a time to come back that differs between those refused together."""
         if math.isfinite(refusal.retry_after_s):  # infinite: it can never be served as it is
             seconds = max(_RETRY_LEAST_S, refusal.retry_after_s)
             refusal.retry_after_s = seconds * (1 + _JITTER * self._shared.rng.random())
