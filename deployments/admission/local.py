@@ -80,6 +80,8 @@ class LocalAdmission:
             return load
         known = self._parts.get(load.replica_id)
         if known is None or known[0] is not load:
-            slots, tokens = max(1, int(load.max_num_seqs * self._fraction)), int(load.kv_cache_tokens * self._fraction)
-            known = self._parts[load.replica_id] = load, replace(load, max_num_seqs=slots, kv_cache_tokens=tokens)
+            decode_slots = max(1, int(load.max_num_seqs * self._fraction))
+            tokens = int(load.kv_cache_tokens * self._fraction)
+            part = replace(load, max_num_seqs=decode_slots, kv_cache_tokens=tokens)
+            known = self._parts[load.replica_id] = load, part
         return known[1]

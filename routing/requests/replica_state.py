@@ -1,7 +1,4 @@
-"""What admission keeps of one attention replica: its own last word, and the requests that were sent there.
-
-Everywhere in admission, "slots" are decode slots.
-"""
+"""What admission keeps of one attention replica: its own last word, and the requests that were sent there."""
 
 from __future__ import annotations
 
