@@ -19,6 +19,7 @@ from itertools import count
 from benchmarks.overload.report import quantile
 from cluster.config import AdmissionConfig, ClassObjective
 from routing.requests.admission import Admission
+from routing.requests.quota import Quotas
 from routing.requests.replica_choice import ReplicaChoice
 from routing.requests.request import Ask, Priority, ReplicaLoad, Tenant
 
@@ -37,13 +38,13 @@ class Full:
         self._tenants = [Tenant(f"t{number}", weight=self._rng.choice([1.0, 2.0])) for number in range(TENANTS)]
         self.loads = [ReplicaLoad(f"r{number}", SLOTS, 1_000_000) for number in range(replicas)]
         config = AdmissionConfig(system=_PATIENT, interactive=_PATIENT, batch=_PATIENT, max_waiting=WAITING)
-        self.admission = Admission(config, ReplicaChoice(), random.Random(2))
+        self.admission = Admission(config, ReplicaChoice(), random.Random(2), Quotas())
         self.now_s = 0.0
         self.admission.set_loads(self.loads, self.now_s)
         running = [self.ask() for _ in range(replicas * SLOTS)]
         for one in running:
             self.admission.submit(one, self.now_s)
-            self.admission.first_token(one.ticket, self.now_s)
+            self.admission.progress(one.ticket, 1, self.now_s)
         for steps in (10, 20, 30):
             self.now_s += 0.2
             for one in running:

@@ -11,6 +11,7 @@ from itertools import count
 from benchmarks.fakes.service_model import ServiceModel, SimulatedEngine, SimulatedSequence
 from cluster.config import AdmissionConfig, ClassObjective
 from routing.requests.admission import Admission, Decision, Refused
+from routing.requests.quota import Quotas
 from routing.requests.replica_choice import ReplicaChoice
 from routing.requests.request import Ask, ReplicaLoad, Usage
 
@@ -52,7 +53,7 @@ class Simulation:
     ) -> None:
         self._service = service
         config = AdmissionConfig.model_validate(objectives)
-        self.admission = Admission(config, ReplicaChoice(), random.Random(seed + 1))
+        self.admission = Admission(config, ReplicaChoice(), random.Random(seed + 1), Quotas())
         self._engines = {f"r{number}": SimulatedEngine(service) for number in range(replicas)}
         self._busy = dict.fromkeys(self._engines, False)
         self.calls: dict[str, Call] = {}
@@ -140,7 +141,7 @@ class Simulation:
                 call.token_s.append(self._now_s)
             if not call.told_s:
                 call.told_s = self._now_s
-                self.admission.first_token(ticket, self._now_s)
+                self.admission.progress(ticket, 0, self._now_s)
             if all(job.generated >= job.new_tokens for job in call.jobs):
                 self._held[replica_id] -= len(call.jobs)
                 self.admission.progress(ticket, generated, self._now_s)

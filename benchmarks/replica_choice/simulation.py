@@ -212,7 +212,7 @@ class ReplicaSimulation:
             uncached = request.ask.prompt_tokens
             if isinstance(self._policy, Ours):
                 uncached -= self._policy.choice.cached_tokens(request.ask, replica.name)
-                self._policy.choice.placed(request.ask, replica.name)
+                self._policy.choice.placed(request.ask, replica.load)
             job = SimulatedSequence(request.blocks, request.ask.prompt_tokens, request.ask.max_new_tokens)
             replica.running[job] = Running(request, job, uncached)
             replica.engine.add(job)

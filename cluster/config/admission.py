@@ -27,3 +27,7 @@ class AdmissionConfig(Section):
     batch: ClassObjective = Field(ClassObjective(ttft_s=60.0, tpot_s=2.0), description="Lowest priority.")
     max_waiting: int = Field(512, ge=0, description="Most requests that wait for an attention replica, all "
                                                         "gateways together.")
+
+    def objective(self, priority_label: str) -> ClassObjective:
+        """What the class `system`, `interactive` or `batch` is promised. Raises KeyError for another label."""
+        return {"system": self.system, "interactive": self.interactive, "batch": self.batch}[priority_label]

@@ -19,8 +19,6 @@ from deployments.admission.messages import (
     Cancel,
     Event,
     Finish,
-    FirstToken,
-    Move,
     Progress,
     Restore,
     Spent,
@@ -32,7 +30,7 @@ from deployments.admission.waiting_room import Decider, WaitingRoom
 from deployments.hosting.background import BackgroundTasks
 from routing.requests.admission import Admitted, Decision
 from routing.requests.quota import Quotas, reservation
-from routing.requests.request import Ask, ReplicaLoad, Usage
+from routing.requests.request import Ask, ReplicaLoad
 
 RECONNECT_S = 0.5
 _CONNECT_TIMEOUT_S = 2.0
@@ -87,32 +85,19 @@ class RemoteAdmission:
         for ask, generated_tokens in self._running.values():
             self._quotas.untell(ask, reservation(ask) - ask.prompt_tokens - generated_tokens, now_s)
 
-    def submit(self, ask: Ask) -> None:
-        self._waiting[ask.ticket] = ask
-        self._send(Submit(ask))
-
-    def restore(self, ask: Ask, replica_id: str, generated_tokens: int) -> None:
-        self._running[ask.ticket] = ask, generated_tokens
-        self._send(Restore(ask, replica_id, generated_tokens))
-
-    def cancel(self, ticket: str) -> None:
-        self._end(ticket, None)
-        self._send(Cancel(ticket))
-
-    def first_token(self, ticket: str) -> None:
-        self._send(FirstToken(ticket))
-
-    def progress(self, ticket: str, generated_tokens: int) -> None:
-        if (known := self._running.get(ticket)) is not None:
-            self._running[ticket] = known[0], generated_tokens
-        self._send(Progress(ticket, generated_tokens))
-
-    def move(self, ticket: str) -> None:
-        self._send(Move(ticket))
-
-    def finish(self, ticket: str, usage: Usage) -> None:
-        self._end(ticket, usage.prompt_tokens + usage.generated_tokens)
-        self._send(Finish(ticket, usage))
+    def tell(self, event: Event) -> None:
+        """The event is passed on, and noted as far as the quotas need it."""
+        if isinstance(event, Submit):
+            self._waiting[event.ask.ticket] = event.ask
+        elif isinstance(event, Restore):
+            self._running[event.ask.ticket] = event.ask, event.generated_tokens
+        elif isinstance(event, Progress) and event.ticket in self._running:
+            self._running[event.ticket] = self._running[event.ticket][0], event.generated_tokens
+        elif isinstance(event, Cancel):
+            self._end(event.ticket, None)
+        elif isinstance(event, Finish):
+            self._end(event.ticket, event.usage.prompt_tokens + event.usage.generated_tokens)
+        self._send(event)
 
     def set_loads(self, loads: Sequence[ReplicaLoad]) -> None:
         """The server hears from the replicas itself."""
@@ -125,7 +110,7 @@ class RemoteAdmission:
             used = ask.prompt_tokens + generated_tokens if tokens is None else tokens
             self._quotas.commit(ask, used, self._clock())
 
-    def _send(self, event: Event) -> None:
+    def _send(self, event: Event | Spent) -> None:
         self._outbox.put_nowait(encode_event(event))
 
 
@@ -204,7 +189,7 @@ class AdmissionClient:
             remote = RemoteAdmission(self._quotas, self._clock, self._room.decided)
             call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(remote.events(), metadata=((TOKEN_KEY, token),))
             self._room.leave()
-            self._quotas.set_share(1.0)
+            self._quotas.set_fraction(1.0)
             remote.report(since_told=token == self._told_token)
             self.connected, self._told_token = True, token
             self._room.decide_by(remote)

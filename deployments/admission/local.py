@@ -5,19 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import assert_never
 
 from cluster.config import AdmissionConfig
+from deployments.admission.messages import Cancel, Event, Finish, Move, Progress, Restore, Submit
 from routing.requests.admission import Admission, Decision, Demand
 from routing.requests.quota import Quotas
 from routing.requests.replica_choice import ReplicaChoice
-from routing.requests.request import Ask, ReplicaLoad, Usage
+from routing.requests.request import ReplicaLoad
 
 
 class LocalAdmission:
     """A `Decider` around `Admission`, with a clock.
 
-    `share` below 1: one of several gateways that cannot ask the common admission just now, and takes its part of the
-    replicas and of each tenant's quota.
+    `fraction` below 1: one of several gateways that cannot ask the common admission just now, and takes this part of
+    the replicas and of each tenant's quota.
     """
 
     def __init__(
@@ -25,69 +27,61 @@ class LocalAdmission:
         config: AdmissionConfig,
         clock: Callable[[], float],
         decided: Callable[[Decision], None],
-        share: float = 1.0,
-        quotas: Quotas | None = None,
+        quotas: Quotas,
+        fraction: float = 1.0,
     ) -> None:
-        """`quotas`: accounts that outlive this admission; its own if None."""
-        quotas = Quotas() if quotas is None else quotas
-        quotas.set_share(share)
+        """The accounts of `quotas` may outlive this admission."""
+        quotas.set_fraction(fraction)
         self._admission = Admission(config, ReplicaChoice(), random.Random(), quotas)
         self._clock = clock
         self._decided = decided
-        self._share = share
+        self._fraction = fraction
         self._parts: dict[str, tuple[ReplicaLoad, ReplicaLoad]] = {}  # by replica: its load, and our part of it
 
-    def submit(self, ask: Ask) -> None:
-        """See Decider."""
-        self._tell(self._admission.submit(ask, self._clock()))
-
-    def restore(self, ask: Ask, replica_id: str, generated_tokens: int) -> None:
-        """See Decider. The quotas know of it already."""
-        self._admission.restore(ask, replica_id, generated_tokens, self._clock())
-
-    def cancel(self, ticket: str) -> None:
-        """See Decider."""
-        self._tell(self._admission.cancel(ticket, self._clock()))
-
-    def first_token(self, ticket: str) -> None:
-        """See Decider."""
-        self._admission.first_token(ticket, self._clock())
-
-    def progress(self, ticket: str, generated_tokens: int) -> None:
-        """See Decider."""
-        self._admission.progress(ticket, generated_tokens, self._clock())
-
-    def move(self, ticket: str) -> None:
-        """See Decider."""
-        self._tell(self._admission.move(ticket, self._clock()))
-
-    def finish(self, ticket: str, usage: Usage) -> None:
-        """See Decider."""
-        self._tell(self._admission.finish(ticket, usage, self._clock()))
+    def tell(self, event: Event) -> None:
+        """Something happened to a request. The quotas know of a restored one already."""
+        admission, now_s = self._admission, self._clock()
+        match event:
+            case Submit(ask):
+                self._report(admission.submit(ask, now_s))
+            case Restore(ask, replica_id, generated_tokens):
+                admission.restore(ask, replica_id, generated_tokens, now_s)
+            case Cancel(ticket):
+                self._report(admission.cancel(ticket, now_s))
+            case Progress(ticket, generated_tokens):
+                admission.progress(ticket, generated_tokens, now_s)
+            case Move(ticket):
+                self._report(admission.move(ticket, now_s))
+            case Finish(ticket, usage):
+                self._report(admission.finish(ticket, usage, now_s))
+            case _:
+                assert_never(event)
 
     def set_loads(self, loads: Sequence[ReplicaLoad]) -> None:
-        """See Decider."""
-        self._tell(self._admission.set_loads([self._part(load) for load in loads], self._clock()))
+        """The live replicas have these newest loads."""
+        self._report(self._admission.set_loads([self._part(load) for load in loads], self._clock()))
 
     def tick(self) -> None:
         """To be called every TICK_S."""
-        self._tell(self._admission.tick(self._clock()))
+        self._report(self._admission.tick(self._clock()))
 
     def demand(self) -> Demand:
         """What clients ask of this admission now, in whole replicas."""
         demand = self._admission.demand(self._clock())
-        return replace(demand, per_replica=demand.per_replica / self._share)
+        return replace(demand, per_replica=demand.per_replica / self._fraction)
 
-    def _tell(self, decisions: Sequence[Decision]) -> None:
+    def _report(self, decisions: Sequence[Decision]) -> None:
         for decision in decisions:
             self._decided(decision)
 
     def _part(self, load: ReplicaLoad) -> ReplicaLoad:
         """The same object as last time for a load that is the same."""
-        if self._share == 1:
+        if self._fraction == 1:
             return load
         known = self._parts.get(load.replica_id)
         if known is None or known[0] is not load:
-            slots, tokens = max(1, int(load.max_num_seqs * self._share)), int(load.kv_cache_tokens * self._share)
-            known = self._parts[load.replica_id] = load, replace(load, max_num_seqs=slots, kv_cache_tokens=tokens)
+            decode_slots = max(1, int(load.max_num_seqs * self._fraction))
+            tokens = int(load.kv_cache_tokens * self._fraction)
+            part = replace(load, max_num_seqs=decode_slots, kv_cache_tokens=tokens)
+            known = self._parts[load.replica_id] = load, part
         return known[1]

@@ -1,4 +1,6 @@
-"""What gateways and the common admission say to each other: one msgpack message per gRPC message, nothing pickled."""
+"""What waiting rooms tell deciders, and gateways and the common admission each other: one msgpack message per gRPC
+message, nothing pickled.
+"""
 
 from __future__ import annotations
 
@@ -53,14 +55,8 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     ticket: str
 
 
-class FirstToken(msgspec.Struct, frozen=True, tag=True):
-    """The first token came."""
-
-    ticket: str
-
-
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """Tokens generated so far."""
+    """So many tokens have been generated; the first such event says when the first token came."""
 
     ticket: str
     generated_tokens: int
@@ -97,15 +93,15 @@ class Denied(msgspec.Struct, frozen=True, tag=True):
     limits: RateLimits | None
 
 
-Event = Submit | Restore | Spent | Cancel | FirstToken | Progress | Move | Finish
-_events = msgspec.msgpack.Decoder(Event)
+Event = Submit | Restore | Cancel | Progress | Move | Finish
+_events = msgspec.msgpack.Decoder(Event | Spent)
 _answers = msgspec.msgpack.Decoder(Granted | Denied)
 encode_event = msgspec.msgpack.Encoder().encode
 
 
-def decode_event(message: bytes) -> Event:
-    """Raises msgspec.DecodeError."""
-    event: Event = _events.decode(message)
+def decode_event(message: bytes) -> Event | Spent:
+    """What a gateway told. Raises msgspec.DecodeError."""
+    event: Event | Spent = _events.decode(message)
     return event
 
 
@@ -123,7 +119,7 @@ def encode_decision(decision: Decision) -> bytes:
 
 
 def decode_decision(message: bytes) -> Decision:
-    """Raises msgspec.DecodeError."""
+    """What the common admission decided. Raises msgspec.DecodeError."""
     answer: Granted | Denied = _answers.decode(message)
     if isinstance(answer, Granted):
         return Admitted(answer.grant)

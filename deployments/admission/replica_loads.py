@@ -85,9 +85,7 @@ class ReplicaLoads:
                     self._on_change()
                     pause_s, silent = _RECONNECT_S[0], False
                 reason = "it takes no more requests"  # those in flight may end
-            except (
-                Exception
-            ) as error:  # whatever a broken replica provokes: a watch that died would call it live forever
+            except Exception as error:  # whatever a broken replica provokes: the watch must not die and call it live
                 reason = f"{type(error).__name__}: {error}"
                 self._on_lost(endpoint.replica_id)
             if not silent:

@@ -11,7 +11,6 @@ import hmac
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import assert_never
 
 import grpc
 import msgspec
@@ -28,9 +27,6 @@ from deployments.admission.messages import (
     Cancel,
     Event,
     Finish,
-    FirstToken,
-    Move,
-    Progress,
     Restore,
     Spent,
     Submit,
@@ -62,7 +58,7 @@ class AdmissionServer:
     ) -> None:
         self._clock = clock
         self._quotas = Quotas()
-        self._admission = LocalAdmission(config, clock, self._decided, quotas=self._quotas)
+        self._admission = LocalAdmission(config, clock, self._decided, self._quotas)
         self._token = token
         self._tls = tls
         self._owners: dict[str, _Connection] = {}  # by ticket
@@ -123,7 +119,7 @@ class AdmissionServer:
             reading.cancel()
             for ticket in list(gateway.tickets):
                 self._forget(ticket)
-                self._admission.cancel(ticket)
+                self._admission.tell(Cancel(ticket))
 
     async def _read(self, messages: AsyncIterator[bytes], gateway: _Connection) -> None:
         async for message in messages:
@@ -134,41 +130,23 @@ class AdmissionServer:
                 return
             self._take(event, gateway)
 
-    def _take(self, event: Event, gateway: _Connection) -> None:
-        admission = self._admission
+    def _take(self, event: Event | Spent, gateway: _Connection) -> None:
         if isinstance(event, Spent):
             self._quotas.add(event.spending, self._clock())
             return
         if isinstance(event, Submit | Restore):
-            if (
-                self._forget(event.ask.ticket) is not None
-            ):  # its former stream is broken, which we do not know yet
-                admission.cancel(event.ask.ticket)
-            gateway.tickets.add(event.ask.ticket)
-            self._owners[event.ask.ticket] = gateway
-            if isinstance(event, Submit):
-                admission.submit(event.ask)
-            else:
+            ticket = event.ask.ticket
+            if self._forget(ticket) is not None:  # its former stream is broken, which we do not know yet
+                self._admission.tell(Cancel(ticket))
+            gateway.tickets.add(ticket)
+            self._owners[ticket] = gateway
+            if isinstance(event, Restore):
                 self._quotas.restore(event.ask, self._clock())
-                admission.restore(event.ask, event.replica_id, event.generated_tokens)
-            return
-        if event.ticket not in gateway.tickets:
+        elif event.ticket not in gateway.tickets:
             return  # refused meanwhile
-        match event:
-            case FirstToken():
-                admission.first_token(event.ticket)
-            case Progress():
-                admission.progress(event.ticket, event.generated_tokens)
-            case Move():
-                admission.move(event.ticket)
-            case Cancel():
-                self._forget(event.ticket)
-                admission.cancel(event.ticket)
-            case Finish():
-                self._forget(event.ticket)
-                admission.finish(event.ticket, event.usage)
-            case _:
-                assert_never(event)
+        elif isinstance(event, Cancel | Finish):
+            self._forget(event.ticket)
+        self._admission.tell(event)
 
     def _forget(self, ticket: str) -> _Connection | None:
         gateway = self._owners.pop(ticket, None)

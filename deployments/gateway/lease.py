@@ -140,8 +140,6 @@ class Lease:
     def progress(self, prompt_tokens: int | None, generated_tokens: int) -> None:
         """Tokens so far, as the engine counts them; more than none have been generated."""
         assert self._ask is not None, "it was admitted"
-        if not self.generated_tokens:
-            self._room.first_token(self._ask.ticket)
         self.prompt_tokens, self.generated_tokens = prompt_tokens, max(1, generated_tokens)
         self._room.progress(self._ask.ticket, self.generated_tokens)
         self._meter.progress(self.generated_tokens)

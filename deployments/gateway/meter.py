@@ -8,7 +8,7 @@ from collections.abc import Callable
 from enum import Enum
 from itertools import product
 
-from cluster.config import AdmissionConfig, ClassObjective
+from cluster.config import AdmissionConfig
 from cluster.errors import DeepsplitError, EngineRefused, Refusal
 from deployments.gateway.head import Head
 from monitoring.metrics import MAX_TENANTS, OTHER_TENANTS, GatewayMetrics
@@ -49,12 +49,9 @@ class RequestMeters:
         """`clock`: seconds, never going back."""
         self.metrics = metrics
         self.clock = clock
-        self.objectives: dict[str, ClassObjective] = {
-            Priority.SYSTEM.label: objectives.system,
-            Priority.INTERACTIVE.label: objectives.interactive,
-            Priority.BATCH.label: objectives.batch,
-        }
-        for label, promised in self.objectives.items():
+        self.objectives = objectives
+        for label in (priority.label for priority in Priority):
+            promised = objectives.objective(label)
             metrics.slo_threshold.labels(label, "ttft").set(promised.ttft_s)
             metrics.slo_threshold.labels(label, "tpot").set(promised.tpot_s)
             for gauge in (metrics.waiting, metrics.running):
@@ -198,6 +195,6 @@ class RequestMeter:
         logger.info("request ended", extra={"fields": fields})
 
     def _judge(self, objective: str, seconds: float) -> None:
-        promised = self._meters.objectives[self._class]
+        promised = self._meters.objectives.objective(self._class)
         met = seconds <= (promised.ttft_s if objective == "ttft" else promised.tpot_s)
         self._metrics.slo_requests.labels(self._class, objective, str(met).lower()).inc()

@@ -163,9 +163,9 @@ class GatewayServer:
         await self._pool.close()
 
     def _decide_alone(self) -> LocalAdmission:
-        share = 1 / self._config.gateway.replicas
+        fraction = 1 / self._config.gateway.replicas
         self._local = LocalAdmission(
-            self._config.admission, time.monotonic, self.room.decided, share, self._quotas
+            self._config.admission, time.monotonic, self.room.decided, self._quotas, fraction
         )
         return self._local
 

@@ -1,1 +1,1 @@
-"""Requests: tenants and quotas, admission, fair queuing, replica choice."""
+"""Requests: tenants and quotas, admission, fair queuing, replica choice. `slots` always means decode slots."""

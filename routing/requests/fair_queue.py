@@ -102,29 +102,29 @@ class FairQueue:
         return found
 
     def push(self, ticket: Ticket) -> None:
-        """It waits, after all that its tenant has waiting; first of all if it needs no slots and is in nobody's way."""
+        """The ticket waits after all that its tenant has waiting; before all others if it needs no slots."""
         flow = self._flow(ticket.ask.tenant)
         if not ticket.slots:
             ticket.tag = -math.inf
-            self._insert(ticket, flow)
-            return
-        self._tag(ticket, flow)
-        self._cost_per_slot += 0.02 * (ticket.cost / ticket.slots - self._cost_per_slot)
+        else:
+            ticket.tag = flow.last_tag = self._next_tag(flow)
+            flow.ends = max(self._now, flow.ends) + ticket.cost / flow.weight
+            self._cost_per_slot += 0.02 * (ticket.cost / ticket.slots - self._cost_per_slot)
         self._insert(ticket, flow)
 
     def push_front(self, ticket: Ticket) -> None:
-        """It ran, was charged then, and waits again: before all others, in the order of arrival."""
+        """The ticket ran, was charged then, and waits again: before all others, in the order of arrival."""
         ticket.tag, ticket.moved = -math.inf, True
         self._insert(ticket, self._flow(ticket.ask.tenant))
 
     def start(self, ticket: Ticket) -> None:
-        """It is placed."""
+        """The ticket has been placed and waits no longer."""
         self._take_out(ticket)
         if not ticket.moved:
             self._now = max(self._now, ticket.tag)
 
     def remove(self, ticket: Ticket) -> None:
-        """It will not run: its tenant's later ones move up."""
+        """The ticket will not run: its tenant's later ones move up."""
         flow = self._take_out(ticket)
         if ticket.moved or not ticket.slots:
             return
@@ -148,10 +148,6 @@ class FairQueue:
     def demand_per_s(self, now_s: float) -> float:
         """Slots that are asked for per second, refused requests included."""
         return sum(flow.demand.per_s(now_s) for flow in self._flows.values())
-
-    def _tag(self, ticket: Ticket, flow: _Flow) -> None:
-        ticket.tag = flow.last_tag = self._next_tag(flow)
-        flow.ends = max(self._now, flow.ends) + ticket.cost / flow.weight
 
     def _next_tag(self, flow: _Flow) -> float:
         return max(self._now, flow.ends, flow.last_tag if flow.waiting else -math.inf)

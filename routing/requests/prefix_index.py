@@ -15,15 +15,15 @@ BLOCK_BYTES = 256  # 64 to 80 tokens of English: four to five of vLLM's blocks
 MAX_BLOCKS = 256  # of one prompt: 64 KiB of text; two prompts equal that far count as equal
 
 
-def prefix_hashes(prompt: bytes, block_bytes: int = BLOCK_BYTES, max_blocks: int = MAX_BLOCKS) -> tuple[int, ...]:
+def prefix_hashes(prompt: bytes) -> tuple[int, ...]:
     """One 64-bit hash per full block of the prompt, root first; the same in every process and on every machine.
 
     `prompt` is UTF-8 text, or token ids in any encoding in which equal prefixes are equal bytes.
     """
     chain = blake2b(digest_size=8)
     hashes = []
-    for end in range(block_bytes, min(len(prompt), block_bytes * max_blocks) + 1, block_bytes):
-        chain.update(prompt[end - block_bytes : end])
+    for end in range(BLOCK_BYTES, min(len(prompt), BLOCK_BYTES * MAX_BLOCKS) + 1, BLOCK_BYTES):
+        chain.update(prompt[end - BLOCK_BYTES : end])
         hashes.append(int.from_bytes(chain.copy().digest(), "little"))
     return tuple(hashes)
 
@@ -57,7 +57,3 @@ class PrefixIndex:
     def forget(self, replica_id: str) -> None:
         """The replica is gone, and its cache with it."""
         self._blocks.pop(replica_id, None)
-
-    def size(self, replica_id: str) -> int:
-        """Blocks known of one replica."""
-        return len(self._blocks.get(replica_id, ()))

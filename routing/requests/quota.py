@@ -70,22 +70,20 @@ class Quotas:
 
     def __init__(self) -> None:
         self._accounts: OrderedDict[str, _Account] = OrderedDict()
-        self._share = 1.0
+        self._fraction = 1.0
 
-    def set_share(self, share: float) -> None:
+    def set_fraction(self, fraction: float) -> None:
         """From now on these accounts may use this fraction of every limit: others use the rest."""
-        self._share = share
+        self._fraction = fraction
 
     def reserve(self, ask: Ask, now_s: float, stream_ends_in_s: float = 1.0) -> QuotaExceeded | None:
         """Take what `ask` may use, or say why not, and then nothing is taken.
 
         `stream_ends_in_s`: about when one of the tenant's streams will end.
         """
-        account = self._account(ask.tenant, now_s)
-        refusal = self._refusal(ask, account, now_s, stream_ends_in_s)
+        refusal = self._refusal(ask, self._account(ask.tenant, now_s), now_s, stream_ends_in_s)
         if refusal is None:
-            self._take(account, 1, reservation(ask), now_s)
-            account.streams += 1
+            self.take(ask, now_s)
         return refusal
 
     def take(self, ask: Ask, now_s: float) -> None:
@@ -120,11 +118,6 @@ class Quotas:
         tokens = self._standing(account.tokens, tenant.tokens_per_minute, now_s)
         return RateLimits(*requests, *tokens)
 
-    def streams(self, tenant: Tenant) -> int:
-        """The tenant's requests in flight, waiting ones included."""
-        known = self._accounts.get(tenant.name)
-        return known.streams if known else 0
-
     # --- handing accounts on ---
 
     def spending(self, now_s: float, since_told: bool) -> list[Spending]:
@@ -139,7 +132,7 @@ class Quotas:
         return found
 
     def add(self, spending: Spending, now_s: float) -> None:
-        """It was used elsewhere."""
+        """This was used elsewhere; here it counts as well."""
         self._take(self._account(spending.tenant, now_s), spending.requests, spending.tokens, now_s)
 
     def mark_told(self, now_s: float) -> None:
@@ -156,7 +149,7 @@ class Quotas:
     # --- inside ---
 
     def _limit(self, per_minute: int | None) -> float | None:
-        return None if per_minute is None else max(1.0, per_minute * self._share)
+        return None if per_minute is None else max(1.0, per_minute * self._fraction)
 
     def _take(self, account: _Account, requests: float, tokens: float, now_s: float) -> None:
         if (limit := self._limit(account.tenant.requests_per_minute)) is not None:
@@ -171,11 +164,9 @@ class Quotas:
             tokens.used(of_tokens, now_s) if of_tokens else 0.0,
         )
 
-    def _refusal(
-        self, ask: Ask, account: _Account, now_s: float, stream_ends_in_s: float
-    ) -> QuotaExceeded | None:  # fmt: skip
+    def _refusal(self, ask: Ask, account: _Account, now_s: float, stream_ends_in_s: float) -> QuotaExceeded | None:
         tenant = ask.tenant
-        if tenant.max_streams is not None and account.streams >= max(1, int(tenant.max_streams * self._share)):
+        if tenant.max_streams is not None and account.streams >= max(1, int(tenant.max_streams * self._fraction)):
             what = f"has {account.streams} requests in flight, its limit (max_streams)"
             return self._exceeded(tenant, what, Reason.MAX_STREAMS, stream_ends_in_s, now_s)
         if (limit := self._limit(tenant.requests_per_minute)) is not None:
@@ -212,13 +203,10 @@ class Quotas:
         return int(limit), max(0, math.floor(limit - used + _ROUNDING)), used / limit * _WINDOW_S
 
     def _account(self, tenant: Tenant, now_s: float) -> _Account:
-        account = self._accounts.pop(tenant.name, None)
-        known = account is not None
-        if account is None:
-            account = _Account(tenant)
+        known = self._accounts.pop(tenant.name, None)
+        account = self._accounts[tenant.name] = known or _Account(tenant)
         account.tenant = tenant
-        self._accounts[tenant.name] = account
-        if not known and len(self._accounts) > _MOST_TENANTS:
+        if known is None and len(self._accounts) > _MOST_TENANTS:
             self._forget_one(now_s)
         return account
 

@@ -47,7 +47,6 @@ class ReplicaChoice:
         self._slots_tokens = slots_tokens
         self._kv_tokens = kv_tokens
         self._index = PrefixIndex()
-        self._capacity: dict[str, int] = {}  # blocks, by replica
 
     def best(self, ask: Ask, candidates: Sequence[Candidate]) -> str | None:
         """The replica with the lowest cost, whether it has room or not; None of none."""
@@ -55,9 +54,7 @@ class ReplicaChoice:
             return None
         # Equal costs fall out differently for each request and in no order of the replicas': nobody herds.
         best = min(candidates, key=lambda candidate: (self.cost(ask, candidate), tie_break_hash(ask, candidate.load)))
-        load = best.load
-        self._capacity[load.replica_id] = min(_MOST_BLOCKS, load.kv_cache_tokens // _TOKENS_PER_BLOCK)
-        return load.replica_id
+        return best.load.replica_id
 
     def cost(self, ask: Ask, candidate: Candidate) -> float:
         """Prefill tokens that `ask` would wait for at this replica, and what its load is worth in such tokens."""
@@ -87,15 +84,15 @@ class ReplicaChoice:
             return 0
         return max((self.cached_tokens(ask, candidate.load.replica_id) for candidate in candidates), default=0)
 
-    def placed(self, ask: Ask, replica_id: str) -> None:
-        """`ask` was sent to the replica."""
+    def placed(self, ask: Ask, load: ReplicaLoad) -> None:
+        """`ask` was sent to the replica with this load."""
         if ask.prefix_hashes:
-            self._index.add(replica_id, ask.prefix_hashes, self._capacity.get(replica_id, _MOST_BLOCKS))
+            capacity = min(_MOST_BLOCKS, load.kv_cache_tokens // _TOKENS_PER_BLOCK)
+            self._index.add(load.replica_id, ask.prefix_hashes, capacity)
 
     def forget(self, replica_id: str) -> None:
         """The replica is gone."""
         self._index.forget(replica_id)
-        self._capacity.pop(replica_id, None)
 
 
 def tie_break_hash(ask: Ask, load: ReplicaLoad) -> int:

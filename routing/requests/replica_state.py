@@ -12,7 +12,7 @@ from routing.requests.ticket import Ticket, TicketState
 
 @dataclass(eq=False)
 class ReplicaState(Candidate):
-    """Sums over its tickets are kept, not computed: they are read at every decision."""
+    """One attention replica. Sums over its tickets are kept, not computed: they are read at every decision."""
 
     live: bool = False  # False: gone, or not yet heard of
     tickets: dict[str, Ticket] = field(default_factory=dict)
@@ -24,7 +24,7 @@ class ReplicaState(Candidate):
     limits: tuple[float, ...] = (math.inf,) * len(Priority)  # sequences at which steps take what a class is promised
 
     def limit(self, priority: Priority) -> float:
-        """Sequences at which steps are as slow as the classes there, and this one, are promised."""
+        """With so many sequences, steps are as slow as the classes there, and this one, are promised."""
         found = self.limits[priority]
         for sequences, limit in zip(self.by_class, self.limits, strict=True):
             if sequences and limit < found:
@@ -52,7 +52,7 @@ class ReplicaState(Candidate):
         self.by_class[ticket.ask.priority] += ticket.slots
 
     def remove(self, ticket: Ticket, now_s: float) -> None:
-        """It ended, or goes elsewhere."""
+        """The ticket ended, or goes elsewhere."""
         self._pass_time(now_s)
         del self.tickets[ticket.ask.ticket]
         self.sequences -= ticket.slots
@@ -64,7 +64,7 @@ class ReplicaState(Candidate):
         ticket.state = TicketState.WAITING
 
     def first_token(self, ticket: Ticket, now_s: float) -> None:
-        """Its prompt has been computed."""
+        """The ticket's prompt has been computed."""
         ticket.state = TicketState.DECODING
         self.queued_tokens -= ticket.uncached_tokens
         self.prefilled_tokens += ticket.uncached_tokens
@@ -77,7 +77,7 @@ class ReplicaState(Candidate):
         ticket.mark_sequence_s, ticket.mark_prefilled = self.sequence_s, self.prefilled_tokens
 
     def sequence_s_until(self, now_s: float) -> float:
-        """The integral of `sequences` over time, until now."""
+        """`sequences` is integrated over time, until now."""
         return self.sequence_s + self.sequences * max(0.0, now_s - self.at_s)
 
     def expect(self, ticket: Ticket, kv_tokens: int, left_tokens: float) -> None:
@@ -87,5 +87,5 @@ class ReplicaState(Candidate):
         ticket.kv_tokens, ticket.left_tokens = kv_tokens, left_tokens
 
     def _pass_time(self, now_s: float) -> None:
-        """Before `sequences` changes."""
+        """The integral is brought up to now, before `sequences` changes."""
         self.sequence_s, self.at_s = self.sequence_s_until(now_s), now_s

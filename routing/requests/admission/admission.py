@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from cluster.config import AdmissionConfig, ClassObjective
+from cluster.config import AdmissionConfig
 from cluster.errors import Reason, Refusal
 from routing.requests.admission.decisions import Decision, Demand, Refused, Wait
 from routing.requests.admission.forecast import Forecast
@@ -24,6 +24,7 @@ from routing.requests.admission.judging import Judge
 from routing.requests.admission.placing import Placing
 from routing.requests.admission.refusing import Refusals
 from routing.requests.admission.replicas import Replicas
+from routing.requests.admission.shared import Shared
 from routing.requests.fair_queue import FairQueue
 from routing.requests.prediction.decayed import Rate
 from routing.requests.prediction.pace import Lengths, Pace
@@ -39,17 +40,11 @@ _REFUSED_S = 30.0  # memory of what was refused, for `demand`
 class Admission:
     """Decides for one set of attention replicas. Each ticket ends with a Refused, `cancel` or `finish`."""
 
-    def __init__(
-        self, config: AdmissionConfig, choice: ReplicaChoice, rng: random.Random, quotas: Quotas | None = None
-    ) -> None:
-        """`quotas`: accounts that outlive this admission; its own if None."""
+    def __init__(self, config: AdmissionConfig, choice: ReplicaChoice, rng: random.Random, quotas: Quotas) -> None:
+        """The accounts of `quotas` may outlive this admission."""
         self._config = config
-        objectives: Mapping[Priority, ClassObjective] = {
-            Priority.SYSTEM: config.system,
-            Priority.INTERACTIVE: config.interactive,
-            Priority.BATCH: config.batch,
-        }
-        self._quotas = Quotas() if quotas is None else quotas
+        objectives = {priority: config.objective(priority.label) for priority in Priority}
+        self._quotas = quotas
         self._queues = {priority: FairQueue() for priority in Priority}
         self._tickets: dict[str, Ticket] = {}
         self._empty_since_s: float | None = None  # since when none is live; None: one is, or nobody has asked yet
@@ -58,10 +53,11 @@ class Admission:
         self._pace = Pace()
         self._replicas = Replicas(choice, self._pace, objectives)
         self._limits_at_s = -math.inf
-        self._forecast = Forecast(self._queues, self._replicas, self._pace)
-        self._refusals = Refusals(objectives, self._queues, self._quotas, self._forecast, rng)
-        self._judge = Judge(objectives, self._queues, self._replicas, self._pace, self._forecast, self._refusals)
-        self._placing = Placing(self._queues, self._replicas, self._forecast, self._quotas, rng, config.mode == "off")
+        shared = Shared(objectives, quotas, self._queues, self._replicas, self._pace, rng)
+        self._forecast = Forecast(shared)
+        self._refusals = Refusals(shared, self._forecast)
+        self._judge = Judge(shared, self._forecast, self._refusals)
+        self._placing = Placing(shared, self._forecast, config.mode == "off")
         self._refused = Rate(_REFUSED_S)  # sequences, for want of replicas
 
     # --- what the gateway tells ---
@@ -83,24 +79,24 @@ class Admission:
             if self._empty_since_s is None:
                 self._empty_since_s = now_s  # this admission is new and has not heard from the replicas yet
             if now_s - self._empty_since_s >= ticket.budget_s:
-                return [self._refused_for_load(ticket, Refused(ask.ticket, self._refusals.no_capacity()), now_s)]
+                return [self._refused_for_load(ticket, self._refusals.no_capacity(), now_s)]
         over = self._quotas.reserve(ask, now_s, self._forecast.mean_stay_s())
         if over is not None:
-            return [Refused(ask.ticket, self._refusals.over_quota(over))]
+            return [Refused(ask.ticket, self._refusals.jittered(over))]
         if (self._config.mode == "off" or not ask.sequences) and (place := self._placing.anywhere(ticket, now_s)):
             self._tickets[ask.ticket] = ticket
             return [self._placing.start(ticket, place, now_s)]
         queue = self._queues[ask.priority]
         queue.note_demand(ask.tenant, ticket.slots, now_s)
         ticket.tag = queue.next_tag(ask.tenant)
-        wait, refusal = self._judge.judge(ticket, now_s)
+        wait, ticket.predicted_ttft_s, refusal = self._judge.judge(ticket, now_s)
         displaced: list[Decision] = []
         if refusal is None and wait.seconds > 0 and self.waiting() >= self._config.max_waiting:
             refusal, displaced = self._displace(ticket, wait, now_s)
         if refusal is not None:
             if self._config.mode == "enforce":
                 self._quotas.refund(ask, now_s)
-                return [self._refused_for_load(ticket, Refused(ask.ticket, refusal), now_s)]
+                return [self._refused_for_load(ticket, refusal, now_s)]
             ticket.would_refuse = refusal.reason
         self._tickets[ask.ticket] = ticket
         queue.push(ticket)
@@ -125,24 +121,16 @@ class Admission:
             return self._placing.place_waiting(now_s)
         return self.finish(ticket_id, Usage(ticket.ask.prompt_tokens, ticket.generated_tokens, False), now_s)
 
-    def first_token(self, ticket_id: str, now_s: float) -> None:
-        """The first token came."""
-        ticket = self._tickets.get(ticket_id)
-        if ticket is None or ticket.state is not TicketState.PREFILLING or not ticket.slots:
-            return
-        state = self._replicas.running_at(ticket)
-        state.first_token(ticket, now_s)
-        self._pace.observe_prefill(ticket.ahead_tokens, now_s - ticket.placed_s, state.load.experts_queue_s, now_s)
-        self._judge.first_token(ticket, now_s)
-
     def progress(self, ticket_id: str, generated_tokens: int, now_s: float) -> None:
-        """So many tokens have been generated, over all sequences."""
+        """So many tokens have been generated, over all sequences. The first call says that the first token came."""
         ticket = self._tickets.get(ticket_id)
         if ticket is None or ticket.waits or not ticket.slots:
             return
-        if ticket.state is TicketState.PREFILLING:
-            self.first_token(ticket_id, now_s)
         state = self._replicas.running_at(ticket)
+        if ticket.state is TicketState.PREFILLING:
+            state.first_token(ticket, now_s)
+            self._pace.observe_prefill(ticket.ahead_tokens, now_s - ticket.placed_s, state.load.experts_queue_s, now_s)
+            self._judge.first_token(ticket, now_s)
         ticket.generated_tokens = max(ticket.generated_tokens, generated_tokens)
         left_tokens = ticket.expected_left_tokens()
         state.expect(ticket, _kv_tokens(ticket, left_tokens), left_tokens)
@@ -174,13 +162,13 @@ class Admission:
         ticket = self._tickets.get(ticket_id)
         if ticket is None:
             return []
-        if not (ticket.waits or ticket.ask.streamed or usage.complete or usage.generated_tokens):
-            usage = replace(usage, generated_tokens=self._forecast.probably_generated(ticket, now_s))
-        ask, tokens = ticket.ask, usage.prompt_tokens + usage.generated_tokens
         if ticket.waits:
             if ticket.moved:
                 ticket.generated_tokens = max(ticket.generated_tokens, usage.generated_tokens)
             return self.cancel(ticket_id, now_s)
+        if not (ticket.ask.streamed or usage.complete or usage.generated_tokens):
+            usage = replace(usage, generated_tokens=self._forecast.probably_generated(ticket, now_s))
+        ask, tokens = ticket.ask, usage.prompt_tokens + usage.generated_tokens
         self._replicas.remove(ticket, now_s)
         del self._tickets[ticket_id]
         self._quotas.commit(ask, tokens, now_s)
@@ -202,7 +190,7 @@ class Admission:
                 continue
             self._end_waiting(ticket, now_s)
             self._judge.missed(ticket)
-            decisions.append(self._refused_for_load(ticket, Refused(ticket.ask.ticket, refusal), now_s))
+            decisions.append(self._refused_for_load(ticket, refusal, now_s))
             refused += 1
         return decisions + self._placing.place_waiting(now_s) if refused else decisions
 
@@ -211,10 +199,6 @@ class Admission:
     def waiting(self) -> int:
         """Requests that wait."""
         return sum(len(queue) for queue in self._queues.values())
-
-    def running(self) -> int:
-        """Requests that were sent to replicas and have not ended."""
-        return len(self._tickets) - self.waiting()
 
     def demand(self, now_s: float) -> Demand:
         """What clients ask for now. What was refused lately counts up to as much again as can run, so that one wave of
@@ -264,13 +248,13 @@ class Admission:
             message = "a request of a higher class or of a tenant below its share took this one's place in the queue"
             refusal = self._refusals.overloaded(victim.ask, message, wait.seconds, wait.plane, Reason.DISPLACED, now_s)
             self._end_waiting(victim, now_s)
-            return None, [self._refused_for_load(victim, Refused(victim.ask.ticket, refusal), now_s)]
+            return None, [self._refused_for_load(victim, refusal, now_s)]
         message = f"{self.waiting()} requests wait, the limit (admission.max_waiting)"
         return self._refusals.overloaded(ask, message, wait.seconds, wait.plane, Reason.QUEUE_FULL, now_s), []
 
-    def _refused_for_load(self, ticket: Ticket, refused: Refused, now_s: float) -> Refused:
+    def _refused_for_load(self, ticket: Ticket, refusal: Refusal, now_s: float) -> Refused:
         self._refused.add(ticket.slots, now_s)
-        return refused
+        return Refused(ticket.ask.ticket, refusal)
 
     def _refresh_limits(self, now_s: float) -> None:
         if now_s - self._limits_at_s >= _LIMITS_HOLD_S:

@@ -7,21 +7,17 @@ prefill, or a step with nothing beside it, takes longer than its class is promis
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.config import ClassObjective
 from cluster.errors import Plane, Reason, Refusal
 from routing.requests.admission.decisions import Wait
 from routing.requests.admission.forecast import Forecast
 from routing.requests.admission.refusing import Refusals
-from routing.requests.admission.replicas import Replicas
-from routing.requests.fair_queue import FairQueue
+from routing.requests.admission.shared import Shared
 from routing.requests.prediction.margin import Margin
-from routing.requests.prediction.pace import Pace
 from routing.requests.prediction.releases import Room
 from routing.requests.request import Ask, Priority
 from routing.requests.ticket import Ticket
@@ -34,19 +30,8 @@ _MOST_AT_ONCE = 16  # waiting requests of a class that one tick refuses because 
 class Judge:
     """Predicts and compares; learns how much later than predicted first tokens come."""
 
-    def __init__(
-        self,
-        objectives: Mapping[Priority, ClassObjective],
-        queues: Mapping[Priority, FairQueue],
-        replicas: Replicas,
-        pace: Pace,
-        forecast: Forecast,
-        refusals: Refusals,
-    ) -> None:
-        self._objectives = objectives
-        self._queues = queues
-        self._replicas = replicas
-        self._pace = pace
+    def __init__(self, shared: Shared, forecast: Forecast, refusals: Refusals) -> None:
+        self._shared = shared
         self._forecast = forecast
         self._refusals = refusals
         self._margins = {priority: Margin() for priority in Priority}
@@ -54,33 +39,33 @@ class Judge:
 
     def budget_s(self, ask: Ask, uncached_tokens: int) -> float:
         """Most seconds from its submission to its first token."""
-        budget_s = self._objectives[ask.priority].ttft_s
-        own_s = self._margins[ask.priority].applied(self._pace.prefill_s(uncached_tokens, 0.0))
+        budget_s = self._shared.objectives[ask.priority].ttft_s
+        own_s = self._margins[ask.priority].applied(self._shared.pace.prefill_s(uncached_tokens, 0.0))
         if own_s > budget_s:
             budget_s += own_s
         return budget_s if ask.deadline_s is None else min(budget_s, ask.deadline_s)
 
-    def judge(self, ticket: Ticket, now_s: float) -> tuple[Wait, Refusal | None]:
-        """How long a new ticket would wait, and why it is refused, if it is. Sets its predicted TTFT, if there is one:
-        while every replica is away for a moment, requests wait as long as they have time.
+    def judge(self, ticket: Ticket, now_s: float) -> tuple[Wait, float | None, Refusal | None]:
+        """How long a new ticket would wait, its TTFT, and why it is refused, if it is. No TTFT is predicted while every
+        replica is away for a moment: requests then wait as long as they have time.
         """
-        if not self._replicas.live or not ticket.slots:
-            return self._forecast.wait(ticket, now_s), None
+        if not self._shared.replicas.live or not ticket.slots:
+            return self._forecast.wait(ticket, now_s), None, None
         ask = ticket.ask
         step_s, plane = self._forecast.best_step()
-        bearable_s = self._pace.bearable_step_s(self._objectives[ask.priority].tpot_s)
-        if step_s > bearable_s and not self._try_one(Reason.TPOT, self._pace.steps_seen_s(), now_s):
-            return Wait(0.0, plane), self._refusals.slow(ask, step_s, plane, now_s)
+        bearable_s = self._shared.pace.bearable_step_s(self._shared.objectives[ask.priority].tpot_s)
+        if step_s > bearable_s and not self._try_one(Reason.TPOT, self._shared.pace.steps_seen_s, now_s):
+            return Wait(0.0, plane), None, self._refusals.slow(ask, step_s, plane, now_s)
         wait = self._forecast.wait(ticket, now_s)
         predicted_s = wait.seconds + self._forecast.prefill_s(ticket, wait.seconds > 0)
-        ticket.predicted_ttft_s = predicted_s if math.isfinite(predicted_s) else None
+        ttft_s = predicted_s if math.isfinite(predicted_s) else None
         excess_s = self._margins[ask.priority].applied(predicted_s) - ticket.budget_s
         if excess_s <= 0:
-            return wait, None
-        if wait.seconds == 0 and self._try_one(Reason.TTFT, self._pace.prefill_seen_s(), now_s):
-            return wait, None
+            return wait, ttft_s, None
+        if wait.seconds == 0 and self._try_one(Reason.TTFT, self._shared.pace.prefill_seen_s, now_s):
+            return wait, ttft_s, None
         plane = wait.plane if wait.seconds > 0.5 * predicted_s else plane
-        return wait, self._refusals.late(ticket, predicted_s, excess_s, plane, now_s)
+        return wait, ttft_s, self._refusals.late(ticket, predicted_s, excess_s, plane, now_s)
 
     def first_token(self, ticket: Ticket, now_s: float) -> None:
         """A ticket's first token came."""
@@ -97,9 +82,9 @@ class Judge:
         """Waiting tickets that would miss, as things are."""
         found: list[tuple[Ticket, Refusal]] = []
         ahead = _Ahead(0.0, 0.0, 0.0)
-        for priority, queue in self._queues.items():
+        for priority, queue in self._shared.queues.items():
             if len(queue):
-                waiting = _Waiting(queue.first(len(queue)), now_s, bool(self._replicas.live))
+                waiting = _Waiting(queue.first(len(queue)), now_s, bool(self._shared.replicas.live))
                 for index in np.flatnonzero(waiting.by_time & (waiting.waited_s > waiting.budget_s)).tolist():
                     found.append((waiting.tickets[index], self._refusals.no_capacity()))
                 if not waiting.by_time.all():
@@ -113,7 +98,7 @@ class Judge:
         """Those of one class whose prediction exceeds their budget. Each that goes makes room for those behind it."""
         found: list[tuple[Ticket, Refusal]] = []
         room = self._forecast.room(priority, now_s)  # once: there may be hundreds of tickets, 20 times a second
-        passed = any(queue.wide for queue in self._queues.values()) and len(self._replicas.live) > 1
+        passed = any(queue.wide for queue in self._shared.queues.values()) and len(self._shared.replicas.live) > 1
         prefills_s = self._forecast.prefills_s(waiting.uncached_tokens)
         too_late = waiting.waited_s + prefills_s > waiting.budget_s
         while len(found) < _MOST_AT_ONCE:

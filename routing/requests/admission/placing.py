@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping
-
 from routing.requests.admission.decisions import Admitted, Decision
 from routing.requests.admission.forecast import Forecast
-from routing.requests.admission.replicas import Replicas
-from routing.requests.fair_queue import FairQueue
-from routing.requests.quota import Quotas
-from routing.requests.request import Grant, Priority
+from routing.requests.admission.shared import Shared
+from routing.requests.request import Grant
 from routing.requests.ticket import Ticket
 
 _BACKFILLED = 128  # waiting requests of a class that are looked at when some do not fit
@@ -19,28 +14,17 @@ _BACKFILLED = 128  # waiting requests of a class that are looked at when some do
 class Placing:
     """Gives leave to run."""
 
-    def __init__(
-        self,
-        queues: Mapping[Priority, FairQueue],
-        replicas: Replicas,
-        forecast: Forecast,
-        quotas: Quotas,
-        rng: random.Random,
-        send_at_once: bool,
-    ) -> None:
+    def __init__(self, shared: Shared, forecast: Forecast, send_at_once: bool) -> None:
         """`send_at_once`: to the best replica, whether there is room or not."""
-        self._queues = queues
-        self._replicas = replicas
+        self._shared = shared
         self._forecast = forecast
-        self._quotas = quotas
-        self._random = rng
         self._send_at_once = send_at_once
 
     def place_waiting(self, now_s: float) -> list[Decision]:
         """Start what fits, in order. One that does not fit is passed, but a replica is reserved for the first such."""
         decisions: list[Decision] = []
-        replicas = self._replicas
-        for queue in self._queues.values():
+        replicas = self._shared.replicas
+        for queue in self._shared.queues.values():
             if not len(queue):
                 continue
             for ticket in queue.first(_BACKFILLED):
@@ -59,25 +43,26 @@ class Placing:
     def _pick(self, ticket: Ticket, now_s: float) -> str | None:
         if self._send_at_once or not ticket.slots:
             return self.anywhere(ticket, now_s)
-        return self._replicas.pick(ticket, now_s)
+        return self._shared.replicas.pick(ticket, now_s)
 
     def anywhere(self, ticket: Ticket, now_s: float) -> str | None:
         """A replica for a ticket that needs no room there; None if none is live."""
-        states = self._replicas.open_to(ticket, now_s)
+        states = self._shared.replicas.open_to(ticket, now_s)
         if ticket.slots or not states:
-            return self._replicas.choice.best(ticket.ask, states)
-        return self._random.choice(states).load.replica_id
+            return self._shared.replicas.choice.best(ticket.ask, states)
+        return self._shared.rng.choice(states).load.replica_id
 
     def start(self, ticket: Ticket, replica_id: str, now_s: float) -> Admitted:
         """Send the ticket to a replica."""
-        ask, choice = ticket.ask, self._replicas.choice
+        ask, replicas = ticket.ask, self._shared.replicas
         uncached = 0
         if ticket.slots:
-            uncached = ticket.prompt_tokens - min(ticket.prompt_tokens, choice.cached_tokens(ask, replica_id))
-            choice.placed(ask, replica_id)
-        self._replicas.release(ticket)
-        self._replicas.add(ticket, replica_id, uncached, now_s)
+            cached = replicas.choice.cached_tokens(ask, replica_id)
+            uncached = ticket.prompt_tokens - min(ticket.prompt_tokens, cached)
+        replicas.release(ticket)
+        state = replicas.add(ticket, replica_id, uncached, now_s)
         if ticket.slots:
+            replicas.choice.placed(ask, state.load)
             self._forecast.placed(ticket)
-        limits = self._quotas.limits(ask.tenant, now_s)
+        limits = self._shared.quotas.limits(ask.tenant, now_s)
         return Admitted(Grant(ask.ticket, replica_id, ticket.predicted_ttft_s, ticket.would_refuse, limits))

@@ -60,7 +60,7 @@ class Replicas:
                     self._set_limits(state)
                     self._free.clear()
             live.append(state)
-        if len(live) != len(self.live) or live != self.live:
+        if live != self.live:
             gone = [state for state in self.live if state not in live]
             self.live = live
             for state in gone:

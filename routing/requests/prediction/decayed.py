@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 _OUTLIER = 5.0  # an observation counts as at most this many times what was expected
 
 
@@ -59,15 +61,13 @@ class Fit:
 
     def __init__(self, prior: Sequence[float], ridge: Sequence[float], memory_s: float) -> None:
         """`ridge[i]`: how strongly coefficient i is held, as the sum of x_i squared that equals the prior's weight."""
-        size = len(prior)
-        self._prior = tuple(prior)
-        self._ridge = tuple(ridge)
+        self._prior, self._ridge = np.array(prior), np.array(ridge)
         self._memory_s = memory_s
-        self._xx = [[0.0] * size for _ in range(size)]
-        self._xy = [0.0] * size
+        self._xx = np.zeros((len(prior), len(prior)))
+        self._xy = np.zeros(len(prior))
         self._count = 0.0
         self._at_s = -math.inf
-        self._solved: tuple[float, ...] | None = self._prior
+        self._solved: tuple[float, ...] | None = tuple(prior)
 
     def observe(self, x: Sequence[float], y: float, now_s: float) -> None:
         """One observation; far outliers are cut."""
@@ -77,11 +77,9 @@ class Fit:
         kept = math.exp(min(0.0, (self._at_s - now_s) / self._memory_s))
         self._at_s = max(self._at_s, now_s)
         self._count = self._count * kept + 1
-        for i, xi in enumerate(x):
-            row = self._xx[i]
-            for j, xj in enumerate(x):
-                row[j] = row[j] * kept + xi * xj
-            self._xy[i] = self._xy[i] * kept + xi * y
+        row = np.array(x)
+        self._xx = self._xx * kept + row[:, None] * row
+        self._xy = self._xy * kept + row * y
         self._solved = None
 
     def predict(self, x: Sequence[float]) -> float:
@@ -100,40 +98,17 @@ class Fit:
         if kept < 0.9:
             self._at_s = now_s
             self._count *= kept
-            self._xx = [[value * kept for value in row] for row in self._xx]
-            self._xy = [value * kept for value in self._xy]
+            self._xx, self._xy = self._xx * kept, self._xy * kept
             self._solved = None
 
     def _solve(self) -> tuple[float, ...]:
         """Coefficients that come out negative are set to zero and the rest is solved again."""
-        free = list(range(len(self._prior)))
-        while free:
-            rows = [
-                [self._xx[i][j] + (self._ridge[i] if i == j else 0.0) for j in free]
-                + [self._xy[i] + self._ridge[i] * self._prior[i]]
-                for i in free
-            ]
-            solution = _gauss(rows)
-            if min(solution) >= 0:
+        xx, xy = self._xx + np.diag(self._ridge), self._xy + self._ridge * self._prior
+        found, free = np.zeros(len(xy)), np.arange(len(xy))
+        while len(free):
+            solution = np.linalg.solve(xx[np.ix_(free, free)], xy[free])
+            if solution.min() >= 0:
+                found[free] = solution
                 break
-            free = [i for i, value in zip(free, solution, strict=True) if value >= 0]
-        found = [0.0] * len(self._prior)
-        if free:
-            for i, value in zip(free, solution, strict=True):
-                found[i] = value
-        return tuple(found)
-
-
-def _gauss(rows: list[list[float]]) -> list[float]:
-    """Solve a small symmetric positive definite system, given with its right side as last column."""
-    size = len(rows)
-    for pivot in range(size):
-        for below in range(pivot + 1, size):
-            factor = rows[below][pivot] / rows[pivot][pivot]
-            for column in range(pivot, size + 1):
-                rows[below][column] -= factor * rows[pivot][column]
-    solution = [0.0] * size
-    for i in reversed(range(size)):
-        known = sum(rows[i][j] * solution[j] for j in range(i + 1, size))
-        solution[i] = (rows[i][size] - known) / rows[i][i]
-    return solution
+            free = free[solution >= 0]
+        return tuple(found.tolist())

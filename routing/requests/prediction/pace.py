@@ -49,7 +49,7 @@ class Lengths:
         self._classes = {priority: _Ends() for priority in Priority}
 
     def end_probability(self, ask: Ask) -> float:
-        """Per token."""
+        """Each token of one of this request's sequences is the last one with this probability."""
         of_class = self._classes[ask.priority]
         prior = (of_class.ends + 1) / (of_class.tokens + _PRIOR_TOKENS)
         own = self._tenants.get((ask.tenant.name, ask.priority))
@@ -86,7 +86,7 @@ class Pace:
         self._steps = Fit((_PRIOR_STEP_S, 0.0, 0.0), (3.0, 3.0, 3.0), _MEMORY_S)
         self._prefill = Fit((_PRIOR_STEP_S, _PRIOR_PREFILL_S_PER_TOKEN), (3.0, 3e4), _MEMORY_S)
         self._prefilled_per_step = Mean(0.0, 0.02)
-        self._steps_seen_s = self._prefill_seen_s = -math.inf
+        self.steps_seen_s = self.prefill_seen_s = -math.inf  # when one was last observed
 
     def observe_steps(
         self, steps: float, took_s: float, running: float, prefilled_tokens: float, queue_s: float, now_s: float
@@ -97,12 +97,12 @@ class Pace:
         prefilled = prefilled_tokens / steps
         self._steps.observe((1.0, running, prefilled), max(0.0, took_s / steps - queue_s), now_s)
         self._prefilled_per_step.add(prefilled)
-        self._steps_seen_s = now_s
+        self.steps_seen_s = now_s
 
     def observe_prefill(self, tokens: float, took_s: float, queue_s: float, now_s: float) -> None:
         """A first token came `took_s` after the request was placed, with `tokens` to compute until then."""
         self._prefill.observe((1.0, tokens), max(0.0, took_s - queue_s), now_s)
-        self._prefill_seen_s = now_s
+        self.prefill_seen_s = now_s
 
     def step_s(self, running: float, queue_s: float) -> float:
         """Seconds per token beside so many running sequences, others' prefills included."""
@@ -123,10 +123,9 @@ class Pace:
         alone_s = self.alone_step_s()
         return promised_s if alone_s <= promised_s else promised_s + alone_s
 
-    def prefill_line(self) -> tuple[float, float]:
+    def prefill_line(self) -> tuple[float, ...]:
         """Seconds that every prefill takes, and seconds per token, without the experts' queue."""
-        fixed_s, per_token_s = self._prefill.coefficients()
-        return fixed_s, per_token_s
+        return self._prefill.coefficients()
 
     def most_running(self, step_s: float, queue_s: float) -> float:
         """How many sequences can run at a step time of at most `step_s`; below one if not even one can."""
@@ -135,14 +134,6 @@ class Pace:
         if left_s < 0:
             return 0.0
         return left_s / each if each > 0 else math.inf
-
-    def steps_seen_s(self) -> float:
-        """When a step was last observed; minus infinity: never."""
-        return self._steps_seen_s
-
-    def prefill_seen_s(self) -> float:
-        """When a prefill was last observed; minus infinity: never."""
-        return self._prefill_seen_s
 
     def forget(self, now_s: float) -> None:
         """Let time pass: what is not observed any more returns to the priors."""

@@ -29,7 +29,7 @@ class Stay:
     end_per_s: float  # hazard of ending before that
 
     def mean_s(self) -> float:
-        """Expected."""
+        """The request is expected to hold it for so many seconds."""
         if self.end_per_s * self.most_s < 1e-9:
             return self.prefill_s + self.most_s
         return self.prefill_s - math.expm1(-self.end_per_s * self.most_s) / self.end_per_s

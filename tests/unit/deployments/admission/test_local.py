@@ -6,6 +6,7 @@ import pytest
 
 from cluster.config import AdmissionConfig, ClassObjective
 from deployments.admission.local import LocalAdmission
+from deployments.admission.messages import Finish, Submit
 from routing.requests.admission import Admitted, Decision
 from routing.requests.quota import Quotas
 from routing.requests.request import Ask, Priority, ReplicaLoad, Tenant, Usage
@@ -24,9 +25,9 @@ def ask(ticket: str, tenant: Tenant = TENANT) -> Ask:
 class Gateway:
     """One that decides alone over its part."""
 
-    def __init__(self, share: float, quotas: Quotas | None = None) -> None:
+    def __init__(self, fraction: float, quotas: Quotas | None = None) -> None:
         self.heard: list[Decision] = []
-        self.admission = LocalAdmission(CONFIG, lambda: 0.0, self.heard.append, share, quotas)
+        self.admission = LocalAdmission(CONFIG, lambda: 0.0, self.heard.append, quotas or Quotas(), fraction)
         self.admission.set_loads(LOADS)
 
     def granted(self) -> list[str]:
@@ -37,7 +38,7 @@ def test_gateways_that_decide_alone_fill_the_replicas_together_and_what_they_ask
     gateways = [Gateway(0.5), Gateway(0.5)]
     for number in range(12):
         for gateway in gateways:
-            gateway.admission.submit(ask(f"{number}"))
+            gateway.admission.tell(Submit(ask(f"{number}")))
     assert [len(gateway.granted()) for gateway in gateways] == [8, 8]
     assert sum(gateway.admission.demand().in_replicas for gateway in gateways) == pytest.approx(24 / 8)
 
@@ -45,13 +46,13 @@ def test_gateways_that_decide_alone_fill_the_replicas_together_and_what_they_ask
 def test_one_that_decides_again_knows_what_was_spent_before() -> None:
     tenant, quotas = Tenant("t", tokens_per_minute=100), Quotas()
     first = Gateway(0.5, quotas)
-    first.admission.submit(ask("a", tenant))
-    first.admission.finish("a", Usage(10, 30))
+    first.admission.tell(Submit(ask("a", tenant)))
+    first.admission.tell(Finish("a", Usage(10, 30)))
     again = Gateway(0.5, quotas)
-    again.admission.submit(ask("b", tenant))
+    again.admission.tell(Submit(ask("b", tenant)))
     assert again.granted() == []
     whole = Gateway(1.0, quotas)
-    whole.admission.submit(ask("c", tenant))
+    whole.admission.tell(Submit(ask("c", tenant)))
     assert whole.granted() == ["c"]
 
 

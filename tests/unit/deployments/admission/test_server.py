@@ -23,6 +23,7 @@ from deployments.admission.waiting_room import WaitingRoom
 from routing.requests.quota import Quotas
 from routing.requests.request import Ask, Priority, ReplicaLoad, Tenant, Usage
 from tests.certificates import Authority
+from tests.unit.routing.requests.quotas import streams_of
 
 TOKEN = "t" * 64
 CONFIG = AdmissionConfig()
@@ -43,16 +44,16 @@ async def settled(there: Callable[[], bool]) -> None:
 class GatewayEnd:
     """One gateway's waiting room and its stream."""
 
-    def __init__(self, share: float = 0.5, tls: InternalTlsConfig | None = None) -> None:
+    def __init__(self, fraction: float = 0.5, tls: InternalTlsConfig | None = None) -> None:
         self.room = WaitingRoom(time.monotonic)
         self.room._loads = LOADS
         self.quotas = Quotas()
         self.client = AdmissionClient(
-            self.room, lambda: self._alone(share), self.quotas, time.monotonic, tls, reconnect_s=0.05
+            self.room, lambda: self._alone(fraction), self.quotas, time.monotonic, tls, reconnect_s=0.05
         )
 
-    def _alone(self, share: float) -> LocalAdmission:
-        return LocalAdmission(CONFIG, time.monotonic, self.room.decided, share, self.quotas)
+    def _alone(self, fraction: float) -> LocalAdmission:
+        return LocalAdmission(CONFIG, time.monotonic, self.room.decided, self.quotas, fraction)
 
     async def connected(self, wanted: bool = True) -> None:
         async with asyncio.timeout(20):
@@ -209,12 +210,12 @@ def test_a_common_admission_that_was_only_cut_off_is_told_nothing_twice() -> Non
             await one.connected()
             await one.room.admit(ask("e", tenant, prompt=10))
             one.room.finish("e", Usage(10, 0))
-            await asyncio.wait_for(settled(lambda: made._quotas.streams(tenant) == 1), 10)
+            await asyncio.wait_for(settled(lambda: streams_of(made._quotas, tenant) == 1), 10)
             (spending,) = made._quotas.spending(time.monotonic(), since_told=False)
             # a: reserved, b, c, d and e; less what a few seconds refill
             assert spending.tokens == pytest.approx(400 + 100 + 40 + 50 + 10, abs=120)
             one.room.finish("a", Usage(300, 30))
-            await asyncio.wait_for(settled(lambda: made._quotas.streams(tenant) == 0), 10)
+            await asyncio.wait_for(settled(lambda: streams_of(made._quotas, tenant) == 0), 10)
             (spending,) = made._quotas.spending(time.monotonic(), since_told=False)
             assert spending.tokens == pytest.approx(330 + 100 + 40 + 50 + 10, abs=120)
 
@@ -233,9 +234,9 @@ def test_a_gateway_that_comes_back_before_its_loss_was_noticed_keeps_its_tickets
                 await one.client.close()
                 await asyncio.sleep(0.1)
                 assert set(made._owners) == {"a"}
-                assert made._admission._admission.running() == 1
+                assert len(made._admission._admission._tickets) == 1
             await asyncio.wait_for(settled(lambda: not made._owners), 10)
-            assert made._admission._admission.running() == 0
+            assert not made._admission._admission._tickets
 
     asyncio.run(run())
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from cluster.errors import Overloaded
+from deployments.admission.messages import Event, Progress, Restore, Submit
 from deployments.admission.waiting_room import PROGRESS_INTERVAL_S, WaitingRoom
 from routing.requests.admission import Admitted, Decision, Refused
 from routing.requests.request import Ask, Grant, Priority, ReplicaLoad, Tenant, Usage
@@ -32,28 +33,21 @@ class Script:
         self.heard: list[tuple[str, str]] = []
         self.loads: Sequence[ReplicaLoad] = ()
         self.generated: dict[str, int] = {}  # of restored ones
+        self.fails_at: type[Event] | None = None
 
-    def submit(self, ask: Ask) -> None:
-        self.heard.append(("submit", ask.ticket))
-
-    def restore(self, ask: Ask, replica_id: str, generated_tokens: int) -> None:
-        self.heard.append(("restore " + replica_id, ask.ticket))
-        self.generated[ask.ticket] = generated_tokens
-
-    def cancel(self, ticket: str) -> None:
-        self.heard.append(("cancel", ticket))
-
-    def first_token(self, ticket: str) -> None:
-        self.heard.append(("first", ticket))
-
-    def progress(self, ticket: str, generated_tokens: int) -> None:
-        self.heard.append((f"progress {generated_tokens}", ticket))
-
-    def move(self, ticket: str) -> None:
-        self.heard.append(("move", ticket))
-
-    def finish(self, ticket: str, usage: Usage) -> None:
-        self.heard.append(("finish", ticket))
+    def tell(self, event: Event) -> None:
+        if type(event) is self.fails_at:
+            raise ZeroDivisionError
+        match event:
+            case Submit(ask):
+                self.heard.append(("submit", ask.ticket))
+            case Restore(ask, replica_id, generated_tokens):
+                self.heard.append(("restore " + replica_id, ask.ticket))
+                self.generated[ask.ticket] = generated_tokens
+            case Progress(ticket, generated_tokens):
+                self.heard.append((f"progress {generated_tokens}", ticket))
+            case _:
+                self.heard.append((type(event).__name__.lower(), event.ticket))
 
     def set_loads(self, loads: Sequence[ReplicaLoad]) -> None:
         self.loads = loads
@@ -85,7 +79,6 @@ def test_granted_progress_finished() -> None:
         await settle()
         room.decided(granted("a"))
         assert (await waiting).replica_id == "r0"
-        room.first_token("a")
         for tokens in (1, 2, 3):
             room.progress("a", tokens)
         clock.now_s += PROGRESS_INTERVAL_S
@@ -93,7 +86,7 @@ def test_granted_progress_finished() -> None:
         room.finish("a", Usage(5, 4))
         room.finish("a", Usage(5, 4))  # once is enough
         heard = [what for what, _ in script.heard]
-        assert heard == ["submit", "first", "progress 1", "progress 4", "finish"]
+        assert heard == ["submit", "progress 1", "progress 4", "finish"]
         assert room.open_tickets() == 0
 
     asyncio.run(run())
@@ -139,7 +132,7 @@ def test_a_client_that_leaves_around_the_decision(decision: Decision | None, tol
 def test_a_submission_that_cannot_be_made_leaves_no_ticket() -> None:
     async def run() -> None:
         room, script, _ = waiting_room()
-        script.submit = lambda ask: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+        script.fails_at = Submit
         with pytest.raises(ZeroDivisionError):
             await room.admit(ask("a"))
         assert room.open_tickets() == 0
@@ -185,6 +178,57 @@ def test_a_client_that_leaves_while_its_request_moves_is_charged_what_was_genera
         assert [what for what, _ in script.heard] == ["submit", "progress 1", "progress 3", "move", "cancel"]
         assert room.open_tickets() == 0
         room.finish("a", Usage(5, 3))  # harmless
+
+    asyncio.run(run())
+
+
+def test_the_first_progress_after_a_move_is_told_at_once() -> None:
+    async def run() -> None:
+        room, script, _ = waiting_room()
+        first = asyncio.create_task(room.admit(ask("a")))
+        await settle()
+        room.decided(granted("a"))
+        await first
+        room.progress("a", 1)
+        moving = asyncio.create_task(room.move("a"))
+        await settle()
+        room.decided(granted("a", "r1"))
+        await moving
+        for tokens in (2, 3):
+            room.progress("a", tokens)
+        heard = [what for what, _ in script.heard]
+        assert heard == ["submit", "progress 1", "progress 1", "move", "progress 2"]
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_is_lost_before_its_first_token_makes_no_progress() -> None:
+    async def run() -> None:
+        room, script, _ = waiting_room()
+        first = asyncio.create_task(room.admit(ask("a")))
+        await settle()
+        room.decided(granted("a"))
+        await first
+        for replica in ("r1", "r2"):
+            moving = asyncio.create_task(room.move("a"))
+            await settle()
+            room.decided(granted("a", replica))
+            await moving
+        room.progress("a", 1)
+        assert [what for what, _ in script.heard] == ["submit", "move", "move", "progress 1"]
+
+    asyncio.run(run())
+
+
+def test_one_that_was_granted_in_the_turn_of_a_change_over_runs_where_it_was_granted() -> None:
+    async def run() -> None:
+        room, _, _ = waiting_room()
+        waiting = asyncio.create_task(room.admit(ask("a")))
+        await settle()
+        room.decided(granted("a"))
+        room.decide_by(second := Script())  # before the task has seen its grant
+        assert (await waiting).replica_id == "r0"
+        assert second.heard == [("restore r0", "a")]
 
     asyncio.run(run())
 

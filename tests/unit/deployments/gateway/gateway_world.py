@@ -24,6 +24,7 @@ from deployments.gateway.meter import RequestMeters
 from deployments.gateway.pipeline import AnswerHead, Pipeline
 from deployments.gateway.upstream.pool import ReplicaPool
 from monitoring.metrics import GatewayMetrics
+from routing.requests.quota import Quotas
 from routing.requests.request import ReplicaLoad
 from routing.requests.tenants import TenantsFile
 
@@ -145,7 +146,7 @@ class World:
         objectives = admission or AdmissionConfig()
         self.pool = pool
         self.room = WaitingRoom(time.monotonic)
-        self.admission = LocalAdmission(objectives, time.monotonic, self.room.decided)
+        self.admission = LocalAdmission(objectives, time.monotonic, self.room.decided, Quotas())
         self.room.decide_by(self.admission)
         self.room.set_loads(pool.loads())
         self.config = GatewayConfig.model_validate({"max_resends": 2, **limits})

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from cluster.config import AdmissionConfig, ClassObjective
 from cluster.errors import NoCapacity, Overloaded, QuotaExceeded, Refusal
 from routing.requests.admission import Admission, Admitted, Decision, Refused
+from routing.requests.quota import Quotas
 from routing.requests.replica_choice import ReplicaChoice
 from routing.requests.request import Ask, Grant, Priority, ReplicaLoad, Tenant, Usage
 from routing.requests.ticket import TicketState
+from tests.unit.routing.requests.quotas import streams_of
 
 SYSTEM, INTERACTIVE, BATCH = Priority
 TENANT, OTHER = Tenant("t"), Tenant("other")
@@ -27,7 +29,7 @@ PATIENT = {
 
 def admission(*loads: ReplicaLoad, **settings: object) -> Admission:
     config = AdmissionConfig.model_validate(settings)
-    found = Admission(config, ReplicaChoice(), random.Random(0))
+    found = Admission(config, ReplicaChoice(), random.Random(0), Quotas())
     if loads:
         found.set_loads(loads, 0.0)
     return found
@@ -46,6 +48,11 @@ def ask(
     sequences: int = 1, deadline_s: float | None = None, hashes: tuple[int, ...] = (),
 ) -> Ask:  # fmt: skip
     return Ask(ticket, tenant, priority, prompt, new, sequences, hashes, deadline_s)
+
+
+def running_in(adm: Admission) -> int:
+    """Requests that were sent to replicas and have not ended."""
+    return len(adm._tickets) - adm.waiting()
 
 
 def grants(decisions: Sequence[Decision]) -> list[Grant]:
@@ -71,7 +78,7 @@ def saturate(adm: Admission, step_s: float, running: int, now_s: float) -> float
     tickets = [f"seen {number}" for number in range(running)]
     for ticket in tickets:
         adm.submit(ask(ticket, new=10_000), now_s)
-        adm.first_token(ticket, now_s)
+        adm.progress(ticket, 1, now_s)
     for step in range(1, 61):
         for ticket in tickets:
             adm.progress(ticket, step, now_s + step * step_s)
@@ -87,16 +94,16 @@ def test_a_request_is_placed_at_once_where_there_is_room() -> None:
     assert (grant.ticket, grant.replica_id, grant.would_refuse, grant.limits) == ("a", "r", None, None)
     assert grant.predicted_ttft_s is not None
     assert 0 < grant.predicted_ttft_s < 1
-    assert (adm.waiting(), adm.running()) == (0, 1)
+    assert (adm.waiting(), running_in(adm)) == (0, 1)
 
 
 def test_a_request_waits_when_slots_are_taken_and_the_next_release_places_it() -> None:
     adm = patient(load(slots=2))
     assert placed(adm.submit(ask("a"), 0.0) + adm.submit(ask("b"), 0.0)) == ["a", "b"]
     assert adm.submit(ask("c"), 0.0) == []
-    assert (adm.waiting(), adm.running()) == (1, 2)
+    assert (adm.waiting(), running_in(adm)) == (1, 2)
     assert placed(adm.finish("a", Usage(10, 20), 1.0)) == ["c"]
-    assert (adm.waiting(), adm.running()) == (0, 2)
+    assert (adm.waiting(), running_in(adm)) == (0, 2)
 
 
 def test_a_request_waits_when_kv_is_taken() -> None:
@@ -140,7 +147,7 @@ def test_classes_go_strictly_in_order_and_tenants_share_within_one() -> None:
     adm.submit(ask("o0", tenant=OTHER), 0.0)
     adm.submit(ask("s0", SYSTEM), 0.0)
     order, now_s = ["first"], 0.0
-    while adm.running():
+    while running_in(adm):
         now_s += 1.0
         order += placed(adm.finish(order[-1], Usage(10, 20), now_s))
     assert order[1] == "s0"
@@ -162,10 +169,10 @@ def test_off_sends_at_once_whatever_is_taken() -> None:
     sent = grants([one for number in range(10) for one in adm.submit(ask(str(number), deadline_s=1e-6), 0.0)])
     assert len(sent) == 10
     assert {grant.replica_id for grant in sent} == {"r", "s"}
-    assert (adm.waiting(), adm.running()) == (0, 10)
+    assert (adm.waiting(), running_in(adm)) == (0, 10)
     for number in range(10):
         adm.finish(str(number), Usage(10, 20), 1.0)
-    assert adm.running() == 0
+    assert running_in(adm) == 0
 
 
 # --- refusing ---
@@ -179,7 +186,7 @@ def test_without_replicas_for_longer_than_the_objective_all_is_refused_for_want_
     assert isinstance(refusal, NoCapacity)
     assert (refusal.reason, refusal.plane) == ("no_replica", "attention")
     assert refusal.retry_after_s > 0
-    assert (adm.waiting(), adm.running()) == (0, 0)
+    assert (adm.waiting(), running_in(adm)) == (0, 0)
 
 
 @pytest.mark.parametrize("mode", ["enforce", "shadow", "off"])
@@ -190,7 +197,7 @@ def test_while_every_replica_blinks_requests_wait(mode: str) -> None:
     assert adm.waiting() == 2
     assert placed(adm.set_loads([load(slots=4)], 13.0))[0] == "a"
     assert placed(adm.finish("a", Usage(10, 20), 13.1)) == (["b"] if mode != "off" else [])
-    assert adm.running() == 1
+    assert running_in(adm) == 1
 
 
 def test_waiting_for_replicas_is_bounded_by_the_objective_and_by_the_queue() -> None:
@@ -215,7 +222,7 @@ def test_what_came_while_replicas_were_away_teaches_no_margin() -> None:
         adm.submit(ask(ticket), 10.0)
     adm.cancel("c", 10.1)
     adm.set_loads([load()], 14.0)
-    adm.first_token("a", 14.9)
+    adm.progress("a", 1, 14.9)
     assert {priority: margin.value for priority, margin in adm._judge._margins.items()} == before
 
 
@@ -229,7 +236,7 @@ def test_quotas_bind_in_every_mode(mode: str) -> None:
     refusal = refused(adm.submit(ask("b", tenant=tenant), 0.0))
     assert isinstance(refusal, QuotaExceeded)
     assert (refusal.reason, refusal.plane) == ("requests_per_minute", "quota")
-    assert adm.running() == 1
+    assert running_in(adm) == 1
     assert placed(adm.submit(ask("c"), 0.0)) == ["c"]
 
 
@@ -253,7 +260,7 @@ def test_nothing_waits_where_nothing_may() -> None:
     for priority in Priority:
         refusal = refused(adm.submit(ask("b", priority), 0.0))
         assert (refusal.reason, refusal.plane) == ("queue_full", "attention")
-    assert (adm.waiting(), adm.running()) == (0, 1)
+    assert (adm.waiting(), running_in(adm)) == (0, 1)
 
 
 def test_a_full_queue_makes_room_for_a_higher_class() -> None:
@@ -315,7 +322,7 @@ def learn_slow_prefill(adm: Admission, s_per_token: float, now_s: float = 0.0) -
     for number in range(20):
         adm.submit(ask(f"slow {number}", prompt=1_000), now_s)
         now_s += 1_000 * s_per_token
-        adm.first_token(f"slow {number}", now_s)
+        adm.progress(f"slow {number}", 1, now_s)
         adm.finish(f"slow {number}", Usage(1_000, 1), now_s)
     return now_s
 
@@ -350,12 +357,12 @@ def test_a_pessimistic_picture_that_refuses_every_request_is_tried_after_a_while
     decisions = [adm.submit(ask(f"{at_s}", prompt=60_000, deadline_s=7.0), at_s) for at_s in later]
     tried = [at_s for at_s, found in zip(later, decisions, strict=True) if placed(found)]
     assert tried == [pytest.approx(now_s + 10.0), pytest.approx(now_s + 20.0)]  # one at a time
-    adm.first_token(f"{tried[0]}", tried[0] + 6.0)
+    adm.progress(f"{tried[0]}", 1, tried[0] + 6.0)
     adm.finish(f"{tried[0]}", Usage(60_000, 1), tried[0] + 6.0)
     adm.finish(f"{tried[1]}", Usage(60_000, 1), tried[1] + 6.0)
     for number in range(8):  # it is quick again, and what is seen of that counts
         adm.submit(ask(f"probe {number}", prompt=10_000), now_s + 40.0 + number)
-        adm.first_token(f"probe {number}", now_s + 40.1 + number)
+        adm.progress(f"probe {number}", 1, now_s + 40.1 + number)
         adm.finish(f"probe {number}", Usage(10_000, 1), now_s + 40.2 + number)
     assert placed(adm.submit(ask("now", prompt=60_000, deadline_s=7.0), now_s + 50.0)) == ["now"]
 
@@ -365,7 +372,7 @@ def test_steps_that_are_slow_on_an_idle_replica_are_no_overload() -> None:
     now_s = saturate(adm, 0.8, 1, 0.0)
     adm.cancel("seen 0", now_s)
     assert placed(adm.submit(ask("i"), now_s)) == ["i"]
-    assert adm.running() == 1
+    assert running_in(adm) == 1
 
 
 def test_a_replica_whose_steps_are_too_slow_takes_no_more_of_the_class_that_is_promised_faster_ones() -> None:
@@ -469,7 +476,7 @@ def test_tick_refuses_what_would_miss_and_gives_its_quota_back() -> None:
     refusal = refused(adm.tick(5.0))
     assert isinstance(refusal, Overloaded)
     assert refusal.reason == "waited"
-    assert (adm.waiting(), adm.running()) == (0, 1)
+    assert (adm.waiting(), running_in(adm)) == (0, 1)
     adm.finish("a", Usage(10, 20), 6.0)
     assert placed(adm.submit(ask("c", tenant=tenant), 6.0)) == ["c"]
 
@@ -491,7 +498,7 @@ def test_cancelling_a_waiting_or_running_request_places_the_next() -> None:
     assert placed(adm.cancel("a", 1.0)) == ["c"]
     assert placed(adm.finish("c", Usage(10, 0, False), 2.0)) == ["d"]
     assert adm.finish("d", Usage(10, 20), 3.0) == []
-    assert (adm.waiting(), adm.running()) == (0, 0)
+    assert (adm.waiting(), running_in(adm)) == (0, 0)
 
 
 def test_cancelling_what_holds_up_others_places_them() -> None:
@@ -507,9 +514,9 @@ def test_unknown_tickets_change_nothing() -> None:
     adm.submit(ask("a"), 0.0)
     for _ in range(2):
         assert adm.cancel("x", 1.0) == adm.finish("x", Usage(1, 1), 1.0) == adm.move("x", 1.0) == []
-        adm.first_token("x", 1.0)
+        adm.progress("x", 1, 1.0)
         adm.progress("x", 5, 1.0)
-    assert (adm.waiting(), adm.running()) == (0, 1)
+    assert (adm.waiting(), running_in(adm)) == (0, 1)
     assert adm.finish("a", Usage(10, 20), 2.0) == adm.finish("a", Usage(10, 20), 2.0) == []
 
 
@@ -517,12 +524,12 @@ def test_what_happens_to_a_waiting_ticket_before_it_runs_is_ignored() -> None:
     adm = patient(load(slots=1))
     adm.submit(ask("a"), 0.0)
     adm.submit(ask("b"), 0.0)
-    adm.first_token("b", 1.0)
+    adm.progress("b", 1, 1.0)
     adm.progress("b", 5, 1.0)
     assert adm.move("b", 1.0) == []
-    assert (adm.waiting(), adm.running()) == (1, 1)
+    assert (adm.waiting(), running_in(adm)) == (1, 1)
     assert adm.finish("b", Usage(10, 20), 1.0) == []
-    assert (adm.waiting(), adm.running()) == (0, 1)
+    assert (adm.waiting(), running_in(adm)) == (0, 1)
 
 
 def test_a_moved_request_goes_elsewhere_before_all_of_its_class() -> None:
@@ -577,7 +584,7 @@ def test_a_moved_request_with_nowhere_to_go_is_refused_after_its_objective_begun
     adm.move("a", 100.0)
     assert adm.tick(104.9) == []
     assert isinstance(refused(adm.tick(105.1)), NoCapacity)
-    assert (adm.waiting(), adm.running()) == (0, 0)
+    assert (adm.waiting(), running_in(adm)) == (0, 0)
 
 
 def test_what_was_generated_before_a_move_is_part_of_the_prompt() -> None:
@@ -596,7 +603,7 @@ def test_an_restored_request_holds_its_slot_and_its_stream() -> None:
     tenant = Tenant("t", max_streams=1)
     adm._quotas.restore(ask("a", tenant=tenant), 0.0)
     adm.restore(ask("a", tenant=tenant), "r", 0, 0.0)
-    assert adm.running() == 1
+    assert running_in(adm) == 1
     assert refused(adm.submit(ask("b", tenant=tenant), 0.0)).reason == "max_streams"
     assert adm.submit(ask("c"), 0.0) == []
     adm.progress("a", 5, 0.5)
@@ -618,9 +625,9 @@ def test_tickets_at_a_replica_that_is_gone_stay_until_they_end() -> None:
     adm = patient(load("r", 1), load("s", 1))
     (grant,) = grants(adm.submit(ask("a"), 0.0))
     adm.set_loads([load("s" if grant.replica_id == "r" else "r", 1)], 1.0)
-    assert adm.running() == 1
+    assert running_in(adm) == 1
     adm.finish("a", Usage(10, 20), 2.0)
-    assert adm.running() == 0
+    assert running_in(adm) == 0
     assert len(adm._replicas._states) == 1
 
 
@@ -630,7 +637,7 @@ def test_no_more_run_than_keep_the_promised_step_time() -> None:
     # Steps of 20 ms and 10 ms more per sequence: eight keep 0.1 s.
     for running in range(1, 7):
         adm.submit(ask(f"r{running}", new=100_000), now_s)
-        adm.first_token(f"r{running}", now_s)
+        adm.progress(f"r{running}", 1, now_s)
         start_s, step_s = now_s, 0.02 + 0.01 * running
         for step in range(1, 41):
             for number in range(1, running + 1):
@@ -638,10 +645,10 @@ def test_no_more_run_than_keep_the_promised_step_time() -> None:
         now_s = start_s + 40 * step_s
     for number in range(20):
         adm.submit(ask(f"more {number}", new=100_000), now_s)
-    assert adm.running() in (7, 8, 9)
-    before = adm.running()
+    assert running_in(adm) in (7, 8, 9)
+    before = running_in(adm)
     adm.submit(ask("urgent", SYSTEM, new=100_000), now_s)
-    assert adm.running() == before  # interactive ones run there: their promise binds this one too
+    assert running_in(adm) == before  # interactive ones run there: their promise binds this one too
 
 
 # --- what generates nothing ---
@@ -661,10 +668,10 @@ def test_what_generates_nothing_needs_no_room_and_is_never_judged() -> None:
     assert {grant.predicted_ttft_s for grant in found} == {None}
     assert {state.sequences for state in adm._replicas.live} == {1}
     for number in range(40):
-        adm.first_token(str(number), 1.0)
+        adm.progress(str(number), 1, 1.0)
         adm.progress(str(number), 0, 1.0)
         adm.finish(str(number), Usage(17, 0), 1.0)
-    assert adm.running() == 2
+    assert running_in(adm) == 2
 
 
 def test_what_generates_nothing_is_charged_what_it_counted() -> None:
@@ -884,7 +891,7 @@ class World:
             self.generated[ticket] = self.generated.get(ticket, 0) + rng.randint(0, 20)
             adm.progress(ticket, self.generated[ticket], self.now_s)
         elif what == "first":
-            adm.first_token(ticket, self.now_s)
+            adm.progress(ticket, 1, self.now_s)
         elif what == "move":
             self.lost.setdefault(ticket, set()).add(self.where[ticket])
             self.moved_s[ticket] = self.now_s
@@ -901,11 +908,11 @@ class World:
     def check(self) -> None:
         adm = self.adm
         assert adm.waiting() == len(self.of("waiting"))
-        assert adm.running() == len(self.of("admitted"))
+        assert running_in(adm) == len(self.of("admitted"))
         assert set(adm._tickets) == {*self.of("waiting"), *self.of("admitted")}
         for tenant in self.tenants:
             alive = [one for one, state in self.state.items() if state in ("waiting", "admitted")]
-            assert adm._quotas.streams(tenant) == sum(self.asks[one].tenant is tenant for one in alive)
+            assert streams_of(adm._quotas, tenant) == sum(self.asks[one].tenant is tenant for one in alive)
         for replica_id, state in adm._replicas._states.items():
             tickets = list(state.tickets.values())
             assert {one.ask.ticket for one in tickets} == {
@@ -941,7 +948,7 @@ def test_whatever_happens_every_ticket_ends_once_and_nothing_stays_counted(
             elif world.state[ticket] == "admitted":
                 world.end(ticket, Usage(0, 0, False))
         world.check()
-    assert adm.waiting() == adm.running() == 0
+    assert adm.waiting() == running_in(adm) == 0
     for state in adm._replicas._states.values():
         assert (state.sequences, state.queued_tokens, state.kv_tokens, sum(state.by_class)) == (0, 0, 0, 0)
         assert state.live

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from routing.requests import quota
 from routing.requests.quota import UNSTATED_NEW_TOKENS, Bucket, Quotas, reservation
 from routing.requests.request import Ask, Priority, Tenant
+from tests.unit.routing.requests.quotas import streams_of
 
 
 def ask(tenant: Tenant, prompt_tokens: int = 10, new_tokens: int = 40, ticket: str = "t") -> Ask:
@@ -83,7 +84,7 @@ def test_who_has_no_limits_is_never_refused() -> None:
     quotas, tenant = Quotas(), Tenant("t")
     for number in range(1000):
         assert quotas.reserve(ask(tenant, 10**6, 10**6), 0.0) is None
-        assert quotas.streams(tenant) == number + 1
+        assert streams_of(quotas, tenant) == number + 1
     assert quotas.limits(tenant, 0.0) is None
 
 
@@ -117,7 +118,7 @@ def test_a_refused_reservation_takes_nothing() -> None:
     quotas, tenant = Quotas(), Tenant("t", requests_per_minute=10, tokens_per_minute=100)
     for _ in range(20):
         assert quotas.reserve(ask(tenant, 50, 51), 0.0) is not None
-    assert quotas.streams(tenant) == 0
+    assert streams_of(quotas, tenant) == 0
     limits = quotas.limits(tenant, 0.0)
     assert limits is not None
     assert (limits.remaining_requests, limits.remaining_tokens) == (10, 100)
@@ -128,7 +129,7 @@ def test_what_is_given_back_counts_as_never_asked() -> None:
     for _ in range(5):
         assert quotas.reserve(ask(tenant), 0.0) is None
         quotas.refund(ask(tenant), 0.0)
-    assert quotas.streams(tenant) == 0
+    assert streams_of(quotas, tenant) == 0
 
 
 def test_an_ended_request_still_counts_as_a_request() -> None:
@@ -227,7 +228,7 @@ def test_a_request_that_generates_nothing_is_charged_its_prompt() -> None:
 
 def test_a_part_of_a_budget_refuses_for_a_while_what_only_the_whole_one_holds() -> None:
     quotas, tenant = Quotas(), Tenant("t", tokens_per_minute=1_000)
-    quotas.set_share(0.25)
+    quotas.set_fraction(0.25)
     large = ask(tenant, 10, 600)
     assert quotas.reserve(large, 0.0) is None  # overdraws this part, which pays for it
     quotas.commit(large, 610, 0.0)
@@ -261,7 +262,7 @@ def test_spending_is_handed_on_and_what_is_known_is_not_told_again() -> None:
         common.add(one, 0.0)
     common.restore(before, 0.0)
     common.commit(before, 60, 0.0)
-    assert common.streams(tenant) == 0
+    assert streams_of(common, tenant) == 0
     limits = common.limits(tenant, 0.0)
     assert limits is not None
     assert (limits.remaining_requests, limits.remaining_tokens) == (58, 520)
@@ -304,7 +305,7 @@ def test_what_already_runs_is_taken_beyond_every_limit() -> None:
     quotas, tenant = Quotas(), Tenant("t", requests_per_minute=1, tokens_per_minute=50, max_streams=1)
     for _ in range(3):
         quotas.take(ask(tenant), 0.0)
-    assert quotas.streams(tenant) == 3
+    assert streams_of(quotas, tenant) == 3
     limits = quotas.limits(tenant, 0.0)
     assert limits is not None
     assert (limits.remaining_requests, limits.remaining_tokens) == (0, 0)

@@ -51,7 +51,7 @@ def test_a_prefix_goes_where_it_went_before() -> None:
     first = ask("1", prompt=prompt, prompt_tokens=800)
     home = choice.best(first, [replica("a"), replica("b"), replica("c")])
     assert home is not None
-    choice.placed(first, home)
+    choice.placed(first, replica(home).load)
     for number in range(20):
         again = ask(str(number), prompt=prompt + f"Question {number}", prompt_tokens=810)
         assert choice.best(again, [replica("a"), replica("b"), replica("c")]) == home
@@ -63,8 +63,8 @@ def test_a_prefix_goes_where_it_went_before() -> None:
 def test_the_longer_shared_prefix_wins() -> None:
     choice = ReplicaChoice()
     system, history = "s" * 1024, "h" * 2048
-    choice.placed(ask(prompt=system), "short")
-    choice.placed(ask(prompt=system + history), "long")
+    choice.placed(ask(prompt=system), replica("short").load)
+    choice.placed(ask(prompt=system + history), replica("long").load)
     asked = ask(prompt=system + history + "q", prompt_tokens=800)
     assert choice.best(asked, [replica("short"), replica("long")]) == "long"
 
@@ -72,7 +72,7 @@ def test_the_longer_shared_prefix_wins() -> None:
 def test_a_queue_longer_than_the_prefix_saves_sends_it_elsewhere() -> None:
     choice = ReplicaChoice()
     asked = ask(prompt="p" * 2560, prompt_tokens=600)
-    choice.placed(asked, "home")
+    choice.placed(asked, replica("home").load)
     short, long = (replica("home", slots=64, sequences=1, queued=queued) for queued in (300, 900))
     assert choice.best(asked, [short, replica("other", slots=64)]) == "home"
     assert choice.best(asked, [long, replica("other", slots=64)]) == "other"
@@ -110,6 +110,6 @@ def test_the_index_is_no_larger_than_the_replica_s_cache() -> None:
     old, new = ask(prompt="old " * 640, prompt_tokens=640), ask(prompt="new " * 640, prompt_tokens=640)
     for one in (old, new):
         assert choice.best(one, [small]) == "small"
-        choice.placed(one, "small")
+        choice.placed(one, small.load)
     assert choice.cached_tokens(new, "small") > 0
     assert choice.cached_tokens(old, "small") == 0

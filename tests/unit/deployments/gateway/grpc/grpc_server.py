@@ -24,6 +24,7 @@ from deployments.gateway.meter import RequestMeters
 from deployments.gateway.models import ModelPages
 from deployments.gateway.pipeline import Pipeline
 from monitoring.metrics import GatewayMetrics
+from routing.requests.quota import Quotas
 from routing.requests.request import ReplicaLoad
 from routing.requests.tenants import TenantsFile
 
@@ -108,7 +109,7 @@ class World:
         self.replicas = replicas
         self.config = config
         self.room = WaitingRoom(time.monotonic)
-        self.room.decide_by(LocalAdmission(AdmissionConfig(), time.monotonic, self.room.decided))
+        self.room.decide_by(LocalAdmission(AdmissionConfig(), time.monotonic, self.room.decided, Quotas()))
         self.room.set_loads(replicas.loads())
         self.registry = CollectorRegistry()
         meters = RequestMeters(GatewayMetrics(self.registry), AdmissionConfig(), time.monotonic)
