@@ -20,9 +20,10 @@ from deployments.gateway.detokenizer import ModelTokenizer
 from deployments.gateway.head import Head
 from deployments.gateway.lease import BodyMemory, Lease, new_ticket
 from deployments.gateway.limit_headers import rate_limit_headers
-from deployments.gateway.meter import RequestMeter, RequestMeters, State
+from deployments.gateway.meter import RequestMeter
 from deployments.gateway.open_requests import OpenRequests, Session
 from deployments.gateway.outline import Outline, outline
+from deployments.gateway.paths import MESSAGES
 from deployments.gateway.upstream.attempts import Attempts
 from deployments.gateway.upstream.pool import ReplicaPool
 from routing.requests.prediction.prompt_size import PromptSize
@@ -30,8 +31,6 @@ from routing.requests.prefix_index import prefix_hashes
 from routing.requests.request import Ask, Grant, Priority, Tenant
 from routing.requests.tenants import TenantsFile
 
-GENERATE_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
-OTHER_PATHS = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 UNKNOWN_BOUND = 1024  # new tokens of a sequence, while no replica has said how long its context is
 
 logger = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ class Pipeline:
         room: WaitingRoom,
         pool: ReplicaPool,
         tokenizer: ModelTokenizer,
-        meters: RequestMeters,
+        meter: RequestMeter,
         log_bodies: bool = False,
     ) -> None:
         """`models`: the model's name, then its further ones. `log_bodies`: request bodies go to the log, as debug
@@ -69,7 +68,7 @@ class Pipeline:
         self._room = room
         self._pool = pool
         self._tokenizer = tokenizer
-        self._meters = meters
+        self._meter = meter
         self._log_bodies = log_bodies
         self._prompt_size = PromptSize()
         self._memory = BodyMemory(config.max_bodies_mib * 2**20)
@@ -93,10 +92,10 @@ class Pipeline:
         `session`: the call that it came on, which has been let in already. Raises DeepsplitError: of those that refuse
         strangers and too many at once, so that they cannot make the gateway hold their bodies.
         """
-        lease = Lease(head, self._room, self._memory, self._prompt_size, self._meter(head))
+        lease = self._lease(head)
         try:
             async with lease.bounded(self._config.request_timeout_s):
-                lease.identified(self.identify(head.key) if session is None else session.tenant)
+                lease.tenant = self.identify(head.key) if session is None else session.tenant
                 if (total_s := head.total_s()) is not None:
                     lease.shorten(total_s)
                 if session is None:
@@ -113,19 +112,18 @@ class Pipeline:
         """A call that brings one request after another. One that is refused counts as a request: raises
         Unauthenticated, Draining, Overloaded, QuotaExceeded.
         """
-        meter = self._meter(head)
+        lease = self._lease(head)
         with ExitStack() as stack:
             try:
-                tenant = self.identify(head.key)
-                meter.identified(tenant)
-                session = stack.enter_context(self.open_requests.session(tenant))
+                lease.tenant = self.identify(head.key)
+                session = stack.enter_context(self.open_requests.session(lease.tenant))
             except DeepsplitError as error:
-                meter.end(State.ARRIVED, error, 0, None, 0)
+                lease.end(error)
                 raise
             yield session
 
-    def _meter(self, head: Head) -> RequestMeter:
-        return self._meters.request(head, self._models[0], head.path in GENERATE_PATHS)
+    def _lease(self, head: Head) -> Lease:
+        return Lease(head, self._room, self._memory, self._prompt_size, self._meter)
 
     # --- outline ---
 
@@ -183,7 +181,7 @@ class Pipeline:
         self, lease: Lease, outlined: Outline, body: bytes
     ) -> AsyncGenerator[AnswerHead | bytes, None]:
         """The answer's head, and then its chunks. Raises DeepsplitError, before the head or later."""
-        if outlined.model is None and lease.head.path == "/v1/messages":  # where the engine takes no empty name
+        if outlined.model is None and lease.head.path == MESSAGES:  # where the engine takes no empty name
             body = msgspec.json.encode({**outlined.fields, "model": self._models[0]})
         grant = await lease.admit(self._ask(lease, outlined))
         attempts = Attempts(lease, outlined, body, self._pool, self._tokenizer.decode, self._config.max_resends)

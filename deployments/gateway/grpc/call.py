@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
 import grpc
 from google.protobuf.message import Message
@@ -76,7 +77,7 @@ class RequestContext:
     def named(self, request_id: str) -> None:
         """The message has an id of its own, which goes before what metadata say; empty: it has none."""
         if request_id:
-            self.lease.named(clean_id(request_id))
+            self.lease.head = replace(self.lease.head, request_id=clean_id(request_id))
             self.call.end_with(self.lease.head)
 
     async def ask(self, body: bytes) -> bytes:

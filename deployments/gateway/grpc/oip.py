@@ -13,14 +13,14 @@ from deployments.gateway.grpc.answers import completion_chunk, completion_respon
 from deployments.gateway.grpc.call import RequestContext, SessionContext
 from deployments.gateway.grpc.errors import failure
 from deployments.gateway.grpc.oip_text import DATATYPES, TEXT_INPUT, TEXT_OUTPUT, VERSION, TextRequest, read
+from deployments.gateway.paths import COMPLETIONS
 from deployments.gateway.pipeline import Pipeline
 from deployments.protos.inference import open_inference_pb2 as pb
 from deployments.protos.inference import open_inference_pb2_grpc
 
 PLATFORM = "vllm"
-_COMPLETIONS = "/v1/completions"
-PATHS = {"/inference.GRPCInferenceService/ModelInfer": _COMPLETIONS}
-SESSIONS = {"/inference.GRPCInferenceService/ModelStreamInfer": _COMPLETIONS}
+PATHS = {"/inference.GRPCInferenceService/ModelInfer": COMPLETIONS}
+SESSIONS = {"/inference.GRPCInferenceService/ModelStreamInfer": COMPLETIONS}
 _EXTENSIONS = ("model_stream_infer", "binary_tensor_data")
 
 

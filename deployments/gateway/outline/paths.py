@@ -14,6 +14,15 @@ from pydantic import BaseModel, Field, ValidationError
 from cluster.errors import RequestError
 from deployments.gateway.outline.body import MAX_PARTS, Fields, parse, too_many_parts
 from deployments.gateway.outline.prompt import PromptText
+from deployments.gateway.paths import (
+    CHAT,
+    COMPLETIONS,
+    COUNT_TOKENS,
+    DETOKENIZE,
+    MESSAGES,
+    RESPONSES,
+    TOKENIZE,
+)
 
 COMPLETIONS_NEW_TOKENS = 16  # the engine's default of max_tokens for /v1/completions, for null as well
 MAX_NEW_TOKENS = 2**31 - 1  # of one sequence; what is asked beyond it is as good as no bound
@@ -239,13 +248,13 @@ class _Detokenize(_Request):
 
 
 _SCHEMAS: dict[str, type[_Request]] = {
-    "/v1/completions": _Completion,
-    "/v1/chat/completions": _Chat,
-    "/v1/responses": _Responses,
-    "/v1/messages": _Messages,
-    "/v1/messages/count_tokens": _CountTokens,
-    "/tokenize": _Tokenize,
-    "/detokenize": _Detokenize,
+    COMPLETIONS: _Completion,
+    CHAT: _Chat,
+    RESPONSES: _Responses,
+    MESSAGES: _Messages,
+    COUNT_TOKENS: _CountTokens,
+    TOKENIZE: _Tokenize,
+    DETOKENIZE: _Detokenize,
 }
 
 

@@ -21,12 +21,11 @@ from deployments.gateway.head import Head, read_head
 from deployments.gateway.models import ModelPages
 from deployments.gateway.openapi import ServerDescription
 from deployments.gateway.operator_pages import OperatorPages
-from deployments.gateway.pipeline import GENERATE_PATHS, OTHER_PATHS, Pipeline
+from deployments.gateway.paths import MODELS, POST_PATHS
+from deployments.gateway.pipeline import Pipeline
 from deployments.gateway.rest.errors import error_response, http_error_response
 from deployments.gateway.rest.middleware import EveryRequest, cors, reported
 from deployments.gateway.rest.writer import AnswerWriter
-
-POST_PATHS = (*GENERATE_PATHS, *OTHER_PATHS)
 
 
 class RestApi:
@@ -51,8 +50,8 @@ class RestApi:
                 Route("/version", self._version),
                 Route("/openapi.json", self._openapi),
                 *pages.routes(pipeline),
-                Route("/v1/models", self._list_models),
-                Route("/v1/models/{model:path}", self._retrieve_model),
+                Route(MODELS, self._list_models),
+                Route(MODELS + "/{model:path}", self._retrieve_model),
                 *(Route(path, _PipelineEndpoint(path, pipeline, config), methods=["POST"]) for path in POST_PATHS),
             ],
             middleware=[*cors(config.cors_origins), Middleware(EveryRequest)],
@@ -74,12 +73,12 @@ class RestApi:
         return Response(await self._description.openapi(), media_type="application/json")
 
     async def _list_models(self, request: Request) -> Response:
-        async with self._pipeline.open(_head(request, "/v1/models")) as lease:
+        async with self._pipeline.open(_head(request, MODELS)) as lease:
             lease.status = 200
             return JSONResponse({"object": "list", "data": self._models.visible(lease.tenant)})
 
     async def _retrieve_model(self, request: Request) -> Response:
-        async with self._pipeline.open(_head(request, "/v1/models/{model}")) as lease:
+        async with self._pipeline.open(_head(request, MODELS + "/{model}")) as lease:
             model = self._models.retrieve(lease.tenant, request.path_params["model"])
             lease.status = 200
             return JSONResponse(model)

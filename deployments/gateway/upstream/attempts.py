@@ -16,10 +16,10 @@ from cluster.errors import EngineKilled, ReplicaLost, ReplicaUnavailable, Stream
 from deployments.directory.members import ResponseHead
 from deployments.gateway.lease import Lease
 from deployments.gateway.outline import Outline
+from deployments.gateway.paths import CHAT, COMPLETIONS, RESPONSES
 from deployments.gateway.upstream import sse
 from deployments.gateway.upstream.continuation import Continuation, Decode
 from deployments.gateway.upstream.engine_messages import in_our_words
-from deployments.gateway.upstream.events import CHAT, COMPLETIONS
 from deployments.gateway.upstream.pool import ReplicaPool
 
 _JSON = "application/json"
@@ -99,7 +99,7 @@ class Attempts:
     async def _attempt(self, path: str, body: bytes) -> AsyncGenerator[ResponseHead | bytes, None]:
         replica_id = self._lease.replica_id
         self._had_tokens = self._events.generated_tokens
-        self._lease.sent()
+        self._lease.sent_to.append(replica_id)
         upstream = self._pool.send(replica_id, self._lease.head.method, path, body, self._lease.head.passed_on())
         async with aclosing(upstream):
             head = await anext(upstream)
@@ -164,7 +164,7 @@ class Attempts:
         """How the replica refuses the same request without a stream, of one token at most. Raises `lost` if it does
         not.
         """
-        bound = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+        bound = "max_output_tokens" if path == RESPONSES else "max_tokens"
         body = msgspec.json.encode({**self._outline.fields, "stream": False, bound: 1})
         upstream = self._pool.send(self._lease.replica_id, "POST", path, body, self._lease.head.passed_on())
         try:

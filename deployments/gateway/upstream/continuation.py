@@ -13,7 +13,8 @@ import msgspec
 
 from cluster.errors import StreamLost
 from deployments.gateway.outline import Outline
-from deployments.gateway.upstream.events import CHAT, COMPLETIONS, AnswerEvents
+from deployments.gateway.paths import CHAT, COMPLETIONS
+from deployments.gateway.upstream.events import AnswerEvents
 from deployments.gateway.upstream.sse import EventSplitter
 
 # (token ids, skip special tokens) -> text

@@ -9,9 +9,9 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 
 from deployments.gateway.outline import Fields, Outline, nested_too_deeply
+from deployments.gateway.paths import CHAT, COMPLETIONS
 from deployments.gateway.upstream.sse import DONE, EventSplitter, data_at
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 _LAST_EVENTS = ("message_stop", "response.completed", "response.incomplete", "response.failed")
 
 

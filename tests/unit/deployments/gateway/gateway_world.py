@@ -20,7 +20,7 @@ from deployments.admission.waiting_room import WaitingRoom
 from deployments.directory.members import ResponseHead
 from deployments.gateway.detokenizer import ModelTokenizer
 from deployments.gateway.head import read_head
-from deployments.gateway.meter import RequestMeters
+from deployments.gateway.meter import RequestMeter
 from deployments.gateway.pipeline import AnswerHead, Pipeline
 from deployments.gateway.upstream.pool import ReplicaPool
 from monitoring.metrics import GatewayMetrics
@@ -157,7 +157,7 @@ class World:
             self.room,
             cast(ReplicaPool, pool),
             cast(ModelTokenizer, Words()),
-            RequestMeters(GatewayMetrics(self.registry), objectives, time.monotonic),
+            RequestMeter(GatewayMetrics(self.registry), objectives, time.monotonic, models[0]),
             log_bodies,
         )
 

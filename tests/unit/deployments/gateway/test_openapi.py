@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from cluster.errors import NoCapacity, Plane, Reason
 from deployments.gateway.openapi import ServerDescription, gateway_document
-from deployments.gateway.rest.api import POST_PATHS
+from deployments.gateway.paths import POST_PATHS
 from tests.unit.deployments.gateway.gateway_world import FakePool
 from tests.unit.deployments.gateway.rest.rest_world import RestWorld
 

@@ -20,7 +20,7 @@ from deployments.admission.local import LocalAdmission
 from deployments.admission.waiting_room import WaitingRoom
 from deployments.directory.members import ResponseHead
 from deployments.gateway.grpc.server import GrpcServer
-from deployments.gateway.meter import RequestMeters
+from deployments.gateway.meter import RequestMeter
 from deployments.gateway.models import ModelPages
 from deployments.gateway.pipeline import Pipeline
 from monitoring.metrics import GatewayMetrics
@@ -111,9 +111,9 @@ class World:
         self.room.decide_by(LocalAdmission(AdmissionConfig(), time.monotonic, self.room.decided))
         self.room.set_loads(replicas.loads())
         self.registry = CollectorRegistry()
-        meters = RequestMeters(GatewayMetrics(self.registry), AdmissionConfig(), time.monotonic)
+        meter = RequestMeter(GatewayMetrics(self.registry), AdmissionConfig(), time.monotonic, MODEL)
         tenants = TenantsFile(keys)
-        self.pipeline = Pipeline((MODEL, "alias"), config, tenants, self.room, replicas, Words(), meters)
+        self.pipeline = Pipeline((MODEL, "alias"), config, tenants, self.room, replicas, Words(), meter)
         self.models = ModelPages((MODEL, "alias"), 17, replicas.loads)
 
     def server(self, read_timeout_s: float = 10.0) -> GrpcServer:
