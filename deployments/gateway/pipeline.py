@@ -14,18 +14,19 @@ from dataclasses import dataclass
 import msgspec
 
 from cluster.config import GatewayConfig
-from cluster.errors import DeepsplitError, ModelNotFound, PermissionDenied, RequestError
+from cluster.errors import DeepsplitError, PermissionDenied, RequestError
 from deployments.admission.waiting_room import WaitingRoom
 from deployments.gateway.detokenizer import ModelTokenizer
 from deployments.gateway.head import Head
 from deployments.gateway.lease import BodyMemory, Lease, new_ticket
 from deployments.gateway.limit_headers import rate_limit_headers
 from deployments.gateway.meter import RequestMeter
+from deployments.gateway.models import may_use, no_model
 from deployments.gateway.open_requests import OpenRequests, Session
 from deployments.gateway.outline import Outline, outline
 from deployments.gateway.paths import MESSAGES
 from deployments.gateway.upstream.attempts import Attempts
-from deployments.gateway.upstream.pool import ReplicaPool
+from deployments.gateway.upstream.pool import ReplicaPool, longest_context
 from routing.requests.prediction.prompt_size import PromptSize
 from routing.requests.prefix_index import prefix_hashes
 from routing.requests.request import Ask, Grant, Priority, Tenant
@@ -144,8 +145,8 @@ class Pipeline:
 
     def _check_model(self, tenant: Tenant, model: str | None) -> None:
         if model is not None and model not in self._models:
-            raise ModelNotFound(f"the model {model!r} does not exist; this server has {self._models[0]!r}")
-        if tenant.models is not None and not set(self._models) & set(tenant.models):
+            raise no_model(model, self._models)
+        if not may_use(tenant, self._models):
             raise PermissionDenied(
                 f"tenant {tenant.name} may not use {self._models[0]!r}: see `models` in the keys file"
             )
@@ -172,8 +173,7 @@ class Pipeline:
         raise RequestError(f"the prompt has {tokens} tokens, this server's limit is {own} (gateway.max_prompt_tokens)")
 
     def _context_tokens(self) -> int | None:
-        """Longest prompt plus completion of any replica; None while no replica has said."""
-        return max((load.max_model_len for load in self._pool.loads()), default=0) or None
+        return longest_context(self._pool.loads())
 
     # --- admission, attempts ---
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from contextlib import ExitStack
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from cluster.addresses import bracketed
 from cluster.config import GatewayConfig
 from cluster.errors import StartupError
 from cluster.tls.grpc_credentials import public_server_credentials
@@ -60,7 +60,7 @@ class GrpcServer:
         with ExitStack() as stack:
             for one in bound:
                 address, port, *_ = stack.enter_context(one).getsockname()
-                self._add_port(server, f"[{address}]:{port}" if one.family is socket.AF_INET6 else f"{address}:{port}")
+                self._add_port(server, f"{bracketed(address)}:{port}")
         await server.start()
         self._server = server
         return port

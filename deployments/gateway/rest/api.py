@@ -26,6 +26,7 @@ from deployments.gateway.pipeline import Pipeline
 from deployments.gateway.rest.errors import error_response, http_error_response
 from deployments.gateway.rest.middleware import EveryRequest, cors, reported
 from deployments.gateway.rest.writer import AnswerWriter
+from deployments.hosting.http_server import until_disconnect
 
 
 class RestApi:
@@ -137,7 +138,7 @@ async def _while_connected(receive: Receive) -> AsyncIterator[None]:
                 if within and not connection.expired():
                     connection.reschedule(loop.time())
 
-            leaving = loop.create_task(_until_disconnect(receive))
+            leaving = loop.create_task(until_disconnect(receive))
             leaving.add_done_callback(gone)
             try:
                 yield
@@ -146,11 +147,6 @@ async def _while_connected(receive: Receive) -> AsyncIterator[None]:
                 leaving.cancel()
     except TimeoutError as error:
         raise ClientGone("the client went away") from error
-
-
-async def _until_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _on_deepsplit_error(request: Request, error: Exception) -> Response:

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 from cluster.errors import DeepsplitError, Draining, EngineRefused, ModelNotFound, Refusal, Unauthenticated
 from deployments.gateway.limit_headers import retry_headers
 from deployments.gateway.paths import MESSAGES, RESPONSES
+from deployments.gateway.upstream.events import json_object
 
 _MOST_ENGINE_TEXT = 500  # bytes of an answer that is no error in either shape
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -37,11 +38,8 @@ def error_event(path: str, error: DeepsplitError) -> bytes:
 
 def event_of(path: str, status: int, body: bytes) -> bytes:
     """The engine's error response as the event of a stream that has begun."""
-    try:
-        told = msgspec.json.decode(body)
-    except (ValueError, RecursionError):
-        told = None
-    if isinstance(told, dict) and isinstance(told.get("error"), dict):
+    told = json_object(body)
+    if told is not None and isinstance(told.get("error"), dict):
         return _event(path, told)
     text = body[:_MOST_ENGINE_TEXT].decode(errors="replace")
     return _event(path, _shape(path, status, f"the engine answered {status}: {text}", None, EngineRefused.outcome))

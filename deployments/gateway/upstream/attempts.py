@@ -20,7 +20,7 @@ from deployments.gateway.paths import CHAT, COMPLETIONS, RESPONSES
 from deployments.gateway.upstream import sse
 from deployments.gateway.upstream.continuation import Continuation, Decode
 from deployments.gateway.upstream.engine_messages import in_our_words
-from deployments.gateway.upstream.pool import ReplicaPool
+from deployments.gateway.upstream.pool import ReplicaPool, longest_context
 
 _JSON = "application/json"
 # What a replica answers while its engine dies or starts: nothing has been generated, so another one may be asked.
@@ -67,7 +67,7 @@ class Attempts:
                     return
                 self._may_go_on(error)
             if self._begun:
-                path, body = await self._events.continue_request(self._context_tokens())
+                path, body = await self._events.continue_request(longest_context(self._pool.loads()))
             else:
                 self._events = self._fresh()  # what the lost attempt showed is forgotten
             await self._lease.move()
@@ -191,6 +191,3 @@ class Attempts:
 
     def _fresh(self) -> Continuation:
         return Continuation(self._path, self._outline, self._body, self._decode)
-
-    def _context_tokens(self) -> int:
-        return max((load.max_model_len for load in self._pool.loads()), default=0)
