@@ -7,7 +7,7 @@ end) -> attempts on replicas (`upstream/attempts.py`) -> write (the protocol's o
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
@@ -38,12 +38,13 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class AnswerHead:
-    """First item of an answer; chunks of its body (bytes) follow, per token for streams (SSE)."""
+class Answer:
+    """An answer whose head is there. The chunks of its body follow: per token for streams (SSE)."""
 
     status: int
     content_type: str
     headers: Mapping[str, str]
+    chunks: AsyncIterator[bytes]
 
 
 class Pipeline:
@@ -177,22 +178,17 @@ class Pipeline:
 
     # --- admission, attempts ---
 
-    async def run(
-        self, lease: Lease, outlined: Outline, body: bytes
-    ) -> AsyncGenerator[AnswerHead | bytes, None]:
-        """The answer's head, and then its chunks. Raises DeepsplitError, before the head or later."""
+    @asynccontextmanager
+    async def run(self, lease: Lease, outlined: Outline, body: bytes) -> AsyncIterator[Answer]:
+        """Has the request answered by a replica; leaving early aborts it. Raises DeepsplitError, with a chunk too."""
         if outlined.model is None and lease.head.path == MESSAGES:  # where the engine takes no empty name
             body = msgspec.json.encode({**outlined.fields, "model": self._models[0]})
         grant = await lease.admit(self._ask(lease, outlined))
         attempts = Attempts(lease, outlined, body, self._pool, self._tokenizer.decode, self._config.max_resends)
-        async with aclosing(attempts.run()) as items:
-            head = await anext(items)
-            assert not isinstance(head, bytes), "an answer begins with its head"
+        async with aclosing(attempts.chunks()) as chunks:
+            first, head = await anext(chunks), attempts.head
             lease.status = head.status
-            yield AnswerHead(head.status, head.content_type, self._headers(lease, grant))
-            async for chunk in items:
-                assert isinstance(chunk, bytes), "an answer has one head"
-                yield chunk
+            yield Answer(head.status, head.content_type, self._headers(lease, grant), _chained(first, chunks))
 
     def _ask(self, lease: Lease, outlined: Outline) -> Ask:
         prompt_tokens = lease.estimate(len(outlined.prompt_text), outlined.prompt_ids)
@@ -222,6 +218,12 @@ class Pipeline:
         if any(load.degraded for load in self._pool.loads() if load.replica_id == lease.replica_id):
             headers["x-deepsplit-degraded"] = "true"
         return headers
+
+
+async def _chained(first: bytes, others: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for chunk in others:
+        yield chunk
 
 
 def _priority(asked: str | None, tenant: Tenant) -> Priority:

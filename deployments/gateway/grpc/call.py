@@ -15,7 +15,7 @@ from deployments.gateway.grpc.errors import Metadata, replica_error
 from deployments.gateway.head import REQUEST_ID, Head, clean_id, read_head
 from deployments.gateway.lease import Lease
 from deployments.gateway.open_requests import Session
-from deployments.gateway.pipeline import AnswerHead, Pipeline
+from deployments.gateway.pipeline import Pipeline
 from deployments.gateway.upstream import sse
 
 _CANCELLATION_S = 0.01  # gRPC says that nothing more comes of a cancelled call too, just before it cancels its task
@@ -105,16 +105,13 @@ class RequestContext:
 
     async def _items(self, body: bytes) -> AsyncGenerator[bytes, None]:
         outlined = await self._pipeline.outline(self.lease, body)
-        async with aclosing(self._pipeline.run(self.lease, outlined, body)) as items:
-            head = await anext(items)
-            assert isinstance(head, AnswerHead), "an answer begins with its head"
-            limits = tuple(pair for pair in head.headers.items() if pair[0].startswith("x-ratelimit-"))
+        async with self._pipeline.run(self.lease, outlined, body) as answer:
+            limits = tuple(pair for pair in answer.headers.items() if pair[0].startswith("x-ratelimit-"))
             self.call.end_with(self.lease.head, limits)
-            if head.status != 200 or head.content_type.startswith(sse.CONTENT_TYPE) != outlined.stream:
-                whole = b"".join([chunk async for chunk in items if isinstance(chunk, bytes)])
-                raise replica_error(head.status if head.status != 200 else 500, whole)
-            async for chunk in items:
-                assert isinstance(chunk, bytes), "an answer has one head"
+            if answer.status != 200 or answer.content_type.startswith(sse.CONTENT_TYPE) != outlined.stream:
+                whole = b"".join([chunk async for chunk in answer.chunks])
+                raise replica_error(answer.status if answer.status != 200 else 500, whole)
+            async for chunk in answer.chunks:
                 yield chunk
 
 

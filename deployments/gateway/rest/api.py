@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -104,8 +104,7 @@ class _PipelineEndpoint:
                 body = await read_body(lease, _chunks(request), encodings, limit_bytes, declared)
                 async with _while_connected(receive):
                     outlined = await self._pipeline.outline(lease, body)
-                    async with aclosing(self._pipeline.run(lease, outlined, body)) as items:
-                        await writer.write(items, outlined.stream)
+                    await writer.write(self._pipeline.run(lease, outlined, body), outlined.stream)
         except ClientGone:
             pass  # nobody is left to tell
         except DeepsplitError as error:
