@@ -9,12 +9,13 @@ from importlib.metadata import version
 import grpc
 
 from cluster.errors import DeepsplitError, ModelNotFound, RequestError
-from deployments.gateway.grpc.answers import completion_chunk, completion_response
+from deployments.gateway.grpc.answers import message_of
 from deployments.gateway.grpc.call import RequestContext, SessionContext
 from deployments.gateway.grpc.errors import failure
 from deployments.gateway.grpc.oip_text import DATATYPES, TEXT_INPUT, TEXT_OUTPUT, VERSION, TextRequest, read
 from deployments.gateway.paths import COMPLETIONS
 from deployments.gateway.pipeline import Pipeline
+from deployments.protos.deepsplit.v1.inference_pb2 import CompletionChunk, CompletionResponse
 from deployments.protos.inference import open_inference_pb2 as pb
 from deployments.protos.inference import open_inference_pb2_grpc
 
@@ -90,7 +91,7 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         else:
             async with aclosing(request.stream(asked.body(stream=True), announce=False)) as events:
                 async for data in events:
-                    for choice in completion_chunk(data).choices:
+                    for choice in message_of(data, CompletionChunk()).choices:
                         response = asked.response([choice.text])
                         response.parameters["index"].int64_param = choice.index
                         if choice.finish_reason:
@@ -103,5 +104,5 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             await request.call.write(pb.ModelStreamInferResponse(infer_response=final))
 
     async def _whole(self, asked: TextRequest, request: RequestContext) -> pb.ModelInferResponse:
-        answer = completion_response(await request.ask(asked.body(stream=False)))
+        answer = message_of(await request.ask(asked.body(stream=False)), CompletionResponse())
         return asked.response([choice.text for choice in sorted(answer.choices, key=lambda choice: choice.index)])
