@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from deployments.gateway.open_requests import Session
 from deployments.gateway.pipeline import Pipeline
 from deployments.gateway.upstream import sse
 
+_STALL_BYTES = 64 * 1024  # of a message, for which a client has gateway.write_stall_s
 _CANCELLATION_S = 0.01  # gRPC says that nothing more comes of a cancelled call too, just before it cancels its task
 
 
@@ -25,7 +27,9 @@ class CallContext:
     """A gRPC call: its metadata, and how its messages are read and written."""
 
     def __init__(self, context: grpc.aio.ServicerContext, write_stall_s: float) -> None:
-        """`write_stall_s`: until a client that reads nothing is given up."""
+        """`write_stall_s`: until a client that reads nothing is given up. gRPC tells nothing of how far a message is,
+        so one of several times _STALL_BYTES has as many times as long.
+        """
         self.context = context
         self._write_stall_s = write_stall_s
         self._metadata = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
@@ -42,7 +46,7 @@ class CallContext:
 
     async def announce(self, head: Head) -> None:
         """Send initial metadata, which a call can do once, before its first message."""
-        await self._written(self.context.send_initial_metadata(((REQUEST_ID, head.request_id),)))
+        await self._written(self.context.send_initial_metadata(((REQUEST_ID, head.request_id),)), 0)
 
     async def read(self) -> bytes | None:
         """The next message as it came; None when the client sends no more."""
@@ -53,15 +57,16 @@ class CallContext:
         return None
 
     async def write(self, message: Message) -> None:
-        """Send a message. Raises RequestTimeout when the client reads nothing, ClientGone."""
-        await self._written(self.context.write(message))
+        """Sends a message. Raises RequestTimeout when the client reads nothing, or too slowly; ClientGone."""
+        await self._written(self.context.write(message), message.ByteSize())
 
-    async def _written(self, writing: Awaitable[None]) -> None:
+    async def _written(self, writing: Awaitable[None], size: int) -> None:
+        within_s = self._write_stall_s * max(1, math.ceil(size / _STALL_BYTES))
         try:
-            async with asyncio.timeout(self._write_stall_s):
+            async with asyncio.timeout(within_s):
                 await writing
         except TimeoutError as error:
-            raise RequestTimeout(f"the client read nothing for {self._write_stall_s:g} s") from error
+            raise RequestTimeout(f"the client did not read {size} bytes within {within_s:g} s") from error
         except grpc.aio.BaseError as error:
             raise ClientGone("the client went away") from error
 
