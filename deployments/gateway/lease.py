@@ -22,14 +22,14 @@ _RETRY_BODIES_S = 1.0
 
 
 class BodyMemory:
-    """Bytes of request bodies that one gateway holds, all requests together."""
+    """Counts and bounds the bytes of request bodies that one gateway holds, all requests together."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self.held_bytes = 0
 
     def hold(self, size: int) -> None:
-        """Raises Overloaded when the bodies would be more than the limit together."""
+        """Counts further bytes. Raises Overloaded when the bodies would be more than the limit together."""
         if self.held_bytes + size > self._limit_bytes:
             raise Overloaded(
                 f"the requests at this gateway hold {self._limit_bytes // 2**20} MiB of bodies, its limit "
@@ -39,12 +39,12 @@ class BodyMemory:
         self.held_bytes += size
 
     def release(self, size: int) -> None:
-        """So many bytes are gone."""
+        """Counts so many bytes as gone."""
         self.held_bytes -= size
 
 
 class Lease:
-    """One request. Belongs to the task that opened it."""
+    """Says all that is known of one request. Belongs to the task that opened it."""
 
     def __init__(
         self, head: Head, room: WaitingRoom, memory: BodyMemory, prompt_size: PromptSize, meter: RequestMeter
@@ -76,7 +76,7 @@ class Lease:
 
     @asynccontextmanager
     async def bounded(self, seconds: float) -> AsyncIterator[None]:
-        """The request's whole life. Raises RequestTimeout when it is over, or what `cut` was given."""
+        """Bounds the request's whole life. Raises RequestTimeout when it is over, or what `cut` was given."""
         try:
             async with asyncio.timeout(seconds) as self._timeout:
                 yield
@@ -87,7 +87,7 @@ class Lease:
             self._timeout = None
 
     def shorten(self, seconds: float) -> None:
-        """Let the request live for at most so long from now."""
+        """Lets the request live for at most so long from now."""
         at_s = asyncio.get_running_loop().time() + seconds
         if self._timeout is not None and not self._timeout.expired():
             before_s = self._timeout.when()
@@ -95,23 +95,23 @@ class Lease:
                 self._timeout.reschedule(at_s)
 
     def cut(self, error: DeepsplitError) -> None:
-        """End the request now. One that is ending already ends as it would have."""
+        """Ends the request now. One that is ending already ends as it would have."""
         if self._timeout is not None and not self._timeout.expired():
             self._cut_by = error
             self._timeout.reschedule(asyncio.get_running_loop().time())
 
     def hold(self, size: int) -> None:
-        """So many further bytes of its body are held until it ends. Raises Overloaded."""
+        """Holds so many further bytes of its body until it ends. Raises Overloaded."""
         self._memory.hold(size)
         self._body_bytes += size
 
     def estimate(self, text_bytes: int, token_ids: int) -> int:
-        """Tokens of its prompt, as far as they can be known before the engine has counted them."""
+        """Returns the tokens of its prompt, as far as they can be known before the engine has counted them."""
         self._text_bytes = 0 if token_ids else text_bytes
         return self._prompt_size.estimate(text_bytes, token_ids)
 
     async def admit(self, ask: Ask) -> Grant:
-        """Wait for leave to run. Raises Refusal."""
+        """Waits for leave to run. Raises Refusal."""
         self.ask, self.state = ask, State.WAITING
         self._meter.waits(self)
         grant = await self._room.admit(ask)
@@ -120,7 +120,7 @@ class Lease:
         return grant
 
     async def move(self) -> None:
-        """Its replica was lost: wait for leave to run at another one. Raises Refusal."""
+        """Waits for leave to run at another replica, when its own was lost. Raises Refusal."""
         assert self.ask is not None, "it was admitted"
         self.replica_id = (await self._room.move(self.ask.ticket)).replica_id
 
@@ -130,7 +130,7 @@ class Lease:
         self._meter.resent(continued)
 
     def progress(self, prompt_tokens: int | None, generated_tokens: int) -> None:
-        """Tokens so far, as the engine counts them; more than none have been generated."""
+        """Notes the tokens so far, as the engine counts them; more than none have been generated."""
         assert self.ask is not None, "it was admitted"
         now_s = self._meter.clock()
         self.prompt_tokens, self.generated_tokens = prompt_tokens, max(1, generated_tokens)
@@ -143,12 +143,12 @@ class Lease:
         self.last_s = now_s
         self._room.progress(self.ask.ticket, self.generated_tokens)
 
-    def counted(self, prompt_tokens: int | None, generated_tokens: int, complete: bool) -> None:
-        """What the engine says the request cost, and whether its answer is whole."""
-        self.prompt_tokens, self.generated_tokens, self.complete = prompt_tokens, generated_tokens, complete
+    def counted(self, prompt_tokens: int | None, generated_tokens: int) -> None:
+        """Notes what the engine says that the request cost, now that its answer is whole."""
+        self.prompt_tokens, self.generated_tokens, self.complete = prompt_tokens, generated_tokens, True
 
     def end(self, error: BaseException | None) -> None:
-        """The request is over: well, or by `error`. Settles everything that was taken for it."""
+        """Settles everything that was taken for the request, which is over: well, or by `error`."""
         assert self.state is not State.ENDED, "a request ends once"
         if isinstance(error, ClientGone | asyncio.CancelledError | GeneratorExit) and self.complete:
             error = None  # a client that had it all and went
@@ -166,5 +166,5 @@ class Lease:
 
 
 def new_ticket() -> str:
-    """A ticket for `Ask`: unique among all gateways."""
+    """Returns a ticket for `Ask`: unique among all gateways."""
     return uuid.uuid4().hex

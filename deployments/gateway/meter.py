@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class State(Enum):
-    """Where a request is."""
+    """Says where a request is."""
 
     ARRIVED = "arrived"  # its body is being read and looked at
     WAITING = "waiting"  # for admission
@@ -35,7 +35,7 @@ class State(Enum):
 
 
 def outcome_of(error: BaseException | None, status: int) -> str:
-    """How a request ended, for metrics: `status` is the replica's, 0 if it answered nothing."""
+    """Returns how a request ended, for metrics. `status`: the replica's; 0 if it answered nothing."""
     if isinstance(error, EngineRefused):
         status = error.status  # which may come in the middle of an answer that began well
     elif isinstance(error, DeepsplitError):
@@ -74,7 +74,7 @@ class RequestMeter:
                 metrics.slo_requests.labels(label, objective, met)
 
     def tenant_label(self, tenant: Tenant) -> str:
-        """The tenant's name; one for all beyond the bound."""
+        """Returns the tenant's name; beyond the bound, one for all."""
         if tenant is not NOBODY and tenant.name not in self._tenants:
             if len(self._tenants) >= MAX_TENANTS:
                 return OTHER_TENANTS
@@ -82,12 +82,12 @@ class RequestMeter:
         return tenant.name
 
     def waits(self, lease: Lease) -> None:
-        """The request asks for admission."""
+        """Counts a request that asks for admission."""
         if _generates(lease):
             self._metrics.waiting.labels(_class(lease)).inc()
 
     def admitted(self, lease: Lease, grant: Grant) -> None:
-        """The request has leave to run."""
+        """Counts a request that has leave to run."""
         if not _generates(lease):
             return
         label = _class(lease)
@@ -98,22 +98,22 @@ class RequestMeter:
             self._metrics.would_refuse.labels(grant.would_refuse, label).inc()
 
     def resent(self, continued: bool) -> None:
-        """A request goes to a further attention replica."""
+        """Counts a request that goes to a further attention replica."""
         self._metrics.resends.labels("continued" if continued else "again").inc()
 
     def first_token(self, lease: Lease, ttft_s: float) -> None:
-        """The request's first tokens came."""
+        """Measures the first tokens of a request."""
         self._metrics.ttft.labels(_class(lease)).observe(ttft_s)
         self._judge(lease, "ttft", ttft_s)
         if lease.predicted_ttft_s is not None:
             self._metrics.prediction_error.labels(_class(lease)).observe(lease.predicted_ttft_s - ttft_s)
 
     def further_tokens(self, lease: Lease, pause_s: float) -> None:
-        """Further tokens of the request came, so long after those before."""
+        """Measures further tokens of a request, which came so long after those before."""
         self._metrics.inter_token.labels(_class(lease)).observe(pause_s)
 
     def end(self, lease: Lease, error: BaseException | None) -> None:
-        """The request is over, by an error or well. Its lease still has the state in which it ended."""
+        """Counts and logs a request that is over, by an error or well. Its lease has the state in which it ended."""
         outcome, label, tenant = outcome_of(error, lease.status), _class(lease), self.tenant_label(lease.tenant)
         metrics, duration_s = self._metrics, self.clock() - lease.arrived_s
         self._log(lease, outcome, error, duration_s)

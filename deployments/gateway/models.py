@@ -13,7 +13,7 @@ _OWNER = "deepsplit"
 
 
 class ModelObject(TypedDict):
-    """A model as OpenAI's API shows it, with vLLM's `max_model_len`."""
+    """Describes a model as OpenAI's API does, with vLLM's `max_model_len`."""
 
     id: str
     object: str
@@ -25,7 +25,7 @@ class ModelObject(TypedDict):
 
 
 class ModelPages:
-    """`list` and `retrieve`, for every protocol. Queries only; nothing is asked of a replica."""
+    """Answers questions about the models, for every protocol. Nothing is asked of a replica."""
 
     def __init__(self, names: tuple[str, ...], created: int, loads: Callable[[], list[ReplicaLoad]]) -> None:
         """`names`: the model's name, then its further ones. `created`: Unix time in seconds."""

@@ -78,7 +78,7 @@ class OpenRequests:
 
     @contextmanager
     def holding(self, lease: Lease) -> Iterator[None]:
-        """The request is open."""
+        """Counts the request as open."""
         self._leases.add(lease)
         try:
             yield

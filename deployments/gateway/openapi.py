@@ -54,7 +54,7 @@ _OWN_PATHS = {
 
 
 class ServerDescription:
-    """What the server says of itself. The engine is asked once, when somebody first wants to know."""
+    """Describes the server. The engine is asked once, when somebody first wants to know."""
 
     def __init__(self, version: str, served: Collection[str], get: Callable[[str], Awaitable[bytes]]) -> None:
         """`served`: paths that go to the engine. `get` fetches a page of any replica. Raises NoCapacity."""

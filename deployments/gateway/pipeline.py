@@ -48,7 +48,7 @@ class Answer:
 
 
 class Pipeline:
-    """All of a gateway's requests. Belongs to one event loop."""
+    """Handles all of a gateway's requests. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -77,19 +77,19 @@ class Pipeline:
         self.open_requests = OpenRequests(config)
 
     def ready(self) -> Mapping[str, bool]:
-        """Model name -> whether a request for it would find a replica now; all False while draining."""
+        """Returns by model name whether a request would find a replica now; all False while draining."""
         ready = not self.open_requests.draining and bool(self._pool.loads())
         return dict.fromkeys(self._models, ready)
 
     def identify(self, key: str | None) -> Tenant:
-        """Whose key it is. Raises Unauthenticated."""
+        """Returns the key's tenant. Raises Unauthenticated."""
         return self._tenants.current().identify(key)
 
     # --- authenticate ---
 
     @asynccontextmanager
     async def open(self, head: Head, session: Session | None = None) -> AsyncIterator[Lease]:
-        """The lease of a request that has just come, for as long as it lives. Nothing of its body has been read.
+        """Gives a request that has just come its lease, for as long as it lives. Nothing of its body has been read.
 
         `session`: the call that it came on, which has been let in already. Raises DeepsplitError: of those that refuse
         strangers and too many at once, so that they cannot make the gateway hold their bodies.
@@ -111,7 +111,7 @@ class Pipeline:
 
     @contextmanager
     def session(self, head: Head) -> Iterator[Session]:
-        """A call that brings one request after another. One that is refused counts as a request: raises
+        """Lets in a call that brings one request after another. One that is refused counts as a request: raises
         Unauthenticated, Draining, Overloaded, QuotaExceeded.
         """
         lease = self._lease(head)
@@ -130,7 +130,7 @@ class Pipeline:
     # --- outline ---
 
     async def outline(self, lease: Lease, body: bytes) -> Outline:
-        """What the request asks for. Raises ClientError: not valid, not allowed, or larger than can ever be served."""
+        """Returns what the request asks for. Raises ClientError: not valid, not allowed, or too large for ever."""
         if self._log_bodies:
             fields = {"request_id": lease.head.request_id, "body": body.decode(errors="replace")}
             logger.debug("request body", extra={"fields": fields})
@@ -185,7 +185,7 @@ class Pipeline:
             body = msgspec.json.encode({**outlined.fields, "model": self._models[0]})
         grant = await lease.admit(self._ask(lease, outlined))
         attempts = Attempts(lease, outlined, body, self._pool, self._tokenizer.decode, self._config.max_resends)
-        async with aclosing(attempts.chunks()) as chunks:
+        async with aclosing(attempts.run()) as chunks:
             first, head = await anext(chunks), attempts.head
             lease.status = head.status
             yield Answer(head.status, head.content_type, self._headers(lease, grant), _chained(first, chunks))

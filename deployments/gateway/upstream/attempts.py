@@ -50,7 +50,7 @@ class Attempts:
         self._begun = False  # the client has something
         self._had_tokens = 0  # when the replica that has the request got it
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
+    async def run(self) -> AsyncGenerator[bytes, None]:
         """Raises ReplicaUnavailable or a Refusal when nobody else can take the request, EngineKilled when nobody else
         may, StreamLost when its stream cannot go on.
         """
@@ -140,7 +140,7 @@ class Attempts:
         if head.status >= 400:
             return in_our_words(body)
         self._events.whole(body)
-        self._lease.counted(self._events.prompt_tokens, self._events.generated_tokens, complete=True)
+        self._lease.counted(self._events.prompt_tokens, self._events.generated_tokens)
         return body
 
     async def _failed(self, path: str, lost: ReplicaLost) -> bytes:
@@ -187,7 +187,7 @@ class Attempts:
         if events.saw_token:
             self._lease.progress(events.prompt_tokens, events.generated_tokens)
         if events.finished:
-            self._lease.counted(events.prompt_tokens, events.generated_tokens, complete=True)
+            self._lease.counted(events.prompt_tokens, events.generated_tokens)
 
     def _fresh(self) -> Continuation:
         return Continuation(self._path, self._outline, self._body, self._decode)

@@ -161,7 +161,7 @@ def test_requests_that_generate_nothing_are_counted_apart() -> None:
         async with world.waiting(lease):
             world.room.decided(Admitted(Grant("t", "r", None)))
         assert world.value("deepsplit_running_requests", **{"class": "interactive"}) == 0
-        lease.counted(7, 0, complete=True)
+        lease.counted(7, 0)
         lease.end(None)
 
     world = World()
