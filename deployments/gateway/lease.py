@@ -90,9 +90,7 @@ class Lease:
         """Lets the request live for at most so long from now."""
         at_s = asyncio.get_running_loop().time() + seconds
         if self._timeout is not None and not self._timeout.expired():
-            before_s = self._timeout.when()
-            if before_s is None or at_s < before_s:
-                self._timeout.reschedule(at_s)
+            self._timeout.reschedule(min(at_s, self._timeout.when() or at_s))
 
     def cut(self, error: DeepsplitError) -> None:
         """Ends the request now. One that is ending already ends as it would have."""

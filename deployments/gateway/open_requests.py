@@ -135,9 +135,7 @@ def body_arrivals(what: str, config: GatewayConfig) -> Arrivals:
 
 
 def _stopping(message: str) -> Draining:
-    return Draining(
-        message, retry_after_s=_jittered(RETRY_DRAINING_S), plane=Plane.GATEWAY, reason=Reason.DRAINING
-    )
+    return Draining(message, retry_after_s=_jittered(RETRY_DRAINING_S), plane=Plane.GATEWAY, reason=Reason.DRAINING)
 
 
 def _jittered(seconds: float) -> float:

@@ -160,9 +160,7 @@ class GatewayServer:
 
     def _decide_alone(self) -> LocalAdmission:
         share = 1 / self._config.gateway.replicas
-        self._local = LocalAdmission(
-            self._config.admission, time.monotonic, self.room.decided, share, self._quotas
-        )
+        self._local = LocalAdmission(self._config.admission, time.monotonic, self.room.decided, share, self._quotas)
         return self._local
 
     def _on_loads(self) -> None:

@@ -74,10 +74,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
         handle: Handle
         if method in oip.SESSIONS:
             handle = self._session(behaviour, parse, oip.SESSIONS[method])
-        elif method in inference.PATHS:
-            handle = self._request(behaviour, parse, inference.PATHS[method])
-        elif method in oip.PATHS:
-            handle = self._request(behaviour, parse, oip.PATHS[method])
+        elif path := inference.PATHS.get(method) or oip.PATHS.get(method):
+            handle = self._request(behaviour, parse, path)
         else:
             handle = self._side_call(behaviour, parse, handler.request_streaming, handler.response_streaming)
 

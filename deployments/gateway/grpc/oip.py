@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib.metadata import version
 
-import grpc
+from grpc.aio import ServicerContext
 
 from cluster.errors import DeepsplitError, ModelNotFound, RequestError
 from deployments.gateway.grpc.answers import message_of
@@ -32,30 +32,24 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         self._pipeline = pipeline
         self._version = version("deepsplit")
 
-    async def ServerLive(
-        self, request: pb.ServerLiveRequest, context: grpc.aio.ServicerContext
-    ) -> pb.ServerLiveResponse:
+    async def ServerLive(self, request: pb.ServerLiveRequest, context: ServicerContext) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
 
-    async def ServerReady(
-        self, request: pb.ServerReadyRequest, context: grpc.aio.ServicerContext
-    ) -> pb.ServerReadyResponse:
+    async def ServerReady(self, request: pb.ServerReadyRequest, context: ServicerContext) -> pb.ServerReadyResponse:
         ready = self._pipeline.ready()
         return pb.ServerReadyResponse(ready=bool(ready) and all(ready.values()))
 
-    async def ModelReady(
-        self, request: pb.ModelReadyRequest, context: grpc.aio.ServicerContext
-    ) -> pb.ModelReadyResponse:
+    async def ModelReady(self, request: pb.ModelReadyRequest, context: ServicerContext) -> pb.ModelReadyResponse:
         known = request.version in ("", VERSION)
         return pb.ModelReadyResponse(ready=known and self._pipeline.ready().get(request.name, False))
 
     async def ServerMetadata(
-        self, request: pb.ServerMetadataRequest, context: grpc.aio.ServicerContext
+        self, request: pb.ServerMetadataRequest, context: ServicerContext
     ) -> pb.ServerMetadataResponse:
         return pb.ServerMetadataResponse(name="deepsplit", version=self._version, extensions=_EXTENSIONS)
 
     async def ModelMetadata(
-        self, request: pb.ModelMetadataRequest, context: grpc.aio.ServicerContext
+        self, request: pb.ModelMetadataRequest, context: ServicerContext
     ) -> pb.ModelMetadataResponse:
         if request.name not in self._pipeline.ready() or request.version not in ("", VERSION):
             raise ModelNotFound(f"the model {request.name!r} (version {request.version or VERSION!r}) does not exist")

@@ -97,9 +97,7 @@ class GrpcServer:
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         self._health = Health(self._pipeline.ready, frozenset({"", *own}), HEALTH_POLL_S)
         inference_pb2_grpc.add_InferenceServicer_to_server(inference.Inference(self._models), server)
-        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-            oip.OpenInference(self._pipeline), server
-        )
+        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(oip.OpenInference(self._pipeline), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
             reflection.aio.ReflectionServicer([*own, health, reflection.SERVICE_NAME]), server

@@ -208,9 +208,7 @@ def client(port: int, ca_file: Path | None = None, options: Sequence[tuple[str, 
     options = (("grpc.use_local_subchannel_pool", 1), *options)
     if ca_file is None:
         return grpc.aio.insecure_channel(f"127.0.0.1:{port}", options)
-    return grpc.aio.secure_channel(
-        f"localhost:{port}", grpc.ssl_channel_credentials(ca_file.read_bytes()), options
-    )
+    return grpc.aio.secure_channel(f"localhost:{port}", grpc.ssl_channel_credentials(ca_file.read_bytes()), options)
 
 
 # --- clients ---
