@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+from cluster.addresses import bracketed
 from cluster.config import Config
 from cluster.errors import DeepsplitError, StartupError
 from cluster.launch.driver import Job
@@ -159,8 +160,7 @@ def grpc_target(config: Config) -> str | None:
 
 
 def _reachable(host: str) -> str:
-    host = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
-    return f"[{host}]" if ":" in host else host
+    return bracketed("127.0.0.1" if host in ("0.0.0.0", "::", "") else host)
 
 
 def _claim(config: Config, folder: StateFolder) -> None:

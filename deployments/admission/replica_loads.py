@@ -15,8 +15,9 @@ from cluster.tls.contexts import internal_client_ssl_context
 from deployments.directory.members import ReplicaEndpoint
 from routing.requests.request import ReplicaLoad
 
-CONNECT_TIMEOUT_S = 2.0
+_CONNECT_TIMEOUT_S = 2.0
 _RECONNECT_S = (0.1, 2.0)  # first and longest pause
+_READ_BUFFER_BYTES = 256 * 1024
 _READ_UP_S = 0.2  # to read what came while this process could not
 T = TypeVar("T")
 
@@ -98,8 +99,7 @@ class ReplicaLoads:
 
     async def _listen(self, endpoint: ReplicaEndpoint) -> AsyncGenerator[ReplicaLoad, None]:
         url = endpoint.url + "/deepsplit/load"
-        timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S)
-        request = self._client().get(url, headers=endpoint.authorization(), timeout=timeout)
+        request = self._client().get(url, headers=endpoint.authorization())
         async with await self._unless_silent(request) as response:
             response.raise_for_status()
             while line := await self._unless_silent(response.content.readline()):
@@ -121,10 +121,7 @@ class ReplicaLoads:
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
-            ssl_context = True if self._tls is None else internal_client_ssl_context(self._tls)
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, ssl=ssl_context), trust_env=False
-            )
+            self._session = replica_session(self._tls)
         return self._session
 
     def _forget(self, replica_id: str) -> None:
@@ -133,3 +130,15 @@ class ReplicaLoads:
             watching.cancel()
         if self._loads.pop(replica_id, None) is not None:
             self._on_change()
+
+
+def replica_session(tls: InternalTlsConfig | None) -> aiohttp.ClientSession:
+    """Returns a session for requests to attention replicas. Only the time to get a connection is bounded."""
+    ssl_context = True if tls is None else internal_client_ssl_context(tls)
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, ssl=ssl_context, keepalive_timeout=30),
+        timeout=aiohttp.ClientTimeout(total=None, connect=_CONNECT_TIMEOUT_S, sock_connect=_CONNECT_TIMEOUT_S),
+        auto_decompress=False,
+        read_bufsize=_READ_BUFFER_BYTES,
+        trust_env=False,
+    )

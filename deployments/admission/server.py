@@ -16,6 +16,7 @@ import grpc
 import msgspec
 from grpc import aio
 
+from cluster.addresses import bracketed
 from cluster.config import AdmissionConfig, InternalTlsConfig
 from cluster.tls.grpc_credentials import expert_server_credentials, peer_is
 from deployments.admission.local import LocalAdmission
@@ -69,7 +70,7 @@ class AdmissionServer:
 
     async def start(self, host: str) -> str:
         """Listen on a free port of `host`; returns host:port."""
-        target = f"[{host}]" if ":" in host else host
+        target = bracketed(host)
         if self._tls is None:
             port = self._server.add_insecure_port(f"{target}:0")
         else:

@@ -14,9 +14,10 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cluster.addresses import bracketed
 from cluster.config import InternalTlsConfig
 from cluster.tls.contexts import internal_server_ssl_context
-from deployments.hosting.http_server import HttpServer
+from deployments.hosting.http_server import HttpServer, until_disconnect
 from routing.requests.request import ReplicaLoad
 
 LOAD_PATH = "/deepsplit/load"
@@ -42,8 +43,7 @@ class ReplicaServer:
     async def start(self, host: str) -> str:
         """Listen on a free port; returns the base URL."""
         port = await self._server.start(host, 0, "the attention replica's address")
-        shown = f"[{host}]" if ":" in host else host
-        return f"{'https' if self._https else 'http'}://{shown}:{port}"
+        return f"{'https' if self._https else 'http'}://{bracketed(host)}:{port}"
 
     async def stop(self, grace_s: float) -> None:
         """Tell the gateways to send nothing more, let running requests end for `grace_s` seconds, then break them off.
@@ -72,7 +72,7 @@ class ReplicaServer:
         return hmac.compare_digest(shown, b"Bearer " + self.token.encode())
 
     async def _stream_load(self, receive: Receive, send: Send) -> None:
-        gone = asyncio.create_task(_until_disconnect(receive))
+        gone = asyncio.create_task(until_disconnect(receive))
         try:
             try:
                 load = await self._load()
@@ -93,11 +93,6 @@ class ReplicaServer:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             gone.cancel()
-
-
-async def _until_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _reply(send: Send, status: int, body: bytes) -> None:

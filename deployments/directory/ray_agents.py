@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from cluster.addresses import bracketed
 from monitoring.discovery import ScrapeTarget
 
 _REFRESH_S = 5.0
@@ -31,12 +32,8 @@ class RayAgents:
     def _ask(self) -> None:
         nodes: list[dict[str, Any]] = ray.nodes()
         self.targets = tuple(
-            ScrapeTarget("ray", f"{_host(node['NodeManagerAddress'])}:{node['MetricsExportPort']}",
+            ScrapeTarget("ray", f"{bracketed(node['NodeManagerAddress'])}:{node['MetricsExportPort']}",
                          node["NodeManagerAddress"])
             for node in nodes
             if node["Alive"] and node["MetricsExportPort"]
         )  # fmt: skip
-
-
-def _host(address: str) -> str:
-    return f"[{address}]" if ":" in address else address

@@ -6,6 +6,7 @@ import asyncio
 import codecs
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 
 import zstandard
 
@@ -78,10 +79,6 @@ def _unpackers(encodings: str) -> list[Callable[[bytes], Iterator[bytes]]]:
     return [_UNPACKERS[name] for name in named]
 
 
-def _gunzip(packed: bytes) -> Iterator[bytes]:
-    return _inflate(packed, _GZIP)
-
-
 def _undeflate(packed: bytes) -> Iterator[bytes]:
     """Some clients leave out the wrapping that RFC 9110 asks for."""
     wrapped = len(packed) > 1 and packed[0] & 0xF == 8 and int.from_bytes(packed[:2], "big") % 31 == 0
@@ -111,8 +108,8 @@ def _unzstd(packed: bytes) -> Iterator[bytes]:
 
 
 _UNPACKERS: dict[str, Callable[[bytes], Iterator[bytes]]] = {
-    "gzip": _gunzip,
-    "x-gzip": _gunzip,
+    "gzip": partial(_inflate, kind=_GZIP),
+    "x-gzip": partial(_inflate, kind=_GZIP),
     "deflate": _undeflate,
     "zstd": _unzstd,
 }

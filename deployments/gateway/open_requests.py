@@ -16,7 +16,7 @@ from deployments.gateway.lease import Lease
 from routing.requests.request import Tenant
 
 RETRY_DRAINING_S = 2.0
-LEAST_ARRIVAL_S = 1.0  # how long a message may take to arrive, however many others want its place
+_LEAST_ARRIVAL_S = 1.0  # how long a message may take to arrive, however many others want its place
 _RETRY_FULL_S = 1.0
 _JITTER = 0.5  # those refused together are told different times, up to this share longer
 _DRAIN_POLL_S = 0.05
@@ -67,9 +67,7 @@ class OpenRequests:
         self._sessions: set[Session] = set()
         self._by_tenant: Counter[str] = Counter()  # sessions
         # A quiet session may be receiving its next message.
-        largest = max(1, config.max_bodies_mib // config.max_body_mib)
-        what = "the next request of this call (see gateway.stream_idle_timeout_s)"
-        self._quiet = Arrivals(what, largest, LEAST_ARRIVAL_S, Reason.BODIES)
+        self._quiet = body_arrivals("the next request of this call (see gateway.stream_idle_timeout_s)", config)
         self.draining = False
 
     def __len__(self) -> int:
@@ -81,11 +79,14 @@ class OpenRequests:
             raise _stopping("this gateway is stopping: send the request again")
         most = self._config.max_streams
         if len(self._leases) + len(self._quiet) >= most and not self._quiet.evict():
-            raise _full(f"this gateway holds {most} requests, its limit (gateway.max_streams)")
+            raise Overloaded(
+                f"this gateway holds {most} requests, its limit (gateway.max_streams)",
+                retry_after_s=_jittered(_RETRY_FULL_S), plane=Plane.GATEWAY, reason=Reason.MAX_STREAMS,
+            )  # fmt: skip
 
     @contextmanager
     def holding(self, lease: Lease) -> Iterator[None]:
-        """The request is open."""
+        """Counts the request as open."""
         self._leases.add(lease)
         try:
             yield
@@ -135,16 +136,14 @@ class OpenRequests:
             await asyncio.sleep(_DRAIN_POLL_S)
 
 
+def body_arrivals(what: str, config: GatewayConfig) -> Arrivals:
+    """Returns a bound on messages that arrive at once: as many of the largest size as `max_bodies_mib` holds."""
+    most = max(1, config.max_bodies_mib // config.max_body_mib)
+    return Arrivals(what, most, _LEAST_ARRIVAL_S, Reason.BODIES)
+
+
 def _stopping(message: str) -> Draining:
-    return Draining(
-        message, retry_after_s=_jittered(RETRY_DRAINING_S), plane=Plane.GATEWAY, reason=Reason.DRAINING
-    )
-
-
-def _full(message: str) -> Overloaded:
-    return Overloaded(
-        message, retry_after_s=_jittered(_RETRY_FULL_S), plane=Plane.GATEWAY, reason=Reason.MAX_STREAMS
-    )
+    return Draining(message, retry_after_s=_jittered(RETRY_DRAINING_S), plane=Plane.GATEWAY, reason=Reason.DRAINING)
 
 
 def _jittered(seconds: float) -> float:

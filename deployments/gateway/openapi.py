@@ -10,7 +10,6 @@ import msgspec
 
 from cluster.errors import NoCapacity
 
-_REFERENCE = re.compile(r"#/components/schemas/([^\"/]+)")
 _TEXT = {"type": ["string", "null"]}
 _ERROR = {
     "description": "An error in OpenAI's shape. 429 and 503 say in `Retry-After` when to ask again.",
@@ -47,7 +46,7 @@ _OWN_PATHS = {
     "/version": "Version of deepsplit, and of the engine once a replica is there.",
     "/openapi.json": "This document.",
     "/v1/models": "The model, under each of its names.",
-    "/v1/models/{model}": "One of them.",
+    "/v1/models/{model}": "One model, by any of its names.",
     "/metrics": "Prometheus metrics of this gateway replica; for operators.",
     "/sd/prometheus": "Prometheus HTTP service discovery of every process of the cluster; for operators.",
     "/v1/deepsplit/status": "State of both planes, of the engine and of admission.",
@@ -55,7 +54,7 @@ _OWN_PATHS = {
 
 
 class ServerDescription:
-    """What the server says of itself. The engine is asked once, when somebody first wants to know."""
+    """Describes the server. The engine is asked once, when somebody first wants to know."""
 
     def __init__(self, version: str, served: Collection[str], get: Callable[[str], Awaitable[bytes]]) -> None:
         """`served`: paths that go to the engine. `get` fetches a page of any replica. Raises NoCapacity."""
@@ -66,13 +65,13 @@ class ServerDescription:
         self._engine: str | None = None
 
     async def openapi(self) -> bytes:
-        """The OpenAPI document. Raises NoCapacity."""
+        """Returns the OpenAPI document. Raises NoCapacity."""
         if self._document is None:
             self._document = gateway_document(await self._get("/openapi.json"), self._version, self._served)
         return self._document
 
     async def versions(self) -> Mapping[str, str]:
-        """`version` is deepsplit's, `vllm` the engine's if any replica is there."""
+        """Returns deepsplit's version as `version`, and the engine's as `vllm` if any replica is there."""
         if self._engine is None:
             try:
                 self._engine = str(msgspec.json.decode(await self._get("/version"))["version"])
@@ -82,7 +81,7 @@ class ServerDescription:
 
 
 def gateway_document(engine: bytes, version: str, served: Collection[str]) -> bytes:
-    """The document. `engine`: the replica's own; `served`: paths taken from it."""
+    """Returns the document. `engine`: the replica's own; `served`: paths taken from it."""
     theirs: dict[str, Any] = msgspec.json.decode(engine)
     paths: dict[str, Any] = {path: {"get": _own(path, summary)} for path, summary in _OWN_PATHS.items()}
     for path, operations in theirs["paths"].items():
@@ -99,7 +98,7 @@ def gateway_document(engine: bytes, version: str, served: Collection[str]) -> by
         "security": [{}, {"key": []}],
         "paths": paths,
         "components": {
-            "schemas": _reachable(paths, theirs.get("components", {}).get("schemas", {})),
+            "schemas": theirs.get("components", {}).get("schemas", {}),
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -111,14 +110,3 @@ def _own(path: str, summary: str) -> dict[str, Any]:
     parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
     answers = {"200": {"description": "OK"}, "default": _ERROR}
     return {"summary": summary, "parameters": parameters, "responses": answers}
-
-
-def _reachable(paths: Mapping[str, Any], schemas: Mapping[str, Any]) -> dict[str, Any]:
-    """The schemas that `paths` refer to, directly or not."""
-    found: dict[str, Any] = {}
-    fresh = set(_REFERENCE.findall(msgspec.json.encode(paths).decode()))
-    while fresh:
-        found |= {name: schemas[name] for name in fresh if name in schemas}
-        text = msgspec.json.encode([schemas[name] for name in fresh if name in schemas]).decode()
-        fresh = set(_REFERENCE.findall(text)) - set(found)
-    return found

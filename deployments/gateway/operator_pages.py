@@ -29,29 +29,27 @@ class OperatorPages:
         self._status = status
 
     def routes(self, pipeline: Pipeline) -> list[Route]:
-        """Their routes. Raise Unauthenticated or PermissionDenied for others."""
+        """Returns their routes, which raise Unauthenticated or PermissionDenied for others."""
 
-        def admit(request: Request) -> None:
-            tenant = pipeline.identify(api_key(request.headers))
-            if not tenant.operator:
-                raise PermissionDenied(
-                    f"tenant {tenant.name} may not see this: set `operator: true` for it in the keys file"
-                )
+        def page(path: str, show: Callable[[], Awaitable[Response]]) -> Route:
+            async def answer(request: Request) -> Response:
+                tenant = pipeline.identify(api_key(request.headers))
+                if not tenant.operator:
+                    raise PermissionDenied(
+                        f"tenant {tenant.name} may not see this: set `operator: true` for it in the keys file"
+                    )
+                return await show()
 
-        async def metrics(request: Request) -> Response:
-            admit(request)
+            return Route(path, answer)
+
+        async def metrics() -> Response:
             return Response(generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
-        async def discovery(request: Request) -> Response:
-            admit(request)
+        async def discovery() -> Response:
             return Response(self._discovery(), media_type="application/json")
 
-        async def status(request: Request) -> Response:
-            admit(request)
+        async def status() -> Response:
             return JSONResponse(dict(await self._status()))
 
-        return [
-            Route("/metrics", metrics),
-            Route("/sd/prometheus", discovery),
-            Route("/v1/deepsplit/status", status),
-        ]
+        pages = {"/metrics": metrics, "/sd/prometheus": discovery, "/v1/deepsplit/status": status}
+        return [page(path, show) for path, show in pages.items()]

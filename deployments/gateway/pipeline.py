@@ -7,47 +7,48 @@ end) -> attempts on replicas (`upstream/attempts.py`) -> write (the protocol's o
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import msgspec
 
 from cluster.config import GatewayConfig
-from cluster.errors import DeepsplitError, ModelNotFound, PermissionDenied, RequestError
+from cluster.errors import DeepsplitError, PermissionDenied, RequestError
 from deployments.admission.waiting_room import WaitingRoom
 from deployments.gateway.detokenizer import ModelTokenizer
 from deployments.gateway.head import Head
 from deployments.gateway.lease import BodyMemory, Lease, new_ticket
 from deployments.gateway.limit_headers import rate_limit_headers
-from deployments.gateway.meter import RequestMeter, RequestMeters, State
+from deployments.gateway.meter import RequestMeter
+from deployments.gateway.models import may_use, no_model
 from deployments.gateway.open_requests import OpenRequests, Session
 from deployments.gateway.outline import Outline, outline
+from deployments.gateway.paths import MESSAGES
 from deployments.gateway.upstream.attempts import Attempts
-from deployments.gateway.upstream.pool import ReplicaPool
+from deployments.gateway.upstream.pool import ReplicaPool, longest_context
 from routing.requests.prediction.prompt_size import PromptSize
 from routing.requests.prefix_index import prefix_hashes
 from routing.requests.request import Ask, Grant, Priority, Tenant
 from routing.requests.tenants import TenantsFile
 
-GENERATE_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
-OTHER_PATHS = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 UNKNOWN_BOUND = 1024  # new tokens of a sequence, while no replica has said how long its context is
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class AnswerHead:
-    """First item of an answer; chunks of its body (bytes) follow, per token for streams (SSE)."""
+class Answer:
+    """An answer whose head is there. The chunks of its body follow: per token for streams (SSE)."""
 
     status: int
     content_type: str
     headers: Mapping[str, str]
+    chunks: AsyncIterator[bytes]
 
 
 class Pipeline:
-    """All of a gateway's requests. Belongs to one event loop."""
+    """Handles all of a gateway's requests. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class Pipeline:
         room: WaitingRoom,
         pool: ReplicaPool,
         tokenizer: ModelTokenizer,
-        meters: RequestMeters,
+        meter: RequestMeter,
         log_bodies: bool = False,
     ) -> None:
         """`models`: the model's name, then its further ones. `log_bodies`: request bodies go to the log, as debug
@@ -69,34 +70,34 @@ class Pipeline:
         self._room = room
         self._pool = pool
         self._tokenizer = tokenizer
-        self._meters = meters
+        self._meter = meter
         self._log_bodies = log_bodies
         self._prompt_size = PromptSize()
         self._memory = BodyMemory(config.max_bodies_mib * 2**20)
         self.open_requests = OpenRequests(config)
 
     def ready(self) -> Mapping[str, bool]:
-        """Model name -> whether a request for it would find a replica now; all False while draining."""
+        """Returns by model name whether a request would find a replica now; all False while draining."""
         ready = not self.open_requests.draining and bool(self._pool.loads())
         return dict.fromkeys(self._models, ready)
 
     def identify(self, key: str | None) -> Tenant:
-        """Whose key it is. Raises Unauthenticated."""
+        """Returns the key's tenant. Raises Unauthenticated."""
         return self._tenants.current().identify(key)
 
     # --- authenticate ---
 
     @asynccontextmanager
     async def open(self, head: Head, session: Session | None = None) -> AsyncIterator[Lease]:
-        """The lease of a request that has just come, for as long as it lives. Nothing of its body has been read.
+        """Gives a request that has just come its lease, for as long as it lives. Nothing of its body has been read.
 
         `session`: the call that it came on, which has been let in already. Raises DeepsplitError: of those that refuse
         strangers and too many at once, so that they cannot make the gateway hold their bodies.
         """
-        lease = Lease(head, self._room, self._memory, self._prompt_size, self._meter(head))
+        lease = self._lease(head)
         try:
             async with lease.bounded(self._config.request_timeout_s):
-                lease.identified(self.identify(head.key) if session is None else session.tenant)
+                lease.tenant = self.identify(head.key) if session is None else session.tenant
                 if (total_s := head.total_s()) is not None:
                     lease.shorten(total_s)
                 if session is None:
@@ -110,27 +111,26 @@ class Pipeline:
 
     @contextmanager
     def session(self, head: Head) -> Iterator[Session]:
-        """A call that brings one request after another. One that is refused counts as a request: raises
+        """Lets in a call that brings one request after another. One that is refused counts as a request: raises
         Unauthenticated, Draining, Overloaded, QuotaExceeded.
         """
-        meter = self._meter(head)
+        lease = self._lease(head)
         with ExitStack() as stack:
             try:
-                tenant = self.identify(head.key)
-                meter.identified(tenant)
-                session = stack.enter_context(self.open_requests.session(tenant))
+                lease.tenant = self.identify(head.key)
+                session = stack.enter_context(self.open_requests.session(lease.tenant))
             except DeepsplitError as error:
-                meter.end(State.ARRIVED, error, 0, None, 0)
+                lease.end(error)
                 raise
             yield session
 
-    def _meter(self, head: Head) -> RequestMeter:
-        return self._meters.request(head, self._models[0], head.path in GENERATE_PATHS)
+    def _lease(self, head: Head) -> Lease:
+        return Lease(head, self._room, self._memory, self._prompt_size, self._meter)
 
     # --- outline ---
 
     async def outline(self, lease: Lease, body: bytes) -> Outline:
-        """What the request asks for. Raises ClientError: not valid, not allowed, or larger than can ever be served."""
+        """Returns what the request asks for. Raises ClientError: not valid, not allowed, or too large for ever."""
         if self._log_bodies:
             fields = {"request_id": lease.head.request_id, "body": body.decode(errors="replace")}
             logger.debug("request body", extra={"fields": fields})
@@ -146,8 +146,8 @@ class Pipeline:
 
     def _check_model(self, tenant: Tenant, model: str | None) -> None:
         if model is not None and model not in self._models:
-            raise ModelNotFound(f"the model {model!r} does not exist; this server has {self._models[0]!r}")
-        if tenant.models is not None and not set(self._models) & set(tenant.models):
+            raise no_model(model, self._models)
+        if not may_use(tenant, self._models):
             raise PermissionDenied(
                 f"tenant {tenant.name} may not use {self._models[0]!r}: see `models` in the keys file"
             )
@@ -174,27 +174,21 @@ class Pipeline:
         raise RequestError(f"the prompt has {tokens} tokens, this server's limit is {own} (gateway.max_prompt_tokens)")
 
     def _context_tokens(self) -> int | None:
-        """Longest prompt plus completion of any replica; None while no replica has said."""
-        return max((load.max_model_len for load in self._pool.loads()), default=0) or None
+        return longest_context(self._pool.loads())
 
     # --- admission, attempts ---
 
-    async def run(
-        self, lease: Lease, outlined: Outline, body: bytes
-    ) -> AsyncGenerator[AnswerHead | bytes, None]:
-        """The answer's head, and then its chunks. Raises DeepsplitError, before the head or later."""
-        if outlined.model is None and lease.head.path == "/v1/messages":  # where the engine takes no empty name
+    @asynccontextmanager
+    async def run(self, lease: Lease, outlined: Outline, body: bytes) -> AsyncIterator[Answer]:
+        """Has the request answered by a replica; leaving early aborts it. Raises DeepsplitError, with a chunk too."""
+        if outlined.model is None and lease.head.path == MESSAGES:  # where the engine takes no empty name
             body = msgspec.json.encode({**outlined.fields, "model": self._models[0]})
         grant = await lease.admit(self._ask(lease, outlined))
         attempts = Attempts(lease, outlined, body, self._pool, self._tokenizer.decode, self._config.max_resends)
-        async with aclosing(attempts.run()) as items:
-            head = await anext(items)
-            assert not isinstance(head, bytes), "an answer begins with its head"
+        async with aclosing(attempts.run()) as chunks:
+            first, head = await anext(chunks), attempts.head
             lease.status = head.status
-            yield AnswerHead(head.status, head.content_type, self._headers(lease, grant))
-            async for chunk in items:
-                assert isinstance(chunk, bytes), "an answer has one head"
-                yield chunk
+            yield Answer(head.status, head.content_type, self._headers(lease, grant), _chained(first, chunks))
 
     def _ask(self, lease: Lease, outlined: Outline) -> Ask:
         prompt_tokens = lease.estimate(len(outlined.prompt_text), outlined.prompt_ids)
@@ -224,6 +218,12 @@ class Pipeline:
         if any(load.degraded for load in self._pool.loads() if load.replica_id == lease.replica_id):
             headers["x-deepsplit-degraded"] = "true"
         return headers
+
+
+async def _chained(first: bytes, others: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for chunk in others:
+        yield chunk
 
 
 def _priority(asked: str | None, tenant: Tenant) -> Priority:

@@ -23,12 +23,13 @@ from deployments.admission.waiting_room import TICK_S, WaitingRoom
 from deployments.directory.members import AdmissionEndpoint, ReplicaEndpoint, ResponseHead
 from deployments.gateway.detokenizer import ModelTokenizer
 from deployments.gateway.grpc.server import GrpcServer
-from deployments.gateway.meter import RequestMeters
+from deployments.gateway.meter import RequestMeter
 from deployments.gateway.models import ModelPages
 from deployments.gateway.openapi import ServerDescription
 from deployments.gateway.operator_pages import OperatorPages
+from deployments.gateway.paths import POST_PATHS
 from deployments.gateway.pipeline import Pipeline
-from deployments.gateway.rest.api import POST_PATHS, RestApi
+from deployments.gateway.rest.api import RestApi
 from deployments.gateway.upstream.pool import ReplicaPool
 from deployments.hosting.background import BackgroundTasks
 from deployments.hosting.http_connection import ConnectionBounds
@@ -96,7 +97,7 @@ class GatewayServer:
             self.room,
             self._pool,
             ModelTokenizer(config.model.path),
-            RequestMeters(self._metrics, config.admission, time.monotonic),
+            RequestMeter(self._metrics, config.admission, time.monotonic, self._models[0]),
             config.logging.prompts,
         )
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive
 
 from deployments.hosting.http_connection import DEFAULT_BOUNDS, BoundedProtocol, ConnectionBounds
 from deployments.hosting.listeners import listen
@@ -88,3 +88,9 @@ class HttpServer:
         # Idle and half-read connections must not hold up the end beyond the grace.
         with contextlib.suppress(TimeoutError, asyncio.CancelledError):
             await asyncio.wait_for(self._serving, grace_s + 2.0)
+
+
+async def until_disconnect(receive: Receive) -> None:
+    """Returns when the client of an ASGI application has gone away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+from cluster.addresses import bracketed
 from cluster.config import Config
 from cluster.errors import StartupError
 from cluster.tls.certificates import expires_at_s
@@ -44,7 +45,7 @@ class ProcessScrape:
             ) from error
         port = self._exporter.port
         shown = node if host in _ANY_ADDRESS else host
-        self.target = ScrapeTarget(role, f"[{shown}]:{port}" if ":" in shown else f"{shown}:{port}", node, worker)
+        self.target = ScrapeTarget(role, f"{bracketed(shown)}:{port}", node, worker)
 
     def stop(self) -> None:
         """Close the port."""

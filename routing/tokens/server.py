@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import grpc
 import torch
 
+from cluster.addresses import bracketed
 from cluster.config import DispatchConfig, InternalTlsConfig
 from cluster.errors import DeepsplitError, DispatchTimeout, StartupError, WorkerLost
 from cluster.tls.grpc_credentials import expert_server_credentials, peer_is
@@ -181,7 +182,7 @@ class ExpertServer:
 
     def start(self, host: str, port: int = 0) -> str:
         """Listen; returns host:port. Port 0 takes a free one. Raises StartupError."""
-        target = f"[{host}]" if ":" in host else host
+        target = bracketed(host)
         try:
             if self._tls is None:
                 bound = self._server.add_insecure_port(f"{target}:{port}")

@@ -23,46 +23,8 @@ M = TypeVar("M", bound=Message)
 _OBJECT = msgspec.json.Decoder(dict)
 
 
-def chat_response(data: bytes) -> pb.ChatResponse:
-    """Of a whole chat."""
-    return _answer(data, pb.ChatResponse())
-
-
-def chat_chunk(data: bytes) -> pb.ChatChunk:
-    """Of one event of a chat."""
-    return _answer(data, pb.ChatChunk())
-
-
-def completion_response(data: bytes) -> pb.CompletionResponse:
-    """Of a whole completion."""
-    return _answer(data, pb.CompletionResponse())
-
-
-def completion_chunk(data: bytes) -> pb.CompletionChunk:
-    """Of one event of a completion."""
-    return _answer(data, pb.CompletionChunk())
-
-
-def tokenize_response(data: bytes) -> pb.TokenizeResponse:
-    """Of POST /tokenize."""
-    return _turned(_OBJECT.decode(data), pb.TokenizeResponse())
-
-
-def detokenize_response(data: bytes) -> pb.DetokenizeResponse:
-    """Of POST /detokenize."""
-    return pb.DetokenizeResponse(text=_OBJECT.decode(data)["prompt"])
-
-
-def models_response(models: Sequence[ModelObject]) -> pb.ListModelsResponse:
-    """Of the models that a tenant may use."""
-    return _turned({"models": models}, pb.ListModelsResponse())
-
-
-def _turned(fields: Json, message: M) -> M:
-    return ParseDict(fields, message, ignore_unknown_fields=True)
-
-
-def _answer(data: bytes, message: M) -> M:
+def message_of(data: bytes, message: M) -> M:
+    """Fills a message from an answer, or from one event of a stream, and returns it."""
     answer: Json = _OBJECT.decode(data)
     if error := answer.get("error"):
         code = error.get("code")
@@ -78,7 +40,17 @@ def _answer(data: bytes, message: M) -> M:
             choice["logprobs"] = [*_logprobs(choice["logprobs"])]
         for number, call in enumerate((choice.get("message") or choice.get("delta") or {}).get("tool_calls") or ()):
             call |= {"index": number if call.get("index") is None else call["index"], **(call.get("function") or {})}
-    return _turned(answer, message)
+    return ParseDict(answer, message, ignore_unknown_fields=True)
+
+
+def detokenize_response(data: bytes) -> pb.DetokenizeResponse:
+    """Returns the message for an answer of POST /detokenize."""
+    return pb.DetokenizeResponse(text=_OBJECT.decode(data)["prompt"])
+
+
+def models_response(models: Sequence[ModelObject]) -> pb.ListModelsResponse:
+    """Returns the message for the models that a tenant may use."""
+    return ParseDict({"models": models}, pb.ListModelsResponse(), ignore_unknown_fields=True)
 
 
 def _logprobs(logprobs: Json) -> Iterator[Json]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
 import grpc
 from google.protobuf.message import Message
@@ -14,9 +16,10 @@ from deployments.gateway.grpc.errors import Metadata, replica_error
 from deployments.gateway.head import REQUEST_ID, Head, clean_id, read_head
 from deployments.gateway.lease import Lease
 from deployments.gateway.open_requests import Session
-from deployments.gateway.pipeline import AnswerHead, Pipeline
+from deployments.gateway.pipeline import Pipeline
 from deployments.gateway.upstream import sse
 
+_STALL_BYTES = 64 * 1024  # of a message, for which a client has gateway.write_stall_s
 _CANCELLATION_S = 0.01  # gRPC says that nothing more comes of a cancelled call too, just before it cancels its task
 
 
@@ -24,7 +27,9 @@ class CallContext:
     """A gRPC call: its metadata, and how its messages are read and written."""
 
     def __init__(self, context: grpc.aio.ServicerContext, write_stall_s: float) -> None:
-        """`write_stall_s`: until a client that reads nothing is given up."""
+        """`write_stall_s`: until a client that reads nothing is given up. gRPC tells nothing of how far a message is,
+        so one of several times _STALL_BYTES has as many times as long.
+        """
         self.context = context
         self._write_stall_s = write_stall_s
         self._metadata = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
@@ -41,7 +46,7 @@ class CallContext:
 
     async def announce(self, head: Head) -> None:
         """Send initial metadata, which a call can do once, before its first message."""
-        await self._written(self.context.send_initial_metadata(((REQUEST_ID, head.request_id),)))
+        await self._written(self.context.send_initial_metadata(((REQUEST_ID, head.request_id),)), 0)
 
     async def read(self) -> bytes | None:
         """The next message as it came; None when the client sends no more."""
@@ -52,15 +57,16 @@ class CallContext:
         return None
 
     async def write(self, message: Message) -> None:
-        """Send a message. Raises RequestTimeout when the client reads nothing, ClientGone."""
-        await self._written(self.context.write(message))
+        """Sends a message. Raises RequestTimeout when the client reads nothing, or too slowly; ClientGone."""
+        await self._written(self.context.write(message), message.ByteSize())
 
-    async def _written(self, writing: Awaitable[None]) -> None:
+    async def _written(self, writing: Awaitable[None], size: int) -> None:
+        within_s = self._write_stall_s * max(1, math.ceil(size / _STALL_BYTES))
         try:
-            async with asyncio.timeout(self._write_stall_s):
+            async with asyncio.timeout(within_s):
                 await writing
         except TimeoutError as error:
-            raise RequestTimeout(f"the client read nothing for {self._write_stall_s:g} s") from error
+            raise RequestTimeout(f"the client did not read {size} bytes within {within_s:g} s") from error
         except grpc.aio.BaseError as error:
             raise ClientGone("the client went away") from error
 
@@ -76,7 +82,7 @@ class RequestContext:
     def named(self, request_id: str) -> None:
         """The message has an id of its own, which goes before what metadata say; empty: it has none."""
         if request_id:
-            self.lease.named(clean_id(request_id))
+            self.lease.head = replace(self.lease.head, request_id=clean_id(request_id))
             self.call.end_with(self.lease.head)
 
     async def ask(self, body: bytes) -> bytes:
@@ -104,16 +110,13 @@ class RequestContext:
 
     async def _items(self, body: bytes) -> AsyncGenerator[bytes, None]:
         outlined = await self._pipeline.outline(self.lease, body)
-        async with aclosing(self._pipeline.run(self.lease, outlined, body)) as items:
-            head = await anext(items)
-            assert isinstance(head, AnswerHead), "an answer begins with its head"
-            limits = tuple(pair for pair in head.headers.items() if pair[0].startswith("x-ratelimit-"))
+        async with self._pipeline.run(self.lease, outlined, body) as answer:
+            limits = tuple(pair for pair in answer.headers.items() if pair[0].startswith("x-ratelimit-"))
             self.call.end_with(self.lease.head, limits)
-            if head.status != 200 or head.content_type.startswith(sse.CONTENT_TYPE) != outlined.stream:
-                whole = b"".join([chunk async for chunk in items if isinstance(chunk, bytes)])
-                raise replica_error(head.status if head.status != 200 else 500, whole)
-            async for chunk in items:
-                assert isinstance(chunk, bytes), "an answer has one head"
+            if answer.status != 200 or answer.content_type.startswith(sse.CONTENT_TYPE) != outlined.stream:
+                whole = b"".join([chunk async for chunk in answer.chunks])
+                raise replica_error(answer.status if answer.status != 200 else 500, whole)
+            async for chunk in answer.chunks:
                 yield chunk
 
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import suppress
 
 import grpc
+from grpc.aio import ServicerContext
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 _TELL_S = 1.0
@@ -25,7 +26,7 @@ class Health(health_pb2_grpc.HealthServicer):
         self._watchers = 0
 
     async def Check(
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+        self, request: health_pb2.HealthCheckRequest, context: ServicerContext
     ) -> health_pb2.HealthCheckResponse:
         """See the protocol."""
         status = self._status(request.service)
@@ -34,14 +35,14 @@ class Health(health_pb2_grpc.HealthServicer):
         return _Status(status=status)
 
     async def List(
-        self, request: health_pb2.HealthListRequest, context: grpc.aio.ServicerContext
+        self, request: health_pb2.HealthListRequest, context: ServicerContext
     ) -> health_pb2.HealthListResponse:
         """See the protocol."""
         names = sorted({*self._services, *self._ready()})
         return health_pb2.HealthListResponse(statuses={name: _Status(status=self._status(name)) for name in names})
 
     async def Watch(
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+        self, request: health_pb2.HealthCheckRequest, context: ServicerContext
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
         """See the protocol. Ends when the server stops."""
         last: int | None = None

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 from contextlib import aclosing
 
-from deployments.gateway.grpc.answers import (
-    chat_chunk,
-    chat_response,
-    completion_chunk,
-    completion_response,
-    detokenize_response,
-    models_response,
-    tokenize_response,
-)
+from google.protobuf.message import Message
+
+from deployments.gateway.grpc.answers import detokenize_response, message_of, models_response
 from deployments.gateway.grpc.call import RequestContext
 from deployments.gateway.grpc.requests import chat_body, completion_body, detokenize_body, tokenize_body
 from deployments.gateway.models import ModelPages
+from deployments.gateway.paths import CHAT, COMPLETIONS, DETOKENIZE, MODELS, TOKENIZE
 from deployments.protos.deepsplit.v1 import inference_pb2 as pb
 from deployments.protos.deepsplit.v1 import inference_pb2_grpc
 
-_CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # What each method's request asks for.
 PATHS = {
-    "/deepsplit.v1.Inference/Chat": _CHAT,
-    "/deepsplit.v1.Inference/ChatStream": _CHAT,
-    "/deepsplit.v1.Inference/Complete": _COMPLETIONS,
-    "/deepsplit.v1.Inference/CompleteStream": _COMPLETIONS,
-    "/deepsplit.v1.Inference/Tokenize": "/tokenize",
-    "/deepsplit.v1.Inference/Detokenize": "/detokenize",
-    "/deepsplit.v1.Inference/ListModels": "/v1/models",
+    "/deepsplit.v1.Inference/Chat": CHAT,
+    "/deepsplit.v1.Inference/ChatStream": CHAT,
+    "/deepsplit.v1.Inference/Complete": COMPLETIONS,
+    "/deepsplit.v1.Inference/CompleteStream": COMPLETIONS,
+    "/deepsplit.v1.Inference/Tokenize": TOKENIZE,
+    "/deepsplit.v1.Inference/Detokenize": DETOKENIZE,
+    "/deepsplit.v1.Inference/ListModels": MODELS,
 }
 
 
@@ -39,23 +33,20 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         self._models = models
 
     async def Chat(self, request: pb.ChatRequest, context: RequestContext) -> pb.ChatResponse:
-        return chat_response(await context.ask(chat_body(request, stream=False)))
+        return message_of(await context.ask(chat_body(request, stream=False)), pb.ChatResponse())
 
     async def ChatStream(self, request: pb.ChatRequest, context: RequestContext) -> None:
-        async with aclosing(context.stream(chat_body(request, stream=True))) as events:
-            async for data in events:
-                await context.call.write(chat_chunk(data))
+        await _write_stream(context, chat_body(request, stream=True), pb.ChatChunk)
 
     async def Complete(self, request: pb.CompletionRequest, context: RequestContext) -> pb.CompletionResponse:
-        return completion_response(await context.ask(completion_body(request, stream=False)))
+        answer = await context.ask(completion_body(request, stream=False))
+        return message_of(answer, pb.CompletionResponse())
 
     async def CompleteStream(self, request: pb.CompletionRequest, context: RequestContext) -> None:
-        async with aclosing(context.stream(completion_body(request, stream=True))) as events:
-            async for data in events:
-                await context.call.write(completion_chunk(data))
+        await _write_stream(context, completion_body(request, stream=True), pb.CompletionChunk)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: RequestContext) -> pb.TokenizeResponse:
-        return tokenize_response(await context.ask(tokenize_body(request)))
+        return message_of(await context.ask(tokenize_body(request)), pb.TokenizeResponse())
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: RequestContext) -> pb.DetokenizeResponse:
         return detokenize_response(await context.ask(detokenize_body(request)))
@@ -63,3 +54,9 @@ class Inference(inference_pb2_grpc.InferenceServicer):
     async def ListModels(self, request: pb.ListModelsRequest, context: RequestContext) -> pb.ListModelsResponse:
         context.lease.status = 200
         return models_response(self._models.visible(context.lease.tenant))
+
+
+async def _write_stream(context: RequestContext, body: bytes, message: type[Message]) -> None:
+    async with aclosing(context.stream(body)) as events:
+        async for data in events:
+            await context.call.write(message_of(data, message()))

@@ -26,7 +26,7 @@ from deployments.gateway.body import READ_TIMEOUT_S
 from deployments.gateway.grpc import inference, oip
 from deployments.gateway.grpc.call import CallContext, RequestContext, SessionContext
 from deployments.gateway.grpc.errors import BUG, Failure, failure
-from deployments.gateway.open_requests import LEAST_ARRIVAL_S, Session
+from deployments.gateway.open_requests import Session, body_arrivals
 from deployments.gateway.pipeline import Pipeline
 
 SIDE_CALLS = 256  # health, reflection and metadata calls at once, which need no key
@@ -49,8 +49,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         self._pipeline = pipeline
         self._write_stall_s = config.write_stall_s
         self._read_timeout_s = read_timeout_s
-        largest = max(1, config.max_bodies_mib // config.max_body_mib)
-        self._arriving = Arrivals("the request", largest, LEAST_ARRIVAL_S, Reason.BODIES)
+        self._arriving = body_arrivals("the request", config)
         self._side_arriving = Arrivals("the request", SIDE_READS, _LEAST_SIDE_ARRIVAL_S, Reason.SIDE_CALLS)
         self._side_calls = 0
         self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
@@ -75,10 +74,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
         handle: Handle
         if method in oip.SESSIONS:
             handle = self._session(behaviour, parse, oip.SESSIONS[method])
-        elif method in inference.PATHS:
-            handle = self._request(behaviour, parse, inference.PATHS[method])
-        elif method in oip.PATHS:
-            handle = self._request(behaviour, parse, oip.PATHS[method])
+        elif path := inference.PATHS.get(method) or oip.PATHS.get(method):
+            handle = self._request(behaviour, parse, path)
         else:
             handle = self._side_call(behaviour, parse, handler.request_streaming, handler.response_streaming)
 

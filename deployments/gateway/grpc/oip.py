@@ -6,21 +6,22 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib.metadata import version
 
-import grpc
+from grpc.aio import ServicerContext
 
 from cluster.errors import DeepsplitError, ModelNotFound, RequestError
-from deployments.gateway.grpc.answers import completion_chunk, completion_response
+from deployments.gateway.grpc.answers import message_of
 from deployments.gateway.grpc.call import RequestContext, SessionContext
 from deployments.gateway.grpc.errors import failure
 from deployments.gateway.grpc.oip_text import DATATYPES, TEXT_INPUT, TEXT_OUTPUT, VERSION, TextRequest, read
+from deployments.gateway.paths import COMPLETIONS
 from deployments.gateway.pipeline import Pipeline
+from deployments.protos.deepsplit.v1.inference_pb2 import CompletionChunk, CompletionResponse
 from deployments.protos.inference import open_inference_pb2 as pb
 from deployments.protos.inference import open_inference_pb2_grpc
 
 PLATFORM = "vllm"
-_COMPLETIONS = "/v1/completions"
-PATHS = {"/inference.GRPCInferenceService/ModelInfer": _COMPLETIONS}
-SESSIONS = {"/inference.GRPCInferenceService/ModelStreamInfer": _COMPLETIONS}
+PATHS = {"/inference.GRPCInferenceService/ModelInfer": COMPLETIONS}
+SESSIONS = {"/inference.GRPCInferenceService/ModelStreamInfer": COMPLETIONS}
 _EXTENSIONS = ("model_stream_infer", "binary_tensor_data")
 
 
@@ -31,30 +32,24 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         self._pipeline = pipeline
         self._version = version("deepsplit")
 
-    async def ServerLive(
-        self, request: pb.ServerLiveRequest, context: grpc.aio.ServicerContext
-    ) -> pb.ServerLiveResponse:
+    async def ServerLive(self, request: pb.ServerLiveRequest, context: ServicerContext) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
 
-    async def ServerReady(
-        self, request: pb.ServerReadyRequest, context: grpc.aio.ServicerContext
-    ) -> pb.ServerReadyResponse:
+    async def ServerReady(self, request: pb.ServerReadyRequest, context: ServicerContext) -> pb.ServerReadyResponse:
         ready = self._pipeline.ready()
         return pb.ServerReadyResponse(ready=bool(ready) and all(ready.values()))
 
-    async def ModelReady(
-        self, request: pb.ModelReadyRequest, context: grpc.aio.ServicerContext
-    ) -> pb.ModelReadyResponse:
+    async def ModelReady(self, request: pb.ModelReadyRequest, context: ServicerContext) -> pb.ModelReadyResponse:
         known = request.version in ("", VERSION)
         return pb.ModelReadyResponse(ready=known and self._pipeline.ready().get(request.name, False))
 
     async def ServerMetadata(
-        self, request: pb.ServerMetadataRequest, context: grpc.aio.ServicerContext
+        self, request: pb.ServerMetadataRequest, context: ServicerContext
     ) -> pb.ServerMetadataResponse:
         return pb.ServerMetadataResponse(name="deepsplit", version=self._version, extensions=_EXTENSIONS)
 
     async def ModelMetadata(
-        self, request: pb.ModelMetadataRequest, context: grpc.aio.ServicerContext
+        self, request: pb.ModelMetadataRequest, context: ServicerContext
     ) -> pb.ModelMetadataResponse:
         if request.name not in self._pipeline.ready() or request.version not in ("", VERSION):
             raise ModelNotFound(f"the model {request.name!r} (version {request.version or VERSION!r}) does not exist")
@@ -90,7 +85,7 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         else:
             async with aclosing(request.stream(asked.body(stream=True), announce=False)) as events:
                 async for data in events:
-                    for choice in completion_chunk(data).choices:
+                    for choice in message_of(data, CompletionChunk()).choices:
                         response = asked.response([choice.text])
                         response.parameters["index"].int64_param = choice.index
                         if choice.finish_reason:
@@ -103,5 +98,5 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             await request.call.write(pb.ModelStreamInferResponse(infer_response=final))
 
     async def _whole(self, asked: TextRequest, request: RequestContext) -> pb.ModelInferResponse:
-        answer = completion_response(await request.ask(asked.body(stream=False)))
+        answer = message_of(await request.ask(asked.body(stream=False)), CompletionResponse())
         return asked.response([choice.text for choice in sorted(answer.choices, key=lambda choice: choice.index)])

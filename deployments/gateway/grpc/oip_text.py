@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from cluster.errors import ModelNotFound, RequestError
-from deployments.gateway.grpc.requests import Body, Json
+from deployments.gateway.grpc.requests import Body, Json, json_object
 from deployments.protos.inference import open_inference_pb2 as pb
 
 VERSION = "1"
@@ -68,7 +68,7 @@ def read(request: pb.ModelInferRequest) -> TextRequest:
         raise RequestError(f"the request has no prompt: give the input {TEXT_INPUT!r}")
     fields = {name: _parameter(value, name) for name, value in request.parameters.items()}
     if texts := inputs.get(PARAMETERS_INPUT):
-        fields |= _json_object(_text(texts[0], PARAMETERS_INPUT))
+        fields |= json_object(_text(texts[0], PARAMETERS_INPUT), PARAMETERS_INPUT)
     empty_final = fields.get(_EMPTY_FINAL) is True
     stream = _flag(inputs, fields, STREAM_INPUT)
     exclude = _flag(inputs, fields, EXCLUDE_INPUT)
@@ -156,16 +156,6 @@ def _flag(inputs: dict[str, list[bytes]], fields: Body, name: str) -> bool | Non
 
 def _is_tritons(name: str) -> bool:
     return name.startswith(_IGNORED_PREFIXES) or name in _IGNORED
-
-
-def _json_object(text: str) -> Body:
-    try:
-        fields = msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise RequestError(f"{PARAMETERS_INPUT} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise RequestError(f"{PARAMETERS_INPUT} must be a JSON object")
-    return fields
 
 
 def _text(element: bytes, name: str) -> str:

@@ -77,7 +77,7 @@ def _add_output(body: Body, request: pb.ChatRequest | pb.CompletionRequest, stre
             body["response_format"] = {"type": "json_object"}
         case "json_schema":
             wanted = request.response_format.json_schema
-            schema = _json_object(wanted.schema, "response_format.json_schema.schema")
+            schema = json_object(wanted.schema, "response_format.json_schema.schema")
             body["response_format"] = {"type": "json_schema", "json_schema": _scalars(wanted) | {"schema": schema}}
 
 
@@ -115,7 +115,7 @@ def _message(message: pb.Message) -> Body:
 def _tool(tool: pb.Tool) -> Body:
     function = _scalars(tool)
     if tool.HasField("parameters"):
-        function["parameters"] = _json_object(tool.parameters, f"parameters of the tool {tool.name!r}")
+        function["parameters"] = json_object(tool.parameters, f"parameters of the tool {tool.name!r}")
     return {"type": "function", "function": function}
 
 
@@ -137,9 +137,10 @@ def _finite(value: Json, name: str) -> Json:
     return value
 
 
-def _json_object(text: str, name: str) -> Json:
+def json_object(text: str, name: str) -> Body:
+    """Returns the JSON object that a text is. Raises RequestError for anything else, which it calls `name`."""
     try:
-        value: Json = msgspec.json.decode(text)
+        value = msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError) as error:
         raise RequestError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):

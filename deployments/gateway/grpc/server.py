@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from contextlib import ExitStack
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from cluster.addresses import bracketed
 from cluster.config import GatewayConfig
 from cluster.errors import StartupError
 from cluster.tls.grpc_credentials import public_server_credentials
@@ -60,7 +60,7 @@ class GrpcServer:
         with ExitStack() as stack:
             for one in bound:
                 address, port, *_ = stack.enter_context(one).getsockname()
-                self._add_port(server, f"[{address}]:{port}" if one.family is socket.AF_INET6 else f"{address}:{port}")
+                self._add_port(server, f"{bracketed(address)}:{port}")
         await server.start()
         self._server = server
         return port
@@ -97,9 +97,7 @@ class GrpcServer:
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         self._health = Health(self._pipeline.ready, frozenset({"", *own}), HEALTH_POLL_S)
         inference_pb2_grpc.add_InferenceServicer_to_server(inference.Inference(self._models), server)
-        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-            oip.OpenInference(self._pipeline), server
-        )
+        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(oip.OpenInference(self._pipeline), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
             reflection.aio.ReflectionServicer([*own, health, reflection.SERVICE_NAME]), server

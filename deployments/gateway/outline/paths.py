@@ -14,11 +14,24 @@ from pydantic import BaseModel, Field, ValidationError
 from cluster.errors import RequestError
 from deployments.gateway.outline.body import MAX_PARTS, Fields, parse, too_many_parts
 from deployments.gateway.outline.prompt import PromptText
+from deployments.gateway.paths import (
+    CHAT,
+    COMPLETIONS,
+    COUNT_TOKENS,
+    DETOKENIZE,
+    MESSAGES,
+    RESPONSES,
+    TOKENIZE,
+)
 
 COMPLETIONS_NEW_TOKENS = 16  # the engine's default of max_tokens for /v1/completions, for null as well
 MAX_NEW_TOKENS = 2**31 - 1  # of one sequence; what is asked beyond it is as good as no bound
 _MAX_N = 2**31 - 1  # keeps arithmetic sane; what one request may ask for is the caller's to say
 _Truncation = Annotated[int, Field(ge=-1)]
+_Text = Annotated[object, PromptText.add]
+_Last = Annotated[object, PromptText.add_last]
+_Tools = Annotated[object, PromptText.tools]
+_Messages = Annotated[object, PromptText.messages]
 
 
 @dataclass(frozen=True)
@@ -31,14 +44,14 @@ class Outline:
 
     fields: Fields  # as parsed; not to be changed
     model: str | None  # as named; None if absent or empty
-    stream: bool
-    prompt_text: bytes  # UTF-8, in the order of the prompt; for prompts of ids the ids as JSON, to hash their prefixes
-    prompt_ids: int  # token ids given as such, over all prompts; if there are any, they are the whole prompt
-    prompts: int  # 1 except for completions
-    sequences: int  # n times prompts; 0 for paths that generate nothing
-    max_new_tokens: int | None  # of one sequence; None: what is left of the context, or the engine's own default
-    echo: bool  # completions
-    truncate_prompt_tokens: int | None  # each prompt is cut to so many tokens; -1: to what fits into the context
+    stream: bool = False
+    prompt_text: bytes = b""  # UTF-8, in the order of the prompt; of prompts of ids the ids as JSON, for their prefixes
+    prompt_ids: int = 0  # token ids given as such, over all prompts; if there are any, they are the whole prompt
+    prompts: int = 1  # 1 except for completions
+    sequences: int = 0  # n times prompts; 0 for paths that generate nothing
+    max_new_tokens: int | None = 0  # of one sequence; None: what is left of the context, or the engine's own default
+    echo: bool = False  # completions
+    truncate_prompt_tokens: int | None = None  # each prompt is cut to so many tokens; -1: to what fits into the context
 
 
 def outline(path: str, body: bytes) -> Outline:
@@ -56,21 +69,24 @@ def outline(path: str, body: bytes) -> Outline:
 
 
 class _Request(BaseModel):
-    """Fields of type `object` are read as prompt text only, whatever they hold."""
+    """Fields of type `object` are read as prompt text only, whatever they hold: by the method of `PromptText` in their
+    annotation, in the order in which they stand.
+    """
 
     model: str | None = None
 
     def outline(self, fields: Fields) -> Outline:
         """Of a request that generates nothing."""
         ids, text = self._prompt()
-        return Outline(fields, self.model or None, False, text, ids, 1, 0, 0, False, None)
-
-    def _text(self) -> PromptText:
-        raise NotImplementedError
+        return Outline(fields, self.model or None, prompt_text=text, prompt_ids=ids)
 
     def _prompt(self) -> tuple[int, bytes]:
-        """Token ids, and text."""
-        return 0, self._text().joined()
+        """Returns the number of token ids, and the text."""
+        text = PromptText()
+        for name, field in type(self).model_fields.items():
+            for read in field.metadata:
+                read(text, getattr(self, name))
+        return 0, text.joined()
 
 
 class _Rendered(_Request):
@@ -92,8 +108,9 @@ class _Rendered(_Request):
     ) -> Outline:
         ids, text = self._prompt()
         return Outline(
-            fields, self.model or None, bool(stream), text, ids, 1, _count(n), _bound(bound), False, truncation
-        )
+            fields, self.model or None, bool(stream), text, ids, sequences=_count(n), max_new_tokens=_bound(bound),
+            truncate_prompt_tokens=truncation,
+        )  # fmt: skip
 
 
 class _Completion(_Request):
@@ -127,12 +144,12 @@ class _Completion(_Request):
 
 
 class _Chat(_Rendered):
-    messages: object = None
-    tools: object = None
-    documents: object = None
-    chat_template: object = None
-    chat_template_kwargs: object = None
-    response_format: object = None
+    tools: _Tools = None
+    documents: _Text = None
+    chat_template_kwargs: _Text = None
+    chat_template: _Text = None
+    messages: _Messages = None
+    response_format: _Last = None  # some models' templates show it
     max_completion_tokens: int | None = None
     max_tokens: int | None = None
     n: int | None = 1
@@ -143,22 +160,13 @@ class _Chat(_Rendered):
         bound = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return self._generating(fields, self.stream, bound, self.n, self.truncate_prompt_tokens)
 
-    def _text(self) -> PromptText:
-        text = PromptText()
-        text.tools(self.tools)
-        for value in (self.documents, self.chat_template_kwargs, self.chat_template):
-            text.add(value)
-        text.messages(self.messages)
-        text.add(self.response_format, last=True)  # some models' templates show it
-        return text
-
 
 class _Responses(_Rendered):
-    input: object = None
-    instructions: object = None
-    previous_input_messages: object = None
-    tools: object = None
-    chat_template_kwargs: object = None
+    tools: _Tools = None
+    chat_template_kwargs: _Text = None
+    instructions: _Text = None
+    previous_input_messages: _Text = None
+    input: Annotated[object, PromptText.input] = None
     max_output_tokens: int | None = None
     stream: bool | None = False
     truncation: object = "disabled"
@@ -167,68 +175,37 @@ class _Responses(_Rendered):
         truncation = None if self.truncation == "disabled" else -1
         return self._generating(fields, self.stream, self.max_output_tokens, 1, truncation)
 
-    def _text(self) -> PromptText:
-        text = PromptText()
-        text.tools(self.tools)
-        for value in (self.chat_template_kwargs, self.instructions, self.previous_input_messages):
-            text.add(value)
-        if isinstance(self.input, str):
-            text.add(self.input)
-        text.messages(self.input)
-        return text
-
 
 class _CountTokens(_Request):
-    messages: object = None
-    system: object = None
-    tools: object = None
-    chat_template_kwargs: object = None
-
-    def _text(self) -> PromptText:
-        text = PromptText()
-        text.tools(self.tools)
-        text.add(self.chat_template_kwargs)
-        text.blocks(self.system, "system")
-        text.conversation(self.messages)
-        return text
+    tools: _Tools = None
+    chat_template_kwargs: _Text = None
+    system: Annotated[object, PromptText.system] = None
+    messages: Annotated[object, PromptText.conversation] = None
 
 
-class _Messages(_Rendered, _CountTokens):
+class _AnthropicMessages(_Rendered, _CountTokens):
     max_tokens: int
     stream: bool | None = False
-    output_config: object = None
+    output_config: _Last = None  # its JSON schema becomes a chat's response_format
 
     def outline(self, fields: Fields) -> Outline:
         return self._generating(fields, self.stream, self.max_tokens, 1, None)
 
-    def _text(self) -> PromptText:
-        text = super()._text()
-        text.add(self.output_config, last=True)  # its JSON schema becomes a chat's response_format
-        return text
-
 
 class _Tokenize(_Rendered):
-    prompt: object = None
-    messages: object = None
-    tools: object = None
-    chat_template: object = None
-    chat_template_kwargs: object = None
+    tools: _Tools = None
+    chat_template_kwargs: _Text = None
+    chat_template: _Text = None
+    prompt: _Text = None
+    messages: _Messages = None
 
     def _prompt(self) -> tuple[int, bytes]:
         """With a prompt beside messages the engine takes either: both count, and ids at least as the prompt's bytes."""
         ids, text = super()._prompt()
         if ids and isinstance(self.prompt, str):
-            text = self._text().joined()
+            _, text = _Request._prompt(self)
             ids = max(ids, len(text)) if isinstance(self.messages, list) else 0
         return ids, text
-
-    def _text(self) -> PromptText:
-        text = PromptText()
-        text.tools(self.tools)
-        for value in (self.chat_template_kwargs, self.chat_template, self.prompt):
-            text.add(value)
-        text.messages(self.messages)
-        return text
 
 
 class _Detokenize(_Request):
@@ -239,13 +216,13 @@ class _Detokenize(_Request):
 
 
 _SCHEMAS: dict[str, type[_Request]] = {
-    "/v1/completions": _Completion,
-    "/v1/chat/completions": _Chat,
-    "/v1/responses": _Responses,
-    "/v1/messages": _Messages,
-    "/v1/messages/count_tokens": _CountTokens,
-    "/tokenize": _Tokenize,
-    "/detokenize": _Detokenize,
+    COMPLETIONS: _Completion,
+    CHAT: _Chat,
+    RESPONSES: _Responses,
+    MESSAGES: _AnthropicMessages,
+    COUNT_TOKENS: _CountTokens,
+    TOKENIZE: _Tokenize,
+    DETOKENIZE: _Detokenize,
 }
 
 

@@ -48,8 +48,12 @@ class PromptText:
         """All pieces, one a line, as UTF-8."""
         return b"\n".join(self._pieces + self._last)
 
+    def add_last(self, value: object) -> None:
+        """Adds it behind all else, so that equal prefixes stay equal."""
+        self.add(value, last=True)
+
     def add(self, value: object, last: bool = False) -> None:
-        """A text as it is, anything else as JSON. `last`: behind all else, so that equal prefixes stay equal."""
+        """Adds a text as it is, anything else as JSON. `last`: as `add_last`."""
         if value is None or value == "":
             return
         pieces = self._last if last else self._pieces
@@ -62,6 +66,16 @@ class PromptText:
         for message in _list(messages):
             if isinstance(message, dict):
                 self._message(message)
+
+    def input(self, value: object) -> None:
+        """Adds the input of the responses API: a text, or items."""
+        if isinstance(value, str):
+            self.add(value)
+        self.messages(value)
+
+    def system(self, blocks: object) -> None:
+        """Adds the system prompt of the messages API."""
+        self.blocks(blocks, "system")
 
     def conversation(self, messages: object) -> None:
         """Messages of the messages API."""

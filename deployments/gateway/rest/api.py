@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -21,12 +21,12 @@ from deployments.gateway.head import Head, read_head
 from deployments.gateway.models import ModelPages
 from deployments.gateway.openapi import ServerDescription
 from deployments.gateway.operator_pages import OperatorPages
-from deployments.gateway.pipeline import GENERATE_PATHS, OTHER_PATHS, Pipeline
+from deployments.gateway.paths import MODELS, POST_PATHS
+from deployments.gateway.pipeline import Pipeline
 from deployments.gateway.rest.errors import error_response, http_error_response
 from deployments.gateway.rest.middleware import EveryRequest, cors, reported
 from deployments.gateway.rest.writer import AnswerWriter
-
-POST_PATHS = (*GENERATE_PATHS, *OTHER_PATHS)
+from deployments.hosting.http_server import until_disconnect
 
 
 class RestApi:
@@ -51,8 +51,8 @@ class RestApi:
                 Route("/version", self._version),
                 Route("/openapi.json", self._openapi),
                 *pages.routes(pipeline),
-                Route("/v1/models", self._list_models),
-                Route("/v1/models/{model:path}", self._retrieve_model),
+                Route(MODELS, self._list_models),
+                Route(MODELS + "/{model:path}", self._retrieve_model),
                 *(Route(path, _PipelineEndpoint(path, pipeline, config), methods=["POST"]) for path in POST_PATHS),
             ],
             middleware=[*cors(config.cors_origins), Middleware(EveryRequest)],
@@ -74,12 +74,12 @@ class RestApi:
         return Response(await self._description.openapi(), media_type="application/json")
 
     async def _list_models(self, request: Request) -> Response:
-        async with self._pipeline.open(_head(request, "/v1/models")) as lease:
+        async with self._pipeline.open(_head(request, MODELS)) as lease:
             lease.status = 200
             return JSONResponse({"object": "list", "data": self._models.visible(lease.tenant)})
 
     async def _retrieve_model(self, request: Request) -> Response:
-        async with self._pipeline.open(_head(request, "/v1/models/{model}")) as lease:
+        async with self._pipeline.open(_head(request, MODELS + "/{model}")) as lease:
             model = self._models.retrieve(lease.tenant, request.path_params["model"])
             lease.status = 200
             return JSONResponse(model)
@@ -104,8 +104,7 @@ class _PipelineEndpoint:
                 body = await read_body(lease, _chunks(request), encodings, limit_bytes, declared)
                 async with _while_connected(receive):
                     outlined = await self._pipeline.outline(lease, body)
-                    async with aclosing(self._pipeline.run(lease, outlined, body)) as items:
-                        await writer.write(items, outlined.stream)
+                    await writer.write(self._pipeline.run(lease, outlined, body), outlined.stream)
         except ClientGone:
             pass  # nobody is left to tell
         except DeepsplitError as error:
@@ -138,7 +137,7 @@ async def _while_connected(receive: Receive) -> AsyncIterator[None]:
                 if within and not connection.expired():
                     connection.reschedule(loop.time())
 
-            leaving = loop.create_task(_until_disconnect(receive))
+            leaving = loop.create_task(until_disconnect(receive))
             leaving.add_done_callback(gone)
             try:
                 yield
@@ -147,11 +146,6 @@ async def _while_connected(receive: Receive) -> AsyncIterator[None]:
                 leaving.cancel()
     except TimeoutError as error:
         raise ClientGone("the client went away") from error
-
-
-async def _until_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _on_deepsplit_error(request: Request, error: Exception) -> Response:

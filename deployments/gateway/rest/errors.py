@@ -9,8 +9,9 @@ from starlette.responses import JSONResponse, Response
 
 from cluster.errors import DeepsplitError, Draining, EngineRefused, ModelNotFound, Refusal, Unauthenticated
 from deployments.gateway.limit_headers import retry_headers
+from deployments.gateway.paths import MESSAGES, RESPONSES
+from deployments.gateway.upstream.events import json_object
 
-_ANTHROPIC_PATHS = "/v1/messages"
 _MOST_ENGINE_TEXT = 500  # bytes of an answer that is no error in either shape
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -37,34 +38,31 @@ def error_event(path: str, error: DeepsplitError) -> bytes:
 
 def event_of(path: str, status: int, body: bytes) -> bytes:
     """The engine's error response as the event of a stream that has begun."""
-    try:
-        told = msgspec.json.decode(body)
-    except (ValueError, RecursionError):
-        told = None
-    if isinstance(told, dict) and isinstance(told.get("error"), dict):
+    told = json_object(body)
+    if told is not None and isinstance(told.get("error"), dict):
         return _event(path, told)
     text = body[:_MOST_ENGINE_TEXT].decode(errors="replace")
     return _event(path, _shape(path, status, f"the engine answered {status}: {text}", None, EngineRefused.outcome))
 
 
 def _event(path: str, data: dict[str, Any]) -> bytes:
-    if path == "/v1/responses":
+    if path == RESPONSES:
         data = {**data["error"], "type": "error"}
-    named = path == "/v1/responses" or path.startswith(_ANTHROPIC_PATHS)
+    named = path == RESPONSES or path.startswith(MESSAGES)
     return (b"event: error\n" if named else b"") + b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
 def _body(path: str, error: DeepsplitError) -> dict[str, Any]:
     param = "model" if isinstance(error, ModelNotFound) else None
     shaped = _shape(path, error.http_status, str(error), param, error.outcome)
-    if isinstance(error, Refusal) and not path.startswith(_ANTHROPIC_PATHS):
+    if isinstance(error, Refusal) and not path.startswith(MESSAGES):
         shaped["error"] |= {"plane": error.plane, "reason": error.reason}
     return shaped
 
 
 def _shape(path: str, status: int, message: str, param: str | None, code: str) -> dict[str, Any]:
     error = {"type": _kind(status), "message": message}
-    if path.startswith(_ANTHROPIC_PATHS):
+    if path.startswith(MESSAGES):
         return {"type": "error", "error": error}
     return {"error": error | {"param": param, "code": code}}
 

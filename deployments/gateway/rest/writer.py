@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, contextmanager
 
 from starlette.types import Send
 
 from cluster.errors import DeepsplitError
-from deployments.gateway.pipeline import AnswerHead
+from deployments.gateway.pipeline import Answer
 from deployments.gateway.rest.errors import error_event, error_response, event_of
 from deployments.gateway.upstream import sse
 
@@ -32,24 +32,22 @@ class AnswerWriter:
         self._started = False
         self._ended = False
 
-    async def write(self, items: AsyncGenerator[AnswerHead | bytes, None], streamed: bool) -> None:
-        """`items`: the answer's head and then its chunks. `streamed`: whether the client asked for a stream."""
+    async def write(self, answering: AbstractAsyncContextManager[Answer], streamed: bool) -> None:
+        """Waits for the answer and writes it. `streamed`: whether the client asked for a stream."""
         with self._comments(streamed):
-            head = await anext(items)
-            assert isinstance(head, AnswerHead), "an answer begins with its head"
-            if head.content_type.startswith(sse.CONTENT_TYPE):
-                await self._write(head.status, {"content-type": head.content_type, **head.headers, **_UNBUFFERED})
-                async for chunk in items:
-                    assert isinstance(chunk, bytes), "an answer has one head"
-                    await self._write_body(chunk)
-                await self._write_body(b"", last=True)
-                return
-            whole = b"".join([chunk async for chunk in items if isinstance(chunk, bytes)])
+            async with answering as answer:
+                headers = {"content-type": answer.content_type, **answer.headers}
+                if answer.content_type.startswith(sse.CONTENT_TYPE):
+                    await self._write(answer.status, headers | _UNBUFFERED)
+                    async for chunk in answer.chunks:
+                        await self._write_body(chunk)
+                    await self._write_body(b"", last=True)
+                    return
+                whole = b"".join([chunk async for chunk in answer.chunks])
             if self._started:  # by a comment: the status line is gone
-                await self._write_body(event_of(self._path, head.status, whole), last=True)
-                return
-            headers = {"content-type": head.content_type, **head.headers, "content-length": str(len(whole))}
-            await self._write(head.status, headers, whole, last=True)
+                await self._write_body(event_of(self._path, answer.status, whole), last=True)
+            else:
+                await self._write(answer.status, headers | {"content-length": str(len(whole))}, whole, last=True)
 
     async def fail(self, error: DeepsplitError) -> None:
         """The answer ends with an error: as a response of its own, or in the middle of a stream as its last event."""

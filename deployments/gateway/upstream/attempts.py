@@ -16,11 +16,11 @@ from cluster.errors import EngineKilled, ReplicaLost, ReplicaUnavailable, Stream
 from deployments.directory.members import ResponseHead
 from deployments.gateway.lease import Lease
 from deployments.gateway.outline import Outline
+from deployments.gateway.paths import CHAT, COMPLETIONS, RESPONSES
 from deployments.gateway.upstream import sse
 from deployments.gateway.upstream.continuation import Continuation, Decode
 from deployments.gateway.upstream.engine_messages import in_our_words
-from deployments.gateway.upstream.events import CHAT, COMPLETIONS
-from deployments.gateway.upstream.pool import ReplicaPool
+from deployments.gateway.upstream.pool import ReplicaPool, longest_context
 
 _JSON = "application/json"
 # What a replica answers while its engine dies or starts: nothing has been generated, so another one may be asked.
@@ -31,7 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 class Attempts:
-    """Yields the answer's head and then its chunks, and tells the lease how far the answer is."""
+    """Yields the answer's chunks, and tells the lease how far the answer is. `head` is there with the first chunk."""
+
+    head: ResponseHead
 
     def __init__(
         self, lease: Lease, outlined: Outline, body: bytes, pool: ReplicaPool, decode: Decode, max_resends: int
@@ -48,17 +50,17 @@ class Attempts:
         self._begun = False  # the client has something
         self._had_tokens = 0  # when the replica that has the request got it
 
-    async def run(self) -> AsyncGenerator[ResponseHead | bytes, None]:
+    async def run(self) -> AsyncGenerator[bytes, None]:
         """Raises ReplicaUnavailable or a Refusal when nobody else can take the request, EngineKilled when nobody else
         may, StreamLost when its stream cannot go on.
         """
         path, body = self._path, self._events.upstream_body()
         while True:
             try:
-                async with aclosing(self._attempt(path, body)) as answer:
-                    async for item in answer:
+                async with aclosing(self._attempt(path, body)) as chunks:
+                    async for chunk in chunks:
                         self._begun = True
-                        yield item
+                        yield chunk
                 return
             except ReplicaUnavailable as error:
                 if self._begun and (missing := self._events.closing()) is not None:
@@ -67,7 +69,7 @@ class Attempts:
                     return
                 self._may_go_on(error)
             if self._begun:
-                path, body = await self._events.continue_request(self._context_tokens())
+                path, body = await self._events.continue_request(longest_context(self._pool.loads()))
             else:
                 self._events = self._fresh()  # what the lost attempt showed is forgotten
             await self._lease.move()
@@ -96,18 +98,17 @@ class Attempts:
         fields = {"request_id": self._lease.head.request_id, "continued": self._begun}
         logger.warning("a request goes on elsewhere: %s", error, extra={"fields": fields})
 
-    async def _attempt(self, path: str, body: bytes) -> AsyncGenerator[ResponseHead | bytes, None]:
+    async def _attempt(self, path: str, body: bytes) -> AsyncGenerator[bytes, None]:
         replica_id = self._lease.replica_id
         self._had_tokens = self._events.generated_tokens
-        self._lease.sent()
+        self._lease.sent_to.append(replica_id)
         upstream = self._pool.send(replica_id, self._lease.head.method, path, body, self._lease.head.passed_on())
         async with aclosing(upstream):
             head = await anext(upstream)
             assert isinstance(head, ResponseHead), "a replica's answer begins with its head"
             if not head.content_type.startswith(sse.CONTENT_TYPE):
                 whole = b"".join([chunk async for chunk in upstream if isinstance(chunk, bytes)])
-                for item in self._whole(head, whole):
-                    yield item
+                yield self._whole(head, whole)
                 return
             held = b""  # until the first token: a loss costs the client nothing before, and a refusal is told as one
             lost: ReplicaLost | None = None
@@ -118,32 +119,31 @@ class Attempts:
                     self._report()
                     if held and (self._begun or self._events.saw_token or self._events.finished):
                         if not self._begun:
-                            yield head
+                            self.head = head
                         yield held
                         held = b""
                     if self._events.error is not None:
                         break
             except ReplicaLost as error:
                 lost = error
-        if self._events.finished and self._events.error is None:
-            return
-        for item in await self._failed(path, lost or ReplicaLost(f"replica {replica_id} ended its stream early")):
-            yield item
+        if not self._events.finished or self._events.error is not None:
+            yield await self._failed(path, lost or ReplicaLost(f"replica {replica_id} ended its stream early"))
 
-    def _whole(self, head: ResponseHead, body: bytes) -> list[ResponseHead | bytes]:
+    def _whole(self, head: ResponseHead, body: bytes) -> bytes:
         """An answer that is no stream. Raises ReplicaUnavailable if another replica should be asked."""
         replica_id = self._lease.replica_id
         if self._begun:  # a continuation that the engine refuses
             raise ReplicaUnavailable(f"replica {replica_id} would not continue: {head.status}")
         if head.status in _RETRIED_STATUS and self._may_ask_another():
             raise ReplicaLost(f"replica {replica_id} answered {head.status}")
+        self.head = head
         if head.status >= 400:
-            return [head, in_our_words(body)]
+            return in_our_words(body)
         self._events.whole(body)
-        self._lease.counted(self._events.prompt_tokens, self._events.generated_tokens, complete=True)
-        return [head, body]
+        self._lease.counted(self._events.prompt_tokens, self._events.generated_tokens)
+        return body
 
-    async def _failed(self, path: str, lost: ReplicaLost) -> list[ResponseHead | bytes]:
+    async def _failed(self, path: str, lost: ReplicaLost) -> bytes:
         """What follows in a stream that broke off (`lost`), or that the engine ended with an error. Before its first
         token the answer is the one to the same request without a stream: same status, same text. Raises
         ReplicaUnavailable if the replica, and not the request, is at fault.
@@ -153,7 +153,7 @@ class Attempts:
             if error is None or error.status >= 500:
                 raise lost
             name = b"" if path in (COMPLETIONS, CHAT) else b"event: error\n"
-            return [name + b"data: " + error.body + b"\n\n"]
+            return name + b"data: " + error.body + b"\n\n"
         if path not in (COMPLETIONS, CHAT):
             return self._whole(*await self._unstreamed(path, lost))  # the events of these paths do not say enough
         if error is None:
@@ -164,7 +164,7 @@ class Attempts:
         """How the replica refuses the same request without a stream, of one token at most. Raises `lost` if it does
         not.
         """
-        bound = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+        bound = "max_output_tokens" if path == RESPONSES else "max_tokens"
         body = msgspec.json.encode({**self._outline.fields, "stream": False, bound: 1})
         upstream = self._pool.send(self._lease.replica_id, "POST", path, body, self._lease.head.passed_on())
         try:
@@ -187,10 +187,7 @@ class Attempts:
         if events.saw_token:
             self._lease.progress(events.prompt_tokens, events.generated_tokens)
         if events.finished:
-            self._lease.counted(events.prompt_tokens, events.generated_tokens, complete=True)
+            self._lease.counted(events.prompt_tokens, events.generated_tokens)
 
     def _fresh(self) -> Continuation:
         return Continuation(self._path, self._outline, self._body, self._decode)
-
-    def _context_tokens(self) -> int:
-        return max((load.max_model_len for load in self._pool.loads()), default=0)

@@ -13,7 +13,8 @@ import msgspec
 
 from cluster.errors import StreamLost
 from deployments.gateway.outline import Outline
-from deployments.gateway.upstream.events import CHAT, COMPLETIONS, AnswerEvents
+from deployments.gateway.paths import CHAT, COMPLETIONS
+from deployments.gateway.upstream.events import AnswerEvents
 from deployments.gateway.upstream.sse import EventSplitter
 
 # (token ids, skip special tokens) -> text
@@ -117,8 +118,8 @@ class Continuation(AnswerEvents):
         self.finished = True
         return usage + b"data: [DONE]\n\n"
 
-    async def continue_request(self, context_tokens: int) -> tuple[str, bytes]:
-        """Path and body for another replica. `context_tokens`: longest prompt plus completion; 0: not known.
+    async def continue_request(self, context_tokens: int | None) -> tuple[str, bytes]:
+        """Path and body for another replica. `context_tokens`: longest prompt plus completion; None: not known.
 
         Raises StreamLost when the seam falls into the middle of a character.
         """

@@ -9,9 +9,9 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 
 from deployments.gateway.outline import Fields, Outline, nested_too_deeply
+from deployments.gateway.paths import CHAT, COMPLETIONS
 from deployments.gateway.upstream.sse import DONE, EventSplitter, data_at
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 _LAST_EVENTS = ("message_stop", "response.completed", "response.incomplete", "response.failed")
 
 
@@ -87,7 +87,7 @@ class AnswerEvents:
 
     def whole(self, body: bytes) -> None:
         """Take the counts from an answer that was not streamed."""
-        answer = _json_object(body)
+        answer = json_object(body)
         if answer is not None:
             self._take_usage(answer.get("usage"))
             self._take_count(answer)
@@ -112,7 +112,7 @@ class AnswerEvents:
         if text == DONE:
             self.finished = True
             return event
-        data = _json_object(text)
+        data = json_object(text)
         if data is None:
             return event
         if _is_error(data):
@@ -202,7 +202,8 @@ def _status_of(data: dict[str, Any]) -> int:
     return code if isinstance(code, int) and 400 <= code < 600 else 500
 
 
-def _json_object(text: bytes) -> dict[str, Any] | None:
+def json_object(text: bytes) -> dict[str, Any] | None:
+    """Returns the JSON object that a text is; None if it is something else."""
     try:
         data = msgspec.json.decode(text)
     except (ValueError, RecursionError):  # DecodeError and UnicodeDecodeError are ValueErrors

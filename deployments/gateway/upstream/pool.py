@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 
 import aiohttp
 
 from cluster.config import InternalTlsConfig
 from cluster.errors import ReplicaLost, ReplicaUnavailable
-from cluster.tls.contexts import internal_client_ssl_context
-from deployments.admission.replica_loads import CONNECT_TIMEOUT_S, ReplicaLoads
+from deployments.admission.replica_loads import ReplicaLoads, replica_session
 from deployments.directory.members import ResponseHead
 from routing.requests.request import ReplicaLoad
-
-_READ_BUFFER_BYTES = 256 * 1024
 
 
 class ReplicaPool:
@@ -79,15 +76,7 @@ class ReplicaPool:
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
-            ssl_context = True if self._tls is None else internal_client_ssl_context(self._tls)
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, ssl=ssl_context, keepalive_timeout=30),
-                # The request's deadline bounds the whole; here only the time to get a connection.
-                timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S),
-                auto_decompress=False,
-                read_bufsize=_READ_BUFFER_BYTES,
-                trust_env=False,
-            )
+            self._session = replica_session(self._tls)
         return self._session
 
 
@@ -115,3 +104,8 @@ class _Exchange:
             self._opening.reschedule(asyncio.get_running_loop().time())
         elif self._response is not None:
             self._response.close()
+
+
+def longest_context(loads: Iterable[ReplicaLoad]) -> int | None:
+    """Returns the longest prompt plus completion, in tokens, that any of the replicas takes; None: none has said."""
+    return max((load.max_model_len for load in loads), default=0) or None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from deployments.gateway.upstream.events import CHAT
+from deployments.gateway.paths import CHAT
 
 EOS = 1  # of models/demo
 Json = dict[str, object]

@@ -6,7 +6,6 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -20,8 +19,8 @@ from deployments.admission.waiting_room import WaitingRoom
 from deployments.directory.members import ResponseHead
 from deployments.gateway.detokenizer import ModelTokenizer
 from deployments.gateway.head import read_head
-from deployments.gateway.meter import RequestMeters
-from deployments.gateway.pipeline import AnswerHead, Pipeline
+from deployments.gateway.meter import RequestMeter
+from deployments.gateway.pipeline import Answer, Pipeline
 from deployments.gateway.upstream.pool import ReplicaPool
 from monitoring.metrics import GatewayMetrics
 from routing.requests.quota import Quotas
@@ -112,7 +111,7 @@ class Words:
 class Got:
     """What a client has of an answer."""
 
-    head: AnswerHead | None = None
+    head: Answer | None = None
     chunks: list[bytes] = field(default_factory=list)
     came: asyncio.Event = field(default_factory=asyncio.Event)  # the first chunk did
 
@@ -158,7 +157,7 @@ class World:
             self.room,
             cast(ReplicaPool, pool),
             cast(ModelTokenizer, Words()),
-            RequestMeters(GatewayMetrics(self.registry), objectives, time.monotonic),
+            RequestMeter(GatewayMetrics(self.registry), objectives, time.monotonic, models[0]),
             log_bodies,
         )
 
@@ -183,14 +182,13 @@ class World:
         async with self.pipeline.open(head) as lease:
             lease.hold(len(body))
             outlined = await self.pipeline.outline(lease, body)
-            async with aclosing(self.pipeline.run(lease, outlined, body)) as items:
-                async for item in items:
-                    if isinstance(item, AnswerHead):
-                        got.head = item
-                    else:
-                        got.chunks.append(item)
-                        got.came.set()
-                    if leave_after is not None and len(got.chunks) >= leave_after:
+            async with self.pipeline.run(lease, outlined, body) as got.head:
+                if leave_after == 0:
+                    raise asyncio.CancelledError
+                async for chunk in got.head.chunks:
+                    got.chunks.append(chunk)
+                    got.came.set()
+                    if len(got.chunks) == leave_after:
                         raise asyncio.CancelledError
         return got
 

@@ -20,7 +20,7 @@ from deployments.admission.local import LocalAdmission
 from deployments.admission.waiting_room import WaitingRoom
 from deployments.directory.members import ResponseHead
 from deployments.gateway.grpc.server import GrpcServer
-from deployments.gateway.meter import RequestMeters
+from deployments.gateway.meter import RequestMeter
 from deployments.gateway.models import ModelPages
 from deployments.gateway.pipeline import Pipeline
 from monitoring.metrics import GatewayMetrics
@@ -112,9 +112,9 @@ class World:
         self.room.decide_by(LocalAdmission(AdmissionConfig(), time.monotonic, self.room.decided, Quotas()))
         self.room.set_loads(replicas.loads())
         self.registry = CollectorRegistry()
-        meters = RequestMeters(GatewayMetrics(self.registry), AdmissionConfig(), time.monotonic)
+        meter = RequestMeter(GatewayMetrics(self.registry), AdmissionConfig(), time.monotonic, MODEL)
         tenants = TenantsFile(keys)
-        self.pipeline = Pipeline((MODEL, "alias"), config, tenants, self.room, replicas, Words(), meters)
+        self.pipeline = Pipeline((MODEL, "alias"), config, tenants, self.room, replicas, Words(), meter)
         self.models = ModelPages((MODEL, "alias"), 17, replicas.loads)
 
     def server(self, read_timeout_s: float = 10.0) -> GrpcServer:
@@ -209,9 +209,7 @@ def client(port: int, ca_file: Path | None = None, options: Sequence[tuple[str, 
     options = (("grpc.use_local_subchannel_pool", 1), *options)
     if ca_file is None:
         return grpc.aio.insecure_channel(f"127.0.0.1:{port}", options)
-    return grpc.aio.secure_channel(
-        f"localhost:{port}", grpc.ssl_channel_credentials(ca_file.read_bytes()), options
-    )
+    return grpc.aio.secure_channel(f"localhost:{port}", grpc.ssl_channel_credentials(ca_file.read_bytes()), options)
 
 
 # --- clients ---

@@ -9,15 +9,7 @@ import pytest
 from google.protobuf.json_format import ParseError
 
 from cluster.errors import EngineRefused
-from deployments.gateway.grpc.answers import (
-    chat_chunk,
-    chat_response,
-    completion_chunk,
-    completion_response,
-    detokenize_response,
-    models_response,
-    tokenize_response,
-)
+from deployments.gateway.grpc.answers import detokenize_response, message_of, models_response
 from deployments.gateway.models import ModelObject
 from deployments.protos.deepsplit.v1 import inference_pb2 as pb
 
@@ -31,6 +23,26 @@ HEAD = {"id": "r1", "created": 17, "model": "tiny", "system_fingerprint": None, 
 
 def dump(answer: object) -> bytes:
     return json.dumps(answer).encode()
+
+
+def chat_response(data: bytes) -> pb.ChatResponse:
+    return message_of(data, pb.ChatResponse())
+
+
+def chat_chunk(data: bytes) -> pb.ChatChunk:
+    return message_of(data, pb.ChatChunk())
+
+
+def completion_response(data: bytes) -> pb.CompletionResponse:
+    return message_of(data, pb.CompletionResponse())
+
+
+def completion_chunk(data: bytes) -> pb.CompletionChunk:
+    return message_of(data, pb.CompletionChunk())
+
+
+def tokenize_response(data: bytes) -> pb.TokenizeResponse:
+    return message_of(data, pb.TokenizeResponse())
 
 
 def test_a_chat_answer_with_everything() -> None:

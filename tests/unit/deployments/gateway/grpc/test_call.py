@@ -10,9 +10,11 @@ import grpc
 import pytest
 from google.protobuf.struct_pb2 import Struct
 
-from cluster.errors import Draining, Overloaded, Plane, RateLimits, Reason, ReplicaLost
+from cluster.errors import Draining, Overloaded, Plane, RateLimits, Reason, ReplicaLost, RequestTimeout
+from deployments.gateway.grpc.call import CallContext
 from deployments.protos.deepsplit.v1 import inference_pb2 as pb
 from deployments.protos.deepsplit.v1.inference_pb2_grpc import InferenceStub
+from tests.unit.deployments.gateway import clocked_loop
 from tests.unit.deployments.gateway.grpc.grpc_server import (
     Replicas,
     World,
@@ -326,3 +328,33 @@ def test_events_are_found_however_they_are_cut(size: int) -> None:
         assert chunks_ == ["a", "b"]
 
     run(test())
+
+
+# --- clients that read slowly ---
+
+
+class SlowReader:
+    """In place of gRPC's context: its client takes so long to read a message."""
+
+    def __init__(self, takes_s: float) -> None:
+        self._takes_s = takes_s
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    async def write(self, message: pb.CompletionChunk) -> None:
+        await asyncio.sleep(self._takes_s)
+
+
+@pytest.mark.parametrize(
+    ("size", "takes_s", "given_up"),
+    [(1, 29, False), (1, 31, True), (2**16, 31, True), (2**20, 400, False), (2**20, 600, True)],
+)
+def test_a_client_has_the_stall_time_for_each_64_kib_of_a_message(size: int, takes_s: float, given_up: bool) -> None:
+    call = CallContext(SlowReader(takes_s), write_stall_s=30)
+    writing = call.write(pb.CompletionChunk(id="a" * max(0, size - 8)))
+    if given_up:
+        with pytest.raises(RequestTimeout, match="did not read"):
+            clocked_loop.run(writing)
+    else:
+        clocked_loop.run(writing)

@@ -162,22 +162,22 @@ def test_a_client_that_reads_nothing_frees_its_generation_and_blocks_nobody() ->
 def test_a_handler_is_closed_with_its_call_even_if_something_holds_it() -> None:
     async def test() -> None:
         closed = asyncio.Event()
-        held: list[AsyncGenerator[bytes, None]] = []
+        held: list[AsyncGenerator[pb.CompletionChunk, None]] = []
 
-        async def tokens() -> AsyncGenerator[bytes, None]:
+        async def tokens() -> AsyncGenerator[pb.CompletionChunk, None]:
             try:
                 while True:
-                    yield b"a" * 2**16
+                    yield pb.CompletionChunk(id="a" * 2**16)
             finally:
                 closed.set()
 
-        def behaviour(request: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[bytes, None]:
+        def behaviour(request: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[pb.CompletionChunk, None]:
             held.append(tokens())
             return held[0]
 
         pipeline = World(Replicas(), gateway_config()).pipeline
         server = grpc.aio.server(interceptors=[Interceptor(pipeline, gateway_config())])
-        handler = grpc.unary_stream_rpc_method_handler(behaviour, bytes, bytes)
+        handler = grpc.unary_stream_rpc_method_handler(behaviour, bytes, pb.CompletionChunk.SerializeToString)
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("t", {"tokens": handler})])
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

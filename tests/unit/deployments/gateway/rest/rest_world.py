@@ -16,7 +16,8 @@ from cluster.keys.api_keys import key_hash
 from deployments.gateway.models import ModelPages
 from deployments.gateway.openapi import ServerDescription
 from deployments.gateway.operator_pages import OperatorPages
-from deployments.gateway.rest.api import POST_PATHS, RestApi
+from deployments.gateway.paths import POST_PATHS
+from deployments.gateway.rest.api import RestApi
 from deployments.hosting.http_server import HttpServer
 from tests.unit.deployments.gateway.gateway_world import COMPLETIONS, JSON, FakePool, Script, World
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from starlette.types import Message
 
 from cluster.errors import DeepsplitError, Overloaded, Plane, Reason, ReplicaLost, StreamLost
 from deployments.directory.members import ResponseHead
-from deployments.gateway.pipeline import AnswerHead
+from deployments.gateway.pipeline import Answer
 from deployments.gateway.rest.writer import AnswerWriter
 from tests.unit.deployments.gateway.gateway_world import (
     CHAT,
@@ -217,10 +218,13 @@ def test_a_slow_connection_never_gets_two_heads_or_a_body_before_its_head(blocke
         await asyncio.sleep(blocked_for_s)
         sent.append(message)
 
-    async def answer(quiet_s: float) -> AsyncGenerator[AnswerHead | bytes, None]:
-        await asyncio.sleep(quiet_s)
-        yield AnswerHead(200, "text/event-stream", {})
+    async def chunks() -> AsyncIterator[bytes]:
         yield b"data: 1\n\n"
+
+    @asynccontextmanager
+    async def answer(quiet_s: float) -> AsyncIterator[Answer]:
+        await asyncio.sleep(quiet_s)
+        yield Answer(200, "text/event-stream", {}, chunks())
 
     async def scenario() -> None:
         for step in range(8):

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from cluster.errors import StreamLost
 from deployments.gateway.detokenizer import ModelTokenizer
 from deployments.gateway.outline import Outline, outline
+from deployments.gateway.paths import CHAT, COMPLETIONS
 from deployments.gateway.upstream.continuation import Continuation, why_not
-from deployments.gateway.upstream.events import CHAT, COMPLETIONS
 from tests.unit.deployments.gateway.engine_stream import EOS, Engine, chunks_of, text_of
 
 TEXTS = {

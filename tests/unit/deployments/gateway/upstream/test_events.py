@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from deployments.gateway.outline import outline
-from deployments.gateway.upstream.events import CHAT, COMPLETIONS, AnswerEvents, EngineError
+from deployments.gateway.paths import CHAT, COMPLETIONS
+from deployments.gateway.upstream.events import AnswerEvents, EngineError
 from tests.unit.deployments.gateway.engine_stream import EOS, Engine, chunks_of, text_of
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
