@@ -83,7 +83,7 @@ class ReplicaLoads:
             try:
                 async for load in self._listen(endpoint):
                     self._loads[endpoint.replica_id] = load
-                    self._on_change()
+                    self._tell_change()
                     pause_s, silent = _RECONNECT_S[0], False
                 reason = "it takes no more requests"  # those in flight may end
             except Exception as error:  # whatever a broken replica provokes: the watch must not die and call it live
@@ -93,9 +93,16 @@ class ReplicaLoads:
                 silent = True
                 logger.warning("attention replica %s takes no requests: %s", endpoint.replica_id, reason)
             if self._loads.pop(endpoint.replica_id, None) is not None:
-                self._on_change()
+                self._tell_change()
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, longest_s)
+
+    def _tell_change(self) -> None:
+        """A bug in whoever listens must not end the watch: the replica would be taken to be as it was for ever."""
+        try:
+            self._on_change()
+        except Exception:
+            logger.exception("the replicas' newest loads could not be taken")
 
     async def _listen(self, endpoint: ReplicaEndpoint) -> AsyncGenerator[ReplicaLoad, None]:
         url = endpoint.url + "/deepsplit/load"
@@ -129,7 +136,7 @@ class ReplicaLoads:
         if (watching := self._watching.pop(replica_id, None)) is not None:
             watching.cancel()
         if self._loads.pop(replica_id, None) is not None:
-            self._on_change()
+            self._tell_change()
 
 
 def replica_session(tls: InternalTlsConfig | None) -> aiohttp.ClientSession:

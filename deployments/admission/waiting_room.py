@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Protocol
 
@@ -43,6 +43,7 @@ class _Entry:
 
     ask: Ask
     answer: asyncio.Future[Grant]  # to what it waits for, or waited for last
+    came_s: float
     state: _State = _State.WAITING
     replica_id: str = ""  # where it runs, or ran last
     generated_tokens: int = 0
@@ -68,9 +69,15 @@ class WaitingRoom:
                 decider.tell(Restore(entry.ask, entry.replica_id, entry.generated_tokens))
         for entry in list(self._entries.values()):
             if entry.state is _State.WAITING:
-                decider.tell(Submit(entry.ask))
+                decider.tell(Submit(self._still(entry)))
             elif entry.state is _State.MOVING:
                 decider.tell(Move(entry.ask.ticket))
+
+    def _still(self, entry: _Entry) -> Ask:
+        """The request as it is now: of its client's patience, what has been waited is gone."""
+        if entry.ask.deadline_s is None:
+            return entry.ask
+        return replace(entry.ask, deadline_s=max(0.0, entry.ask.deadline_s - (self._clock() - entry.came_s)))
 
     def leave(self) -> None:
         """What waits holds nothing at the present decider any more; `decide_by` follows at once."""
@@ -86,7 +93,7 @@ class WaitingRoom:
 
     async def admit(self, ask: Ask) -> Grant:
         """Wait for leave to run. Raises Refusal. Cancelling it cancels the ticket."""
-        entry = self._entries[ask.ticket] = _Entry(ask, asyncio.get_running_loop().create_future())
+        entry = self._entries[ask.ticket] = _Entry(ask, asyncio.get_running_loop().create_future(), self._clock())
         return await self._answer(entry, Submit(ask))
 
     async def move(self, ticket: str) -> Grant:

@@ -103,9 +103,11 @@ class Lease:
         self._memory.hold(size)
         self._body_bytes += size
 
-    def estimate(self, text_bytes: int, token_ids: int) -> int:
-        """Returns the tokens of its prompt, as far as they can be known before the engine has counted them."""
-        self._text_bytes = 0 if token_ids else text_bytes
+    def estimate(self, text_bytes: int, token_ids: int, is_cut: bool) -> int:
+        """Returns the tokens of its prompt, as far as they can be known before the engine has counted them. `is_cut`:
+        the engine will cut it, so what it counts says nothing about the text's size.
+        """
+        self._text_bytes = 0 if token_ids or is_cut else text_bytes
         return self._prompt_size.estimate(text_bytes, token_ids)
 
     async def admit(self, ask: Ask) -> Grant:
@@ -152,7 +154,7 @@ class Lease:
         self._memory.release(self._body_bytes)
         if self.ask is not None:
             prompt_tokens = self.ask.prompt_tokens if self.prompt_tokens is None else self.prompt_tokens
-            if self.status >= 400:  # the engine refused it and computed nothing
+            if self.status >= 400 and not self.generated_tokens:  # the engine refused it and computed nothing
                 prompt_tokens = 0
             complete = self.complete and error is None
             self._room.finish(self.ask.ticket, Usage(prompt_tokens, self.generated_tokens, complete))

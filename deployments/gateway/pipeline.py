@@ -23,7 +23,7 @@ from deployments.gateway.limit_headers import rate_limit_headers
 from deployments.gateway.meter import RequestMeter
 from deployments.gateway.models import may_use, no_model
 from deployments.gateway.open_requests import OpenRequests, Session
-from deployments.gateway.outline import Outline, outline
+from deployments.gateway.outline import Outline, certain_prompts, outline
 from deployments.gateway.paths import MESSAGES
 from deployments.gateway.upstream.attempts import Attempts
 from deployments.gateway.upstream.pool import ReplicaPool, longest_context
@@ -141,7 +141,7 @@ class Pipeline:
                 f"{outlined.sequences} sequences in one request (n times prompts); the most is "
                 f"{self._config.max_sequences} (gateway.max_sequences)"
             )
-        await self._check_prompt(outlined)
+        await self._check_prompt(lease.head.path, outlined)
         return outlined
 
     def _check_model(self, tenant: Tenant, model: str | None) -> None:
@@ -152,16 +152,17 @@ class Pipeline:
                 f"tenant {tenant.name} may not use {self._models[0]!r}: see `models` in the keys file"
             )
 
-    async def _check_prompt(self, outlined: Outline) -> None:
-        """A prompt that no replica can hold is the request's fault, and no overload."""
-        context = self._context_tokens()
+    async def _check_prompt(self, path: str, outlined: Outline) -> None:
+        """Refuses a prompt that no replica can hold: that is the request's fault, and no overload."""
+        context = longest_context(self._pool.loads())
         own = self._config.max_prompt_tokens
         if not outlined.sequences or (context is None and own is None) or outlined.truncate_prompt_tokens == -1:
             return
         most = min(tokens for tokens in (own, None if context is None else context - 1) if tokens is not None)
-        tokens = outlined.prompt_ids // max(1, outlined.prompts)
-        if not outlined.prompt_ids and outlined.prompts == 1 and len(outlined.prompt_text) > most:
-            tokens = await self._tokenizer.count(outlined.prompt_text, most)  # a token is at least a byte
+        tokens, texts = certain_prompts(path, outlined)
+        for text in texts:
+            if tokens <= most < len(text):  # a token is at least a byte
+                tokens = max(tokens, await self._tokenizer.count(text, most))
         if outlined.truncate_prompt_tokens is not None:
             tokens = min(tokens, outlined.truncate_prompt_tokens)
         if tokens <= most:
@@ -172,9 +173,6 @@ class Pipeline:
                 "shorten it"
             )
         raise RequestError(f"the prompt has {tokens} tokens, this server's limit is {own} (gateway.max_prompt_tokens)")
-
-    def _context_tokens(self) -> int | None:
-        return longest_context(self._pool.loads())
 
     # --- admission, attempts ---
 
@@ -191,11 +189,13 @@ class Pipeline:
             yield Answer(head.status, head.content_type, self._headers(lease, grant), _chained(first, chunks))
 
     def _ask(self, lease: Lease, outlined: Outline) -> Ask:
-        prompt_tokens = lease.estimate(len(outlined.prompt_text), outlined.prompt_ids)
-        if (cut := outlined.truncate_prompt_tokens) is not None and cut >= 0:
+        cut, context = outlined.truncate_prompt_tokens, longest_context(self._pool.loads())
+        prompt_tokens = lease.estimate(len(outlined.prompt_text), outlined.prompt_ids, cut is not None)
+        if cut is not None and cut >= 0:
             prompt_tokens = min(prompt_tokens, cut * outlined.prompts)
-        bound, context = outlined.max_new_tokens, self._context_tokens()
+        bound = outlined.max_new_tokens
         if context is not None:
+            prompt_tokens = min(prompt_tokens, context * outlined.prompts)  # more, the engine refuses or cuts
             left = max(1, context - prompt_tokens // max(1, outlined.prompts))
             bound = left if bound is None else min(bound, left)
         return Ask(

@@ -36,6 +36,7 @@ class Ticket:
     predicted_ttft_s: float | None = None  # as of its submission; None: nothing finite was predicted
     would_refuse: Reason | None = None
     tag: float = 0.0  # its place in its class: virtual start time
+    restored: bool = False  # another admission let it run: it was never in a queue here
     moved: bool = False  # it ran at a replica that was lost: its times teach nothing, and nobody displaces it
     avoid: frozenset[str] = frozenset()  # replicas that lost it
 

@@ -135,7 +135,8 @@ class Attempts:
         if self._begun:  # a continuation that the engine refuses
             raise ReplicaUnavailable(f"replica {replica_id} would not continue: {head.status}")
         if head.status in _RETRIED_STATUS and self._may_ask_another():
-            raise ReplicaLost(f"replica {replica_id} answered {head.status}")
+            kind = ReplicaLost if head.status == 500 else ReplicaUnavailable  # only with 500 had it begun
+            raise kind(f"replica {replica_id} answered {head.status}")
         self.head = head
         if head.status >= 400:
             return in_our_words(body)
@@ -152,6 +153,7 @@ class Attempts:
         if self._begun:
             if error is None or error.status >= 500:
                 raise lost
+            self._lease.status = error.status
             name = b"" if path in (COMPLETIONS, CHAT) else b"event: error\n"
             return name + b"data: " + error.body + b"\n\n"
         if path not in (COMPLETIONS, CHAT):
@@ -165,7 +167,7 @@ class Attempts:
         not.
         """
         bound = "max_output_tokens" if path == RESPONSES else "max_tokens"
-        body = msgspec.json.encode({**self._outline.fields, "stream": False, bound: 1})
+        body = msgspec.json.encode({**msgspec.json.decode(self._body), "stream": False, bound: 1})
         upstream = self._pool.send(self._lease.replica_id, "POST", path, body, self._lease.head.passed_on())
         try:
             async with aclosing(upstream):

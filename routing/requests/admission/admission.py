@@ -107,7 +107,7 @@ class Admission:
         ticket = self._new_ticket(ask, now_s)
         ticket.generated_tokens = generated_tokens
         ticket.left_tokens = ticket.expected_left_tokens()
-        ticket.moved = True  # its times say nothing about predictions made here
+        ticket.moved = ticket.restored = True  # its times say nothing about predictions made here
         self._tickets[ask.ticket] = ticket
         self._replicas.add(ticket, replica_id, 0, now_s).first_token(ticket, now_s)
 
@@ -166,7 +166,7 @@ class Admission:
             if ticket.moved:
                 ticket.generated_tokens = max(ticket.generated_tokens, usage.generated_tokens)
             return self.cancel(ticket_id, now_s)
-        if not (ticket.ask.streamed or usage.complete or usage.generated_tokens):
+        if usage.prompt_tokens and not (ticket.ask.streamed or usage.complete or usage.generated_tokens):
             usage = replace(usage, generated_tokens=self._forecast.probably_generated(ticket, now_s))
         ask, tokens = ticket.ask, usage.prompt_tokens + usage.generated_tokens
         self._replicas.remove(ticket, now_s)
@@ -174,7 +174,7 @@ class Admission:
         self._quotas.commit(ask, tokens, now_s)
         if usage.complete or usage.generated_tokens:
             self._lengths.observe(ask, usage.generated_tokens, usage.complete)
-        if ticket.slots:
+        if ticket.slots and not ticket.restored:
             self._queues[ask.priority].correct_cost(ask.tenant, ticket.cost, tokens)
         return self._placing.place_waiting(now_s)
 

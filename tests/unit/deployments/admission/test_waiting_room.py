@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -33,6 +34,7 @@ class Script:
         self.heard: list[tuple[str, str]] = []
         self.loads: Sequence[ReplicaLoad] = ()
         self.generated: dict[str, int] = {}  # of restored ones
+        self.patience_s: dict[str, float | None] = {}  # of submitted ones
         self.fails_at: type[Event] | None = None
 
     def tell(self, event: Event) -> None:
@@ -41,6 +43,7 @@ class Script:
         match event:
             case Submit(ask):
                 self.heard.append(("submit", ask.ticket))
+                self.patience_s[ask.ticket] = ask.deadline_s
             case Restore(ask, replica_id, generated_tokens):
                 self.heard.append(("restore " + replica_id, ask.ticket))
                 self.generated[ask.ticket] = generated_tokens
@@ -276,3 +279,20 @@ def test_another_decider_takes_over_everything() -> None:
         assert [what for what, _ in second.heard[4:]] == ["finish"] * 3
 
     asyncio.run(run())
+
+
+def test_a_clients_patience_does_not_begin_anew_with_another_decider() -> None:
+    async def scenario() -> None:
+        room, script, clock = waiting_room()
+        asking = asyncio.create_task(room.admit(replace(ask("a"), deadline_s=1.0)))
+        await settle()
+        assert script.patience_s == {"a": 1.0}
+        for waited_s, left_s in ((0.6, 0.4), (0.7, 0.0)):
+            clock.now_s += waited_s
+            script = Script()
+            room.decide_by(script)
+            assert script.patience_s == {"a": pytest.approx(left_s)}
+        asking.cancel()
+        await settle()
+
+    asyncio.run(scenario())

@@ -190,6 +190,36 @@ def test_a_prompt_beyond_the_context_is_the_requests_fault(path: str, stream: bo
     refused(world, RequestError, "maximum context length is 100 tokens", path=path, stream=stream, **fields)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("prompt", [[[1], [1] * 100], ["a", "word " * 120]])
+def test_one_of_several_prompts_beyond_the_context_too(prompt: object) -> None:
+    refused(World(FakePool(max_model_len=100)), RequestError, "maximum context length is 100", prompt=prompt)
+
+
+def test_what_a_template_may_leave_out_is_the_engines_to_judge() -> None:
+    async def scenario() -> None:
+        turns = [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "ok", "reasoning_content": "word " * 120},
+            {"role": "user", "content": "go on"},
+        ]
+        world = World(FakePool([SSE, *stream("wxyz")], max_model_len=100))
+        got = await world.ask(CHAT, messages=turns, stream=True, metadata={"x": "word " * 120})
+        assert got.status == 200
+
+    run(scenario)
+
+
+def test_cut_prompts_teach_nothing_about_the_size_of_texts() -> None:
+    async def scenario() -> None:
+        world = World(FakePool(*[[SSE, *stream("wxyz")]] * 20))
+        before = world.pipeline._prompt_size.estimate(400_000, 0)
+        for _ in range(20):
+            await world.ask(prompt="x" * 100_000, truncate_prompt_tokens=9)
+        assert world.pipeline._prompt_size.estimate(400_000, 0) == before
+
+    run(scenario)
+
+
 def test_token_ids_beyond_the_context_too() -> None:
     refused(World(FakePool(max_model_len=100)), RequestError, "maximum context length is 100", prompt=[1] * 100)
 

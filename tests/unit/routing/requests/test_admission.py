@@ -1002,3 +1002,23 @@ def test_an_answer_in_one_piece_that_is_cut_off_is_charged_what_it_has_probably_
     # Two seconds at the 20 ms per step that are taken before anything is known; a stream would have shown its tokens.
     assert 60 < left_after(streamed=True, seconds=2.0) - left_after(streamed=False, seconds=2.0) < 140
     assert left_after(True, 0.5, new=7) - left_after(False, 0.5, new=7) == 7  # never more than its bound
+
+
+def test_what_an_engine_refused_late_is_not_charged() -> None:
+    tenant = Tenant("t", tokens_per_minute=1_000)
+    deciding = patient(load(slots=4))
+    deciding.submit(replace(ask("a", tenant=tenant, prompt=10, new=500), streamed=False), 0.0)
+    deciding.finish("a", Usage(0, 0, complete=False), 2.0)
+    (granted,) = deciding.submit(ask("b", tenant=tenant, prompt=0, new=0), 2.0)
+    assert isinstance(granted, Admitted)
+    assert granted.grant.limits is not None
+    assert granted.grant.limits.remaining_tokens == 1_000
+
+
+def test_what_another_admission_let_run_changes_no_order_here() -> None:
+    deciding = patient(load(slots=8))
+    before = deciding._queues[INTERACTIVE].next_tag(TENANT)
+    for number in range(3):
+        deciding.restore(ask(f"r{number}", new=500), "r", 3, 0.0)
+        deciding.finish(f"r{number}", Usage(10, 3), 1.0)
+    assert deciding._queues[INTERACTIVE].next_tag(TENANT) == before

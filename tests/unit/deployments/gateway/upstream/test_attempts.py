@@ -218,6 +218,15 @@ def test_two_engines_that_answer_500_are_as_good_as_lost() -> None:
     run(scenario)
 
 
+def test_replicas_that_take_nothing_were_not_killed() -> None:
+    async def scenario() -> None:
+        full = [ResponseHead(503, "application/json"), b"{}"]
+        pool = FakePool(full, full, [JSON, b"{}"], names="abcd")
+        assert (await World(pool, max_resends=5).ask(stream=False)).status == 200
+
+    run(scenario)
+
+
 def test_the_only_engines_own_error_is_the_answer() -> None:
     async def scenario() -> None:
         pool = FakePool([ResponseHead(500, "application/json"), b'{"error": 1}'], names="a")
@@ -281,6 +290,20 @@ def test_where_the_stream_does_not_say_why_the_engine_is_asked_without_one(
     run(scenario)
 
 
+def test_messages_without_a_model_go_on_elsewhere_too() -> None:
+    async def scenario() -> None:
+        start = b'event: message_start\ndata: {"type":"message_start","message":{"usage":null}}\n\n'
+        delta = b'event: content_block_delta\ndata: {"type":"content_block_delta","delta":{"text":"x"}}\n\n'
+        stop = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+        pool = FakePool([SSE, start, LOST], [UNREACHED], [SSE, start, delta, stop])
+        world = World(pool)
+        got = await world.ask("/v1/messages", messages=[{"role": "user", "content": "x"}], max_tokens=9, stream=True)
+        assert got.body == start + delta + stop
+        assert [json.loads(body)["model"] for _, _, body in pool.seen] == ["tiny"] * 3
+
+    run(scenario)
+
+
 def test_a_stream_of_responses_whose_replica_died_before_its_first_token_is_asked_for_elsewhere() -> None:
     async def scenario() -> None:
         created = b'event: response.created\ndata: {"type":"response.created","response":{"id":"%d"}}\n\n'
@@ -301,6 +324,7 @@ def test_an_error_of_the_requests_own_in_mid_stream_is_passed_on_once() -> None:
         assert text_of(got.body.replace(b"data: " + BAD + b"\n\n", b"")) == "wx"
         assert got.body.endswith(b"data: " + BAD + b"\n\n")
         assert len(world.pool.seen) == 1
+        assert world.value("deepsplit_requests_total", **CLIENT_ERROR) == 1
 
     run(scenario)
 
