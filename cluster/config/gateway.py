@@ -42,7 +42,7 @@ class GatewayConfig(Section):
     first_request_timeout_s: float = Field(60.0, gt=0, description="How long an HTTP connection may stay without a "
                                                                    "first request.")
     write_stall_s: float = Field(30.0, gt=0, description="How long a client may read nothing of its answer before it "
-                                                         "is given up.")
+                                                         "is given up; on gRPC, for each 64 KiB of a message.")
     stream_idle_timeout_s: float = Field(300.0, gt=0, description="How long an Open Inference Protocol "
                                                                   "`ModelStreamInfer` call may stay open while nothing "
                                                                   "is asked or answered on it.")
