@@ -95,7 +95,7 @@ class Replicas:
 class Words:
     """A tokenizer of words, and of characters as ids."""
 
-    async def count(self, text: bytes) -> int:
+    async def count(self, text: bytes, enough: int) -> int:
         return len(text.split())
 
     async def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
