@@ -75,13 +75,26 @@ def waiting_room() -> tuple[WaitingRoom, Script, Clock]:
     return made, script, clock
 
 
+async def admitted(room: WaitingRoom, decision: Decision) -> Grant:
+    """What becomes of ticket "a" when it is decided upon while it waits."""
+    waiting = asyncio.create_task(room.admit(ask("a")))
+    await settle()
+    room.decided(decision)
+    return await waiting
+
+
+async def moved(room: WaitingRoom, decision: Decision) -> Grant:
+    """The same for its move to another replica."""
+    moving = asyncio.create_task(room.move("a"))
+    await settle()
+    room.decided(decision)
+    return await moving
+
+
 def test_granted_progress_finished() -> None:
     async def run() -> None:
         room, script, clock = waiting_room()
-        waiting = asyncio.create_task(room.admit(ask("a")))
-        await settle()
-        room.decided(granted("a"))
-        assert (await waiting).replica_id == "r0"
+        assert (await admitted(room, granted("a"))).replica_id == "r0"
         for tokens in (1, 2, 3):
             room.progress("a", tokens)
         clock.now_s += PROGRESS_INTERVAL_S
@@ -98,11 +111,8 @@ def test_granted_progress_finished() -> None:
 def test_refused() -> None:
     async def run() -> None:
         room, script, _ = waiting_room()
-        waiting = asyncio.create_task(room.admit(ask("a")))
-        await settle()
-        room.decided(Refused("a", BUSY))
         with pytest.raises(Overloaded):
-            await waiting
+            await admitted(room, Refused("a", BUSY))
         room.finish("a", Usage(5, 4))
         assert script.heard == [("submit", "a")]
         assert room.open_tickets() == 0
@@ -146,19 +156,10 @@ def test_a_submission_that_cannot_be_made_leaves_no_ticket() -> None:
 def test_move_and_its_refusal() -> None:
     async def run() -> None:
         room, _, _ = waiting_room()
-        first = asyncio.create_task(room.admit(ask("a")))
-        await settle()
-        room.decided(granted("a"))
-        await first
-        moving = asyncio.create_task(room.move("a"))
-        await settle()
-        room.decided(granted("a", "r1"))
-        assert (await moving).replica_id == "r1"
-        moving = asyncio.create_task(room.move("a"))
-        await settle()
-        room.decided(Refused("a", BUSY))
+        await admitted(room, granted("a"))
+        assert (await moved(room, granted("a", "r1"))).replica_id == "r1"
         with pytest.raises(Overloaded):
-            await moving
+            await moved(room, Refused("a", BUSY))
         assert room.open_tickets() == 0
 
     asyncio.run(run())
@@ -167,10 +168,7 @@ def test_move_and_its_refusal() -> None:
 def test_a_client_that_leaves_while_its_request_moves_is_charged_what_was_generated() -> None:
     async def run() -> None:
         room, script, _ = waiting_room()
-        first = asyncio.create_task(room.admit(ask("a")))
-        await settle()
-        room.decided(granted("a"))
-        await first
+        await admitted(room, granted("a"))
         room.progress("a", 1)
         room.progress("a", 3)  # too soon to be told
         moving = asyncio.create_task(room.move("a"))
@@ -188,15 +186,9 @@ def test_a_client_that_leaves_while_its_request_moves_is_charged_what_was_genera
 def test_the_first_progress_after_a_move_is_told_at_once() -> None:
     async def run() -> None:
         room, script, _ = waiting_room()
-        first = asyncio.create_task(room.admit(ask("a")))
-        await settle()
-        room.decided(granted("a"))
-        await first
+        await admitted(room, granted("a"))
         room.progress("a", 1)
-        moving = asyncio.create_task(room.move("a"))
-        await settle()
-        room.decided(granted("a", "r1"))
-        await moving
+        await moved(room, granted("a", "r1"))
         for tokens in (2, 3):
             room.progress("a", tokens)
         heard = [what for what, _ in script.heard]
@@ -208,15 +200,9 @@ def test_the_first_progress_after_a_move_is_told_at_once() -> None:
 def test_a_replica_that_is_lost_before_its_first_token_makes_no_progress() -> None:
     async def run() -> None:
         room, script, _ = waiting_room()
-        first = asyncio.create_task(room.admit(ask("a")))
-        await settle()
-        room.decided(granted("a"))
-        await first
+        await admitted(room, granted("a"))
         for replica in ("r1", "r2"):
-            moving = asyncio.create_task(room.move("a"))
-            await settle()
-            room.decided(granted("a", replica))
-            await moving
+            await moved(room, granted("a", replica))
         room.progress("a", 1)
         assert [what for what, _ in script.heard] == ["submit", "move", "move", "progress 1"]
 
