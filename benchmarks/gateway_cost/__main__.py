@@ -19,9 +19,10 @@ import psutil
 from benchmarks.fakes.gateway_process import GatewayProcess
 from benchmarks.fakes.replica_process import FakeReplica, FakeReplicas
 from benchmarks.fakes.service_model import ServiceModel
+from benchmarks.measuring.closed_loop import closed_loop
 from benchmarks.measuring.free_port import free_port
-from benchmarks.measuring.paired import Added, Asked, Server, compare, short_requests, spread
-from benchmarks.measuring.sse_client import Connection, connect
+from benchmarks.measuring.paired import Added, Asked, Server, compare, spread
+from benchmarks.measuring.sse_client import Connection, Reply, connect
 from cluster.config import Config
 from deployments.directory.members import ReplicaEndpoint
 
@@ -76,9 +77,13 @@ async def times(name: str, direct: Server, gateway: Server, asked: Asked, stream
 
 async def cpu(direct: Server, gateway: Server, asked: Asked, seconds: float) -> None:
     """Requests per core, and CPU per token of streams that come as fast as they can."""
+
+    async def ask(connection: Connection) -> Reply:
+        return await connection.request("POST", asked.path, asked.body(1, stream=False), gateway.headers)
+
     rates, costs = [], []
     for _ in range(3):
-        rate, cost_s = await short_requests(gateway, gateway, asked, 16, seconds)
+        rate, cost_s = await closed_loop(gateway.url, ask, gateway.cpu_s, 16, seconds)
         rates.append(rate)
         costs.append(cost_s)
     cost_s = statistics.median(costs)

@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -74,27 +73,6 @@ async def compare(direct: Server, gateway: Server, asked: Asked, count: int, tok
             if turn >= 2:
                 _add(added, replies[direct.url], replies[gateway.url])
     return added
-
-
-async def short_requests(
-    server: Server, cpu_of: Server, asked: Asked, clients: int, seconds: float
-) -> tuple[float, float]:
-    """(requests per second, CPU seconds of `cpu_of` per request); each client asks again as soon as it is answered."""
-    answered = 0
-
-    async def one(connection: Connection) -> None:
-        nonlocal answered
-        while time.monotonic() < until_s:
-            reply = await connection.request("POST", asked.path, asked.body(1, stream=False), server.headers)
-            assert reply.status == 200, reply.body
-            answered += 1
-
-    async with AsyncExitStack() as stack:
-        opened = [await stack.enter_async_context(await connect(server.url)) for _ in range(clients)]
-        before_s, started_s = cpu_of.cpu_s(), time.monotonic()
-        until_s = started_s + seconds
-        await asyncio.gather(*(one(connection) for connection in opened))
-        return answered / (time.monotonic() - started_s), (cpu_of.cpu_s() - before_s) / answered
 
 
 async def _streams(server: Server, opened: Sequence[Connection], asked: Asked, tokens: int) -> list[Reply]:

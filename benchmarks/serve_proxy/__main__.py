@@ -33,6 +33,7 @@ import psutil
 import ray
 from ray import serve
 
+from benchmarks.measuring.closed_loop import closed_loop
 from benchmarks.measuring.free_port import free_port
 from benchmarks.measuring.sse_client import Connection, Reply, connect
 from benchmarks.serve_proxy.proxied_app import Ingress, OwnPort, SourceReplica
@@ -73,6 +74,8 @@ def main() -> None:
     parser.add_argument("--pace-ms", type=float, default=30.0, help="time between two tokens of one stream")
     parser.add_argument("--haproxy", action="store_true", help="let Serve listen with HAProxy, not its Python proxy")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds: at least 2, because quartiles are printed")
     if args.haproxy:
         os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"  # before Ray starts: Serve reads it in every process
     context = multiprocessing.get_context("spawn")
@@ -158,23 +161,14 @@ async def _streams(way: Way, count: int, tokens: int, pace_ms: float, keep: bool
 
 async def _short_requests(way: Way, keep: bool, clients: int = 16, seconds: float = 2.0) -> None:
     body = json.dumps({"max_tokens": 1, "stream": False}).encode()
-    answered = 0
 
-    async def one(connection: Connection) -> None:
-        nonlocal answered
-        while time.monotonic() < until_s:
-            reply = await connection.request("POST", f"{way.prefix}/v1/completions", body)
-            assert reply.status == 200
-            answered += 1
+    async def ask(connection: Connection) -> Reply:
+        return await connection.request("POST", f"{way.prefix}/v1/completions", body)
 
-    async with AsyncExitStack() as stack:
-        opened = [await stack.enter_async_context(await connect(way.url)) for _ in range(clients)]
-        before_s, started_s = way.cpu_s(), time.monotonic()
-        until_s = started_s + seconds
-        await asyncio.gather(*(one(connection) for connection in opened))
-        if keep:
-            way.request_cpu.append((way.cpu_s() - before_s) / answered)
-            way.rate.append(answered / (time.monotonic() - started_s))
+    rate, cost_s = await closed_loop(way.url, ask, way.cpu_s, clients, seconds)
+    if keep:
+        way.request_cpu.append(cost_s)
+        way.rate.append(rate)
 
 
 async def _leave(way: Way, keep: bool) -> None:
