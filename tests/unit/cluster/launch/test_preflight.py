@@ -8,6 +8,7 @@ import pytest
 from cluster.config import GatewayConfig
 from cluster.errors import StartupError
 from cluster.launch.preflight import RAY_VERSION, VLLM_VERSION, check_ports, check_versions
+from tests.cli import free_port
 
 
 def test_port_in_use_names_port_holder_and_key() -> None:
@@ -28,12 +29,12 @@ def test_grpc_port_in_use_names_its_own_key() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         with pytest.raises(StartupError, match=r"set gateway\.grpc_port to a free port"):
-            check_ports(GatewayConfig(port=45671, grpc_port=other.getsockname()[1]))
+            check_ports(GatewayConfig(port=free_port(), grpc_port=other.getsockname()[1]))
 
 
 def test_address_of_another_machine() -> None:
     with pytest.raises(StartupError, match=r"set gateway\.host to an address of this machine"):
-        check_ports(GatewayConfig(host="192.0.2.77", port=45671, allow_anonymous=True))
+        check_ports(GatewayConfig(host="192.0.2.77", port=free_port(), allow_anonymous=True))
 
 
 def test_versions_are_those_of_the_project_file() -> None:

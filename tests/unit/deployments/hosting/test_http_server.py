@@ -101,20 +101,32 @@ def test_a_machine_without_one_of_the_families(monkeypatch: pytest.MonkeyPatch) 
     asyncio.run(run())
 
 
-def test_one_address_of_a_name_in_use_is_an_error_and_leaves_the_others_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
-        with socket.socket(socket.AF_INET6) as other:
+def taken_on_ipv6_alone() -> tuple[socket.socket, int]:
+    """A listener on ::1 and its port, which nothing on 127.0.0.1 has, not even a closed connection that still lingers.
+    """
+    while True:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port: int = free.getsockname()[1]
+            other = socket.socket(socket.AF_INET6)
             other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            other.bind(("::1", 0))
+            try:
+                other.bind(("::1", port))
+            except OSError:
+                other.close()
+                continue
             other.listen()
-            port = other.getsockname()[1]
-            addresses(monkeypatch, (socket.AF_INET, ("127.0.0.1", port)), (socket.AF_INET6, ("::1", port, 0, 0)))
-            with pytest.raises(StartupError, match=r"the port is in use; see gateway\.port"):
-                await HttpServer(Application()).start("localhost", port, "gateway.port")
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", port))
+            return other, port
 
-    asyncio.run(run())
+
+def test_one_address_of_a_name_in_use_is_an_error_and_leaves_the_others_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    other, port = taken_on_ipv6_alone()
+    addresses(monkeypatch, (socket.AF_INET, ("127.0.0.1", port)), (socket.AF_INET6, ("::1", port, 0, 0)))
+    with other:
+        with pytest.raises(StartupError, match=r"the port is in use; see gateway\.port"):
+            asyncio.run(HttpServer(Application()).start("localhost", port, "gateway.port"))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", port))
 
 
 def test_no_address_of_a_name_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
