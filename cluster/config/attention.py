@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -43,6 +44,11 @@ class AttentionConfig(Section):
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of one CPU replica, in GiB. "
                                                        "CUDA: gpu_memory_utilization in engine_args.")
     threads: int | None = Field(None, ge=1, description="Compute threads of one CPU replica; all cores if not set.")
+    compile: bool = Field(False, description="Compile a CPU replica's attention half with torch.compile: faster steps, "
+                                             "and a minute more for the first start with a model, which fills "
+                                             "compile_cache. Needs a C++ compiler (g++). On CUDA vLLM always compiles.")
+    compile_cache: Path = Field(Path("~/.cache/deepsplit/compile"), description="Folder in which compiled code stays "
+                                                                    "between starts, on each node that has a replica.")
     speculative_tokens: int = Field(0, ge=0, description="Tokens drafted per step by the checkpoint's own Multi-Token "
                                                          "Prediction layer; 0 turns speculative decoding off.")
     engine_args: EngineArguments = Field(
@@ -53,7 +59,7 @@ class AttentionConfig(Section):
 
     @model_validator(mode="after")
     def _engine_args_can_work(self) -> Self:
-        found = list(refusals(self.engine_args, self.device, self.speculative_tokens))
+        found = list(refusals(self.engine_args, self.device, self.compile, self.speculative_tokens))
         if found:
             raise conflicts(self, [(("engine_args", *path), message) for path, message in found])
         return self

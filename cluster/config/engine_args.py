@@ -62,7 +62,7 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
 
 # Refused with this value alone, or on one device alone.
 CONDITIONS: tuple[str, ...] = (
-    "`enforce_eager: false` on CPU",
+    "`enforce_eager` on CPU, with another value than attention.compile says",
     "`kv_cache_memory_bytes` and `gpu_memory_utilization` on CPU",
     "`compilation_config.cudagraph_mode` with full graphs on CUDA",
     "`speculative_config` with `method: mtp`, or with `num_speculative_tokens` beside attention.speculative_tokens",
@@ -73,23 +73,23 @@ CONDITIONS: tuple[str, ...] = (
 )
 
 
-def refusals(args: EngineArguments, device: str, speculative_tokens: int) -> Iterator[tuple[tuple[str, ...], str]]:
+def refusals(
+    args: EngineArguments, device: str, compiled: bool, speculative_tokens: int
+) -> Iterator[tuple[tuple[str, ...], str]]:
     """What is refused of `args`: the path to it, and a message that names the reason and the fix."""
     for fix, names in REFUSED.items():
         yield from (((name,), f"cannot be set here: {fix}") for name in names if name in args)
-    yield from _for_the_device(args, device)
+    yield from _for_the_device(args, device, compiled)
     yield from _while_drafting(args, speculative_tokens)
     yield from _parsers(args)
     if "deepsplit" in args.get("additional_config", {}):
         yield ("additional_config", "deepsplit"), "is what deepsplit tells its own plugin: leave it out"
 
 
-def _for_the_device(args: EngineArguments, device: str) -> Iterator[tuple[tuple[str, ...], str]]:
+def _for_the_device(args: EngineArguments, device: str, compiled: bool) -> Iterator[tuple[tuple[str, ...], str]]:
     if device == "cpu":
-        if args.get("enforce_eager") is False:
-            yield ("enforce_eager",), (
-                "must stay true on CPU: vLLM would compile the calls to the expert workers into its graph; leave it out"
-            )
+        if args.get("enforce_eager", not compiled) is compiled:
+            yield ("enforce_eager",), f"is set by attention.compile ({str(compiled).lower()}) on CPU: leave it out"
         for name in ("kv_cache_memory_bytes", "gpu_memory_utilization"):
             if name in args:
                 yield (name,), "has no effect on CPU: use attention.kv_cache_gib"

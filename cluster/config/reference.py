@@ -109,11 +109,11 @@ def _type_name(annotation: Any) -> str:
 
 def _default(field: FieldInfo, name: str, optional: bool, defaults: BaseModel | None) -> str:
     if defaults is not None:
-        return f"`{json.dumps(getattr(defaults, name))}`"
+        return f"`{json.dumps(getattr(defaults, name), default=str)}`"
     if field.is_required():
         return "required with the section" if optional else "**required**"
     value = field.get_default(call_default_factory=True, validated_data={})
-    return "not set" if value is None else f"`{json.dumps(value)}`"
+    return "not set" if value is None else f"`{json.dumps(value, default=str)}`"
 
 
 if __name__ == "__main__":

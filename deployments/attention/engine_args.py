@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from cluster.config import Config, Dtype
-from cluster.errors import CheckpointError
+from cluster.config import AttentionConfig, Config, Dtype
+from cluster.errors import CheckpointError, StartupError
 
-# The routed experts leave the process inside these ops, so no CUDA graph may span them.
-REMOTE_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
+# Hidden states leave the process inside these ops, so no CUDA graph may span them.
+REMOTE_OPS = ("deepsplit::dispatch", "deepsplit::collect")
 
 MLA_BACKEND = "CPU_MLA"
 WORKER = "deployments.attention.engine_worker.RequestIdsWorker"
@@ -47,8 +48,8 @@ def engine_args(
     if attention.device == "cpu":
         args = _merge(args, _cpu_args(config))
     elif not attention.engine_args.get("enforce_eager"):
-        # Graphs of pieces only: a full graph of a decode step would span the remote experts.
-        args["compilation_config"] = {"splitting_ops": [*graph_breaks, *REMOTE_OPS], "cudagraph_mode": "PIECEWISE"}
+        # Compiled, without CUDA graphs: no GPU has shown yet that graphs of the pieces between the ops are right.
+        args["compilation_config"] = {"splitting_ops": [*graph_breaks, *REMOTE_OPS], "cudagraph_mode": "NONE"}
     return _merge(args, attention.engine_args)
 
 
@@ -57,30 +58,47 @@ def engine_env(config: Config) -> dict[str, str]:
 
     CPU threads are counted, not pinned: expert workers and the gateway may share the host, and vLLM's own binding
     leaves all but one thread per physical core idle. They sleep while they wait, for the same reason. Called on the
-    replica's own node, whose cores it counts.
+    replica's own node, whose cores it counts. Raises StartupError if attention.compile cannot work on it.
     """
     ready = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.ray.start_timeout_s))}
     if config.attention.device != "cpu":
         return ready
     threads = config.attention.threads or len(os.sched_getaffinity(0))
-    return ready | {
+    return ready | _compiler_env(config.attention) | {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",
-        # Some of vLLM's functions are compiled even in eager mode: 40 s of C++ compiler on the first request.
-        "TORCH_COMPILE_DISABLE": "1",
     }
+
+
+def _compiler_env(attention: AttentionConfig) -> dict[str, str]:
+    if not attention.compile:
+        # Some of vLLM's functions are compiled even in eager mode: 40 s of C++ compiler on the first request.
+        return {"TORCH_COMPILE_DISABLE": "1"}
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise StartupError("attention.compile needs a C++ compiler on the node: install g++, or set it to false")
+    cache = attention.compile_cache.expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartupError(
+            f"attention.compile_cache: {cache} cannot be made ({error.strerror}): set it to a folder that can be written"
+        ) from None
+    # vLLM's own cache (AOT) is off: 0.32 cannot load on CPU what it saved there ('function' object has no attribute
+    # 'finalize_loading'). Inductor's cache loads in 3 s what took 23 s to compile.
+    return {"VLLM_USE_AOT_COMPILE": "0", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
 
 
 def _cpu_args(config: Config) -> dict[str, Any]:
+    compiled = config.attention.compile
     args: dict[str, Any] = {
-        # Compiling would take longer than all the rest of a start; see docs of attention.engine_args to turn it on.
-        "enforce_eager": True,
+        "enforce_eager": not compiled,
         "kv_cache_memory_bytes": int(config.attention.kv_cache_gib * 2**30),
     }
     if _hf_config(config.model.path).get("kv_lora_rank"):
-        # vLLM's CPU rotary kernel misreads MLA's query in eager mode (0.29 to 0.32): plain torch does it instead.
-        args["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
+        if not compiled:
+            # vLLM's CPU rotary kernel misreads MLA's query in eager mode (0.29 to 0.32): plain torch does it instead.
+            args["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
         # With AMX in the CPU vLLM would take its AMX kernel, which fails on float32; the draft model chooses again for
         # itself. Prefix caching and chunked prefill, which this kernel cannot do, vLLM turns off by itself.
         args["attention_config"] = {"backend": MLA_BACKEND}

@@ -10,13 +10,14 @@ from collections.abc import Generator
 import torch
 from safetensors import SafetensorError, safe_open
 from vllm.config import ModelConfig, VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner, _moe_forward, _moe_forward_shared
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.platforms import current_platform
 
 from cluster.errors import CheckpointError, StartupError
 from cluster.model.spec import is_routed_expert, load_checkpoint_index, load_model_spec
+from deployments.attention.dispatch_ops import RemoteLayer, connect
 from deployments.attention.parent_watch import end_with_parent
 from deployments.attention.remote_experts import RemoteRoutedExperts
 from deployments.attention.settings import RemoteExpertsSettings, settings_of
@@ -41,11 +42,6 @@ class AttentionOnlyLoader(DefaultModelLoader):
         settings = settings_of(vllm_config)
         if settings is None:
             raise StartupError("load_format=deepsplit needs additional_config['deepsplit']; start through `deepsplit`")
-        if current_platform.is_cpu() and not model_config.enforce_eager:
-            raise StartupError(
-                "on CPU vLLM would compile the dispatch into its graph, which cannot be: leave "
-                "attention.engine_args.enforce_eager at true"
-            )
         model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
         local = [layer.layer_name for layer in layers if not isinstance(layer, RemoteRoutedExperts)]
@@ -55,12 +51,15 @@ class AttentionOnlyLoader(DefaultModelLoader):
                 f"{' in ' + local[0] if local else ''}: vLLM's extension point RoutedExperts is not in use, so this "
                 f"model cannot be split"
             )
+        for module in model.modules():
+            if isinstance(module, MoERunner):
+                _let_compilers_in(module)
         end_with_parent()
         _wait_for_experts(settings, sorted(layer.layer_index for layer in layers))
-        if get_tensor_model_parallel_rank() == 0:  # the only one that dispatches
-            client = _client(settings, model_config.dtype)
-            for layer in layers:
-                layer.client = client
+        client = _client(settings, model_config.dtype)
+        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        for layer in layers:
+            connect(layer.layer_name, RemoteLayer(layer.layer_index, client, rank, ranks))
         return model
 
     def get_all_weights(
@@ -85,6 +84,13 @@ class AttentionOnlyLoader(DefaultModelLoader):
                     f"{index.path / shard} cannot be read ({error}): download this shard again"
                 ) from None
         logger.info("Read %.1f MiB of weights, no routed expert among them", bytes_read / 2**20)
+
+
+def _let_compilers_in(runner: MoERunner) -> None:
+    """Have a compiler trace the MoE layer down to our own operators, as vLLM does on CPU. On CUDA the whole layer is
+    one operator of vLLM's, which returns a new tensor each time: a CUDA graph of what follows would read an old one.
+    """
+    runner._forward_entry = _moe_forward if runner.shared_experts is None else _moe_forward_shared
 
 
 def _wait_for_experts(settings: RemoteExpertsSettings, layers: list[int]) -> None:

@@ -19,7 +19,7 @@ from deployments.attention.cpu_router_ops import define_missing
 from deployments.attention.loader import AttentionOnlyLoader
 from deployments.attention.remote_experts import RemoteRoutedExperts
 
-TESTED_VLLM = ("0.29.0",)
+TESTED_VLLM = ("0.32.0",)
 PLUGIN, LOAD_FORMAT = "deepsplit", "deepsplit"
 _ROUTER_OPS = torch.library.Library("_moe_C", "FRAGMENT")  # ops live as long as their library object
 

@@ -17,8 +17,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import extract_layer_index
 
 from cluster.errors import StartupError
+from deployments.attention import dispatch_ops  # noqa: F401  # defines the operators
 from deployments.attention.settings import current_settings
-from routing.tokens.client import ExpertClient
 
 
 class RemoteRoutedExperts(RoutedExperts):
@@ -27,8 +27,6 @@ class RemoteRoutedExperts(RoutedExperts):
     Every MoE model of vLLM builds its routed experts through this class, MTP layers included (their index is
     `num_hidden_layers` and up, as in DeepSeek's checkpoints).
     """
-
-    client: ExpertClient | None = None  # set by the loader; None: not split
 
     def _get_quant_method(
         self, prefix: str, quant_config: QuantizationConfig | None, moe_config: FusedMoEConfig
@@ -93,19 +91,11 @@ class RemoteExpertsMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the weighted sum of the routed experts [T, H] of `x` [T, H], in its dtype and on its device."""
-        assert isinstance(layer, RemoteRoutedExperts)
-
-        def compute_shared_expert() -> None:
-            if shared_experts is not None:
-                shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
-
-        if self.moe.tp_rank > 0:
-            # All tensor-parallel ranks hold the same rows, and vLLM sums their outputs after this: rank 0 alone
-            # dispatches, so rows travel once per replica.
-            compute_shared_expert()
-            return torch.zeros_like(x)
-        assert layer.client is not None, "the loader connects every layer before the first forward"
-        output_TH = layer.client.forward(
-            layer.layer_index, x.cpu(), topk_ids.cpu(), topk_weights.cpu(), meanwhile=compute_shared_expert
-        )
-        return output_TH.to(device=x.device, dtype=x.dtype)
+        torch.ops.deepsplit.dispatch(x, topk_weights, topk_ids, layer.layer_name)
+        shared_TH = None
+        if shared_experts is not None:
+            shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
+            shared_TH = shared_experts._output[shared_experts._output_idx]  # the runner takes it out by `output`
+        output_TH = torch.empty_like(x)
+        torch.ops.deepsplit.collect(output_TH, x, shared_TH, layer.layer_name)
+        return output_TH

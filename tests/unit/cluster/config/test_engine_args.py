@@ -47,7 +47,8 @@ def test_names_and_types_are_known(tmp_path: Path, engine_args: str, expected: s
 @pytest.mark.parametrize(
     ("attention", "engine_args", "expected"),
     [
-        ("device: cpu", "enforce_eager: false", "enforce_eager: must stay true on CPU: vLLM would compile"),
+        ("device: cpu", "enforce_eager: false", "enforce_eager: is set by attention.compile (false) on CPU: leave it"),
+        ("compile: true", "enforce_eager: true", "enforce_eager: is set by attention.compile (true) on CPU: leave it"),
         ("device: cpu", "kv_cache_memory_bytes: 1", "kv_cache_memory_bytes: has no effect on CPU: use attention.kv"),
         ("device: cpu", "gpu_memory_utilization: 1", "gpu_memory_utilization: has no effect on CPU: use attention.kv"),
         ("device: cuda", "data_parallel_size: 2", "data_parallel_size: cannot be set here: the experts are on workers"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.config import Config
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, StartupError
 from deployments.attention.engine_args import REMOTE_OPS, engine_args, engine_env
 
 MLA = {"kv_lora_rank": 512, "dtype": "bfloat16"}
@@ -57,7 +57,7 @@ def test_split_on_cuda_cuts_graphs_at_the_remote_experts(tmp_path: Path) -> None
     cuda = make(tmp_path, MLA, device="cuda", tensor_parallel_size=8)
     args = engine_args(cuda, split, "deepsplit", ["vllm::attention"])
     assert args["compilation_config"] == {
-        "splitting_ops": ["vllm::attention", *REMOTE_OPS], "cudagraph_mode": "PIECEWISE",
+        "splitting_ops": ["vllm::attention", *REMOTE_OPS], "cudagraph_mode": "NONE",
     }  # fmt: skip
     assert args["tensor_parallel_size"] == 8
     assert args["load_format"] == "deepsplit"
@@ -86,6 +86,29 @@ def test_threads_are_counted_on_cpu_only(tmp_path: Path) -> None:
     assert engine_env(make(tmp_path, MLA, threads=3))["OMP_NUM_THREADS"] == "3"
     assert engine_env(make(tmp_path, MLA))["TORCH_COMPILE_DISABLE"] == "1"
     assert "OMP_NUM_THREADS" not in engine_env(make(tmp_path, MLA, device="cuda"))
+
+
+def test_compiled_code_stays_between_starts(tmp_path: Path) -> None:
+    config = make(tmp_path, MLA, compile=True, compile_cache=str(tmp_path / "a" / "b"))
+    args, env = engine_args(config, {}, "auto", ()), engine_env(config)
+    assert not args["enforce_eager"]
+    assert "compilation_config" not in args
+    assert env["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert "TORCH_COMPILE_DISABLE" not in env
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = make(tmp_path, MLA, compile=True, compile_cache=str(tmp_path / "file" / "cache"))
+    with pytest.raises(StartupError, match=r"attention\.compile_cache: .*/cache cannot be made \(Not a directory\)"):
+        engine_env(config)
+
+
+def test_a_node_without_a_compiler_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(StartupError, match=r"needs a C\+\+ compiler on the node: install g\+\+, or set it to false"):
+        engine_env(make(tmp_path, MLA, compile=True, compile_cache=str(tmp_path / "cache")))
 
 
 def test_vllm_waits_for_its_engine_as_long_as_we_do(tmp_path: Path) -> None:
