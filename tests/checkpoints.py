@@ -47,6 +47,7 @@ class Shape:
     num_shared_experts: int = 1
     num_mtp_layers: int = 0
     yarn: bool = False  # RoPE with YaRN scaling, as DeepSeek-V3 has it; plain RoPE otherwise
+    max_positions: int = 512
     fp8_experts: bool = False  # routed experts as float8_e4m3fn with one float32 scale per block
 
     @property
@@ -220,7 +221,7 @@ def _config(shape: Shape, dtype: str) -> dict[str, object]:
         "num_hidden_layers": shape.num_layers,
         "num_attention_heads": _HEADS,
         "vocab_size": VOCAB_SIZE,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": shape.max_positions,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
         "attention_bias": False,

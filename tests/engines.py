@@ -44,7 +44,7 @@ class EngineFailed(Exception):
 
 @dataclass(frozen=True)
 class EngineRun:
-    """One `generate` call. Lists have one entry per prompt.
+    """One `generate` call. Lists have one entry per prompt. `decode_seconds`: from the last first token to the last token.
 
     `logprobs` holds the log-probability of each sampled token; `drafted` and `accepted` count speculative tokens since
     the engine's start (0 without speculative decoding).
@@ -53,6 +53,7 @@ class EngineRun:
     token_ids: list[list[int]]
     logprobs: list[list[float]]
     seconds: float
+    decode_seconds: float
     drafted: int
     accepted: int
 
@@ -229,6 +230,7 @@ def _generate(llm: Any, prompts: list[list[int]], max_tokens: int) -> EngineRun:
             for output in outputs
         ],
         seconds=seconds,
+        decode_seconds=max(r.metrics.last_token_ts for r in results) - max(r.metrics.first_token_ts for r in results),
         drafted=int(counts.get("vllm:spec_decode_num_draft_tokens", 0)),
         accepted=int(counts.get("vllm:spec_decode_num_accepted_tokens", 0)),
     )

@@ -68,14 +68,18 @@ class ExpertPlane:
         return {"load_format": "deepsplit", "additional_config": {"deepsplit": settings}}
 
     def start(
-        self, shares: Sequence[float], replicas: int = 1, metered: bool = True
+        self, shares: Sequence[float], replicas: int = 1, metered: bool = True, form: str = "auto"
     ) -> tuple[WorkerEndpoint, ...]:
-        """Start one process per share and wait until all listen; nobody uses them before `publish`."""
+        """Start one process per share, its weights in `form` (`experts.dtype`), and wait until all listen; nobody uses
+        them before `publish`.
+        """
+        experts_config = ExpertsConfig.model_validate({"threads": 1, "dtype": form})
+        config = self._config.model_copy(update={"experts": experts_config})
         held = split_shares(self._spec.num_experts, shares, replicas)
         started = []
         for experts in held:
             assignment = dict.fromkeys(self._spec.moe_layers, experts)
-            command = [sys.executable, "-m", "tests.expert_processes", self._config.model_dump_json()]
+            command = [sys.executable, "-m", "tests.expert_processes", config.model_dump_json()]
             process = subprocess.Popen(
                 [*command, json.dumps(assignment), str(int(metered))],
                 cwd=_REPOSITORY,

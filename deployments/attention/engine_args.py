@@ -82,7 +82,7 @@ def _compiler_env(attention: AttentionConfig) -> dict[str, str]:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StartupError(
-            f"attention.compile_cache: {cache} cannot be made ({error.strerror}): set it to a folder that can be written"
+            f"attention.compile_cache: {cache} cannot be made ({error.strerror}): set it to another folder"
         ) from None
     # vLLM's own cache (AOT) is off: 0.32 cannot load on CPU what it saved there ('function' object has no attribute
     # 'finalize_loading'). Inductor's cache loads in 3 s what took 23 s to compile.

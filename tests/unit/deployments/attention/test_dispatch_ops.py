@@ -52,7 +52,8 @@ def experts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Experts]:
 
 
 def routed(rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.randint(-9, 9, (rows, HIDDEN)).float(), torch.rand(rows, TOP_K), torch.zeros(rows, TOP_K, dtype=torch.int32)
+    hidden_TH = torch.randint(-9, 9, (rows, HIDDEN)).float()  # sums without rounding
+    return hidden_TH, torch.rand(rows, TOP_K), torch.zeros(rows, TOP_K, dtype=torch.int32)
 
 
 def moe(shared: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
