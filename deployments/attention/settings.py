@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from vllm.config import VllmConfig, get_current_vllm_config
 
 from cluster.config import DispatchConfig, InternalTlsConfig, MonitoringConfig
+from deployments.attention.vllm_internals import VllmConfig, get_current_vllm_config
 
 SETTINGS_KEY = "deepsplit"
 
