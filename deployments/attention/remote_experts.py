@@ -8,17 +8,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
-from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts, SharedExpertsOrder
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.models.utils import extract_layer_index
 
 from cluster.errors import StartupError
 from deployments.attention import dispatch_ops  # noqa: F401  # defines the operators
 from deployments.attention.settings import current_settings
+from deployments.attention.vllm_internals import (
+    FusedMoEConfig,
+    FusedMoEMethodBase,
+    FusedMoEQuantConfig,
+    MoEActivation,
+    QuantizationConfig,
+    RoutedExperts,
+    SharedExperts,
+    SharedExpertsOrder,
+    extract_layer_index,
+)
 
 
 class RemoteRoutedExperts(RoutedExperts):

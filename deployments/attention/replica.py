@@ -1,4 +1,4 @@
-"""An attention replica: an unmodified vLLM engine inside a Ray Serve replica.
+"""An attention replica: a Ray Serve deployment around vLLM's own engine client and OpenAI application.
 
 It answers gateways on an HTTP port of its own with vLLM's OpenAI application: every field, check and error is vLLM's.
 Import this module in replicas only; it imports vLLM.
@@ -19,26 +19,19 @@ import ray
 from prometheus_client import REGISTRY
 from ray import serve
 from ray.exceptions import RayError
-from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackConfig
-from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.llm import LLMConfig, LLMServer, ModelLoadingConfig
-from ray.util.placement_group import PlacementGroup
-from vllm.config import CompilationConfig, VllmConfig
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.engine.protocol import EngineClient
-from vllm.platforms import current_platform
-from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
+from starlette.types import ASGIApp
 
 from cluster.config import Config
 from cluster.errors import StartupError
+from deployments.attention.engine import AttentionEngine, openai_app, start_engine
 from deployments.attention.engine_args import engine_args, engine_env
 from deployments.attention.placement_follower import PlacementFollower
 from deployments.attention.plugin import LOAD_FORMAT, check_installed
 from deployments.attention.private_port import ReplicaServer
-from deployments.attention.request_faults import told_as_client_errors
 from deployments.attention.settings import RemoteExpertsSettings
+from deployments.attention.vllm_internals import CompilationConfig, Counter, Gauge, get_metrics_snapshot
 from deployments.directory.members import AttentionMember, EngineStats
 from deployments.hosting.autoscaling import DEMAND, OCCUPANCY
 from deployments.hosting.scrape import read_scrape_file, scrape_process
@@ -52,47 +45,7 @@ from routing.tokens.plane_state import ExpertPlaneFile, ExpertPlaneState
 logger = logging.getLogger(__name__)
 
 
-class LocalCheckpoint(CallbackBase):
-    """Tells Ray Serve LLM that the checkpoint is a folder, so that no node runs a download task (25 s of imports)."""
-
-    async def on_before_node_init(self) -> None:
-        self.ctx.run_init_node = False
-
-
-def llm_config(config: Config, args: dict[str, Any]) -> LLMConfig:
-    """Return Ray Serve LLM's description of the engine that `args` (see `engine_args`) start."""
-    return LLMConfig(
-        model_loading_config=ModelLoadingConfig(model_id=config.model.served_name, model_source=str(config.model.path)),
-        accelerator_config={"kind": "cpu" if config.attention.device == "cpu" else "gpu"},
-        engine_kwargs=args,
-        # vLLM's metrics stay in this process's own Prometheus registry, where `engine_stats` reads them.
-        log_engine_metrics=False,
-        callback_config=CallbackConfig(callback_class=LocalCheckpoint),
-    )
-
-
-class LocalEngine(VLLMEngine):
-    """Ray Serve LLM's engine, with one process less on CPU: the only rank runs inside the engine core.
-
-    vLLM gives a CPU rank its own process only to set OpenMP's environment before torch loads; the replica has set it
-    by then. Saves a second import of vLLM (10 s and 0.5 GB) and a hop in shared memory per step.
-    """
-
-    aliases: tuple[str, ...] = ()  # further names of the model in requests
-
-    def _start_async_llm_engine(
-        self, vllm_engine_args: AsyncEngineArgs, vllm_engine_config: VllmConfig, placement_group: PlacementGroup
-    ) -> EngineClient:
-        parallel = vllm_engine_config.parallel_config
-        if current_platform.is_cpu() and parallel.world_size == 1:
-            parallel.distributed_executor_backend = "uni"
-        vllm_engine_args.served_model_name = [*vllm_engine_args.served_model_name, *self.aliases]
-        engine = super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
-        engine.generate = told_as_client_errors(engine.generate)
-        return engine
-
-
-class AttentionReplica(LLMServer):
+class AttentionReplica:
     """One vLLM engine. Raises StartupError when the engine cannot start."""
 
     async def __init__(self, config_json: str, directory: DeploymentHandle) -> None:  # type: ignore[misc]
@@ -132,29 +85,26 @@ class AttentionReplica(LLMServer):
             replica_id=self._replica_id,
             start_timeout_s=config.ray.start_timeout_s,
         )
-        self._plane_file = ExpertPlaneFile(settings.plane_file)
-        self._engine_scrape_file = settings.scrape_file
+        ranks = range(config.attention.tensor_parallel_size)
+        self._plane_files = [ExpertPlaneFile(settings.plane_file(rank)) for rank in ranks]
+        self._rank_scrape_files = [settings.scrape_file(rank) for rank in ranks]
         self._follower = PlacementFollower(directory, PlacementFile(settings.placement_file), self._member_now)
         args = engine_args(config, settings.as_additional_config(), LOAD_FORMAT, CompilationConfig._attention_ops)
-        self._start_timeout_s = config.ray.start_timeout_s
-        self._aliases = config.model.aliases
-        await super().__init__(llm_config(config, args), engine_cls=LocalEngine)
-        self._server = ReplicaServer(await self.__serve_build_asgi_app__(), self._load, config.internal_tls)
+        self._engine, app = await self._start_engine(config, args)
+        self._server = ReplicaServer(app, self._load, config.internal_tls)
         url = await self._server.start(config.own_host(node))
         self._member = replace(self._member, state="ready", url=url, token=self._server.token)
         await directory.register_replica.remote(self._member)  # the follower's next poll would do, but comes later
 
-    async def start(self) -> None:
-        """Start the engine. Unlike the base class, sends no telemetry, which would start one more Ray actor."""
-        self.engine = self._engine_cls(self._llm_config)
-        self.engine.aliases = self._aliases
+    async def _start_engine(self, config: Config, args: dict[str, Any]) -> tuple[AttentionEngine, ASGIApp]:
         try:
-            async with asyncio.timeout(self._start_timeout_s):
-                await self.engine.start()
+            async with asyncio.timeout(config.ray.start_timeout_s):
+                engine, app_args = start_engine(config, args)
+                return engine, await openai_app(engine, app_args)
         except TimeoutError as error:
             raise StartupError(
-                f"the attention engine was not ready after {self._start_timeout_s:.0f} s: raise ray.start_timeout_s, "
-                "or look at the engine_*.log beside this replica's for what it waited for"
+                f"the attention engine was not ready after {config.ray.start_timeout_s:.0f} s: raise "
+                "ray.start_timeout_s, or look at the engine_*.log beside this replica's for what it waited for"
             ) from error
         except Exception as error:
             raise StartupError(
@@ -166,7 +116,7 @@ class AttentionReplica(LLMServer):
         """Return this replica's load, for the gateways. Raises if the engine is dead."""
         stats = await self.engine_stats()
         plane = self._expert_plane_state()
-        engine = self.engine._engine_client.vllm_config
+        engine = self._engine.vllm_config
         cache = engine.cache_config
         return ReplicaLoad(
             self._replica_id,
@@ -179,6 +129,10 @@ class AttentionReplica(LLMServer):
             experts_queue_s=plane.queue_s,
             degraded=plane.degraded,
         )
+
+    async def check_health(self) -> None:
+        """Serve's health check. Raises if the engine is dead."""
+        await self._engine.check_health()
 
     async def engine_stats(self) -> EngineStats:
         """Return what the engine last reported. Raises if the engine is dead."""
@@ -212,12 +166,16 @@ class AttentionReplica(LLMServer):
         self._measured = stats
 
     def _expert_plane_state(self) -> ExpertPlaneState:
-        return self._plane_file.read(time.time())
+        """Return the worst that any rank reports: each sends its share of the rows, and a step waits for all."""
+        states = [file.read(time.time()) for file in self._plane_files]
+        return ExpertPlaneState(max(state.queue_s for state in states), any(state.degraded for state in states))
 
     def _member_now(self) -> AttentionMember:
-        """Return what this replica registers with: with the engine's scrape target, once that listens."""
-        if len(self._member.scrape) == 1 and (engine := read_scrape_file(self._engine_scrape_file)) is not None:
-            self._member = replace(self._member, scrape=(*self._member.scrape, engine))
+        """Return what this replica registers with: with the scrape targets of the engine's ranks, once they listen."""
+        if len(self._member.scrape) <= len(self._rank_scrape_files):
+            found = [read_scrape_file(file) for file in self._rank_scrape_files]
+            ranks = (target for target in found if target is not None)
+            self._member = replace(self._member, scrape=(self._scrape.target, *ranks))
         return self._member
 
     async def __del__(self) -> None:
@@ -227,10 +185,8 @@ class AttentionReplica(LLMServer):
             await server.stop(self._drain_timeout_s)
         if (follower := getattr(self, "_follower", None)) is not None:
             follower.stop()
-        engine = getattr(self, "engine", None)
-        if engine is not None and engine._engine_client is not None:
-            engine._engine_client.shutdown()
-        await super().__del__()
+        if (engine := getattr(self, "_engine", None)) is not None:
+            engine.shutdown()
         self._scratch.cleanup()
         if (scrape := getattr(self, "_scrape", None)) is not None:
             scrape.stop()

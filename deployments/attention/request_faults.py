@@ -11,8 +11,8 @@ from contextlib import aclosing
 from typing import Any
 
 from vllm import RequestOutput, SamplingParams
-from vllm.exceptions import VLLMValidationError
-from vllm.v1.engine.exceptions import EngineGenerateError
+
+from deployments.attention.vllm_internals import EngineGenerateError, VLLMValidationError
 
 Generate = Callable[..., AsyncGenerator[RequestOutput, None]]
 

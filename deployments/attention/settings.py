@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from vllm.config import VllmConfig, get_current_vllm_config
 
 from cluster.config import DispatchConfig, InternalTlsConfig, MonitoringConfig
+from deployments.attention.vllm_internals import VllmConfig, get_current_vllm_config
 
 SETTINGS_KEY = "deepsplit"
 
@@ -27,17 +27,16 @@ class RemoteExpertsSettings(BaseModel):
     replica_id: str = ""
     start_timeout_s: float = 600.0  # longest wait for the first table
 
-    @property
-    def plane_file(self) -> Path:
-        """Return the file in which the engine tells its Serve replica how long rows wait at the expert workers."""
-        return self.placement_file.with_name("expert_plane")
-
-    @property
-    def scrape_file(self) -> Path:
-        """Return the file in which the engine tells its Serve replica where its metrics are
-        (deployments.hosting.scrape).
+    def plane_file(self, rank: int) -> Path:
+        """Return the file in which a tensor-parallel rank tells its Serve replica how long rows wait at the expert
+        workers.
         """
-        return self.placement_file.with_name("scrape")
+        return self.placement_file.with_name(f"expert_plane-{rank}")
+
+    def scrape_file(self, rank: int) -> Path:
+        """Return the file in which a rank tells its Serve replica where its metrics are (deployments.hosting.scrape).
+        """
+        return self.placement_file.with_name(f"scrape-{rank}")
 
     def as_additional_config(self) -> dict[str, Any]:
         """Return the mapping for vLLM's `additional_config`."""

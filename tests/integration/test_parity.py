@@ -35,6 +35,9 @@ PROMPT_SEEDS: Mapping[str, int] = {"qwen3_moe": 2}
 # Two float32 programs of this size differ by about 3e-5 in log-probability; a margin below that would be luck.
 MIN_MARGIN, MAX_LOGPROB_DIFFERENCE = 1e-4, 2e-4
 
+# As attention.compile sets it.
+NO_AOT: Mapping[str, str] = {"VLLM_USE_AOT_COMPILE": "0"}
+
 Checkpoint = Callable[..., Path]
 Prompts = list[list[int]]
 
@@ -65,12 +68,14 @@ def _expect_split(
     *,
     experts_from: Path | None = None,
     engine_args: Mapping[str, Any] | None = None,
+    compiled: bool = False,
 ) -> int:
     """Every worker set in turn behind one engine; returns how many drafted tokens were accepted."""
     with ExpertPlane(experts_from or checkpoint, folder) as plane:
         sets = [plane.start(of_set) for of_set in shares]
         plane.publish(sets[0])
-        with Engine(checkpoint, engine_args={**plane.engine_args, **(engine_args or {})}) as engine:
+        args = {**plane.engine_args, **(engine_args or {})}
+        with Engine(checkpoint, engine_args=args, eager=not compiled, environment=NO_AOT) as engine:
             for of_set, workers in zip(shares, sets, strict=True):
                 plane.publish(workers)
                 _expect(reference, engine, prompts, f"split over {len(of_set)} workers")
@@ -105,6 +110,18 @@ def test_each_half_lives_without_the_other_halfs_tensors(random_checkpoint: Chec
 def test_mtp_changes_nothing(random_checkpoint: Checkpoint, tmp_path: Path) -> None:
     checkpoint, prompts = random_checkpoint("mtp"), make_prompts(PROMPTS, VOCAB_SIZE)
     _expect_split(_reference(checkpoint, prompts), checkpoint, tmp_path, prompts, SHARES[1:2], engine_args=MTP)
+
+
+def test_compiling_the_attention_half_changes_nothing(random_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    checkpoint, prompts = random_checkpoint("mtp"), make_prompts(PROMPTS, VOCAB_SIZE)
+    reference = _reference(checkpoint, prompts)
+    assert _expect_split(reference, checkpoint, tmp_path, prompts, SHARES[1:2], engine_args=MTP, compiled=True) > 0
+
+
+def test_two_ranks_send_half_of_the_rows_each(random_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    checkpoint, prompts = random_checkpoint("q_lora_groups", shards=2), make_prompts(PROMPTS, VOCAB_SIZE)
+    ranks = {"tensor_parallel_size": 2}
+    _expect_split(_reference(checkpoint, prompts), checkpoint, tmp_path, prompts, SHARES[1:2], engine_args=ranks)
 
 
 def test_fp8_experts_equal_their_dequantised_selves(random_checkpoint: Checkpoint, tmp_path: Path) -> None:
