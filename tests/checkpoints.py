@@ -26,19 +26,21 @@ from tests.tiny_tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, write_tokenizer
 FP8_BLOCK = 128  # DeepSeek-V3: one float32 scale per 128 x 128 block
 _FP8_MAX = 448.0  # largest finite float8_e4m3fn
 _KV_LORA_RANK, _ROPE_DIM = 512, 64  # the only sizes that vLLM's CPU MLA backend serves
-_HEADS, _HEAD_DIM = 4, 32
 
 Architecture = Literal["DeepseekV3ForCausalLM", "Qwen3MoeForCausalLM"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What distinguishes one checkpoint from another. Layer 0 of a DeepSeek shape is dense, the others have experts."""
+    """What distinguishes one checkpoint from another. A DeepSeek shape begins with `dense_layers` without experts."""
 
     architecture: Architecture = "DeepseekV3ForCausalLM"
     hidden_size: int = 128
     moe_intermediate_size: int = 64
     num_layers: int = 3
+    dense_layers: int = 1
+    heads: int = 4
+    head_dim: int = 32  # of values, and of queries and keys without their rotary part
     num_experts: int = 16
     top_k: int = 4
     q_lora_rank: int | None = 64
@@ -53,7 +55,7 @@ class Shape:
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers with routed experts, MTP layers included."""
-        first = 1 if self.architecture == "DeepseekV3ForCausalLM" else 0
+        first = self.dense_layers if self.architecture == "DeepseekV3ForCausalLM" else 0
         return tuple(range(first, self.num_layers + self.num_mtp_layers))
 
 
@@ -174,7 +176,7 @@ class _Maker:
                     yield name, weight
 
     def _mla(self, at: str) -> Iterator[tuple[str, torch.Tensor]]:
-        query_rows = _HEADS * (_HEAD_DIM + _ROPE_DIM)
+        query_rows = self.shape.heads * (self.shape.head_dim + _ROPE_DIM)
         if rank := self.shape.q_lora_rank:
             yield f"{at}.q_a_proj.weight", self._linear(rank, self.hidden)
             yield f"{at}.q_a_layernorm.weight", self._norm(rank)
@@ -183,15 +185,15 @@ class _Maker:
             yield f"{at}.q_proj.weight", self._linear(query_rows, self.hidden, gain=2)
         yield f"{at}.kv_a_proj_with_mqa.weight", self._linear(_KV_LORA_RANK + _ROPE_DIM, self.hidden)
         yield f"{at}.kv_a_layernorm.weight", self._norm(_KV_LORA_RANK)
-        yield f"{at}.kv_b_proj.weight", self._linear(_HEADS * 2 * _HEAD_DIM, _KV_LORA_RANK)
-        yield f"{at}.o_proj.weight", self._linear(self.hidden, _HEADS * _HEAD_DIM)
+        yield f"{at}.kv_b_proj.weight", self._linear(self.shape.heads * 2 * self.shape.head_dim, _KV_LORA_RANK)
+        yield f"{at}.o_proj.weight", self._linear(self.hidden, self.shape.heads * self.shape.head_dim)
 
     def _gqa(self, at: str) -> Iterator[tuple[str, torch.Tensor]]:
-        for proj, heads in (("q", _HEADS), ("k", _HEADS // 2), ("v", _HEADS // 2)):
-            yield f"{at}.{proj}_proj.weight", self._linear(heads * _HEAD_DIM, self.hidden)
+        for proj, heads in (("q", self.shape.heads), ("k", self.shape.heads // 2), ("v", self.shape.heads // 2)):
+            yield f"{at}.{proj}_proj.weight", self._linear(heads * self.shape.head_dim, self.hidden)
         for proj in ("q", "k"):
-            yield f"{at}.{proj}_norm.weight", self._norm(_HEAD_DIM) * 1.5
-        yield f"{at}.o_proj.weight", self._linear(self.hidden, _HEADS * _HEAD_DIM)
+            yield f"{at}.{proj}_norm.weight", self._norm(self.shape.head_dim) * 1.5
+        yield f"{at}.o_proj.weight", self._linear(self.hidden, self.shape.heads * self.shape.head_dim)
 
     def _mlp(self, at: str, intermediate: int) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"{at}.gate_proj.weight", self._linear(intermediate, self.hidden)
@@ -219,7 +221,7 @@ def _config(shape: Shape, dtype: str) -> dict[str, object]:
         "intermediate_size": 2 * shape.hidden_size,
         "moe_intermediate_size": shape.moe_intermediate_size,
         "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": _HEADS,
+        "num_attention_heads": shape.heads,
         "vocab_size": VOCAB_SIZE,
         "max_position_embeddings": shape.max_positions,
         "rms_norm_eps": 1e-6,
@@ -237,8 +239,8 @@ def _config(shape: Shape, dtype: str) -> dict[str, object]:
         return config | {
             "model_type": "qwen3_moe",
             "num_experts": shape.num_experts,
-            "num_key_value_heads": _HEADS // 2,
-            "head_dim": _HEAD_DIM,
+            "num_key_value_heads": shape.heads // 2,
+            "head_dim": shape.head_dim,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }
@@ -246,18 +248,18 @@ def _config(shape: Shape, dtype: str) -> dict[str, object]:
         "model_type": "deepseek_v3",
         "n_routed_experts": shape.num_experts,
         "n_shared_experts": shape.num_shared_experts,
-        "num_key_value_heads": _HEADS,
+        "num_key_value_heads": shape.heads,
         "kv_lora_rank": _KV_LORA_RANK,
         "q_lora_rank": shape.q_lora_rank,
-        "qk_nope_head_dim": _HEAD_DIM,
+        "qk_nope_head_dim": shape.head_dim,
         "qk_rope_head_dim": _ROPE_DIM,
-        "v_head_dim": _HEAD_DIM,
+        "v_head_dim": shape.head_dim,
         "n_group": shape.n_group,
         "topk_group": shape.topk_group,
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
         "routed_scaling_factor": 2.5,
-        "first_k_dense_replace": 1,
+        "first_k_dense_replace": shape.dense_layers,
         "moe_layer_freq": 1,
         "num_nextn_predict_layers": shape.num_mtp_layers,
     }

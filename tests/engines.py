@@ -44,8 +44,9 @@ class EngineFailed(Exception):
 
 @dataclass(frozen=True)
 class EngineRun:
-    """One `generate` call. Lists have one entry per prompt. `decode_seconds`: from the last first token to the last token.
+    """One `generate` call. Lists have one entry per prompt.
 
+    `decode_seconds` are those from the last first token to the last token;
     `logprobs` holds the log-probability of each sampled token; `drafted` and `accepted` count speculative tokens since
     the engine's start (0 without speculative decoding).
     """

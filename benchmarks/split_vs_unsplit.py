@@ -1,8 +1,9 @@
 """Tokens per second of a model split over an attention engine and expert workers, against the same model unsplit.
 
-Both sides run on this machine's cores in one go, in turn, each load right after the other's: unsplit is vLLM compiled, with
-all cores; split is the same engine with the plugin, and the expert workers, all on those cores too. Real engines, real workers,
-real gRPC; no gateway on either side. A start is a new set of processes; ratios are of neighbouring runs.
+Both sides run on this machine's cores in one go, in turn, each load right after the other's: unsplit is vLLM compiled,
+with all cores; split is the same engine with the plugin, and the expert workers, all on those cores too. Real engines,
+real workers, real gRPC; no gateway on either side. A start is a new set of processes; ratios are of neighbouring runs.
+FP8 experts are compared with the unsplit engine on a bfloat16 checkpoint of the same sizes.
 `python -m benchmarks.split_vs_unsplit --help`
 """
 
@@ -17,12 +18,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tests.checkpoint_edits import dequantised
+from routing.tokens.placement import WorkerEndpoint
 from tests.checkpoints import Shape, make_checkpoint
 from tests.engines import Engine
 from tests.expert_processes import ExpertPlane
@@ -110,7 +112,7 @@ def _start(folder: Path, start: int, args: argparse.Namespace, loads: Sequence[L
     plain, fp8 = _checkpoints(folder, args.forms)
     with ExitStack() as stack:
         unsplit = stack.enter_context(_engine(plain, {}, threads=os.cpu_count() or 1, compiled=True))
-        splits: dict[str, tuple[Engine, ExpertPlane, tuple[object, ...]]] = {}
+        splits: dict[str, tuple[Engine, ExpertPlane, Sequence[WorkerEndpoint]]] = {}
         for checkpoint, forms in ((plain, [f for f in args.forms if f != "fp8"]), (fp8, ["fp8"])):
             if checkpoint is None or not forms:
                 continue
@@ -140,9 +142,9 @@ def _start(folder: Path, start: int, args: argparse.Namespace, loads: Sequence[L
 _EXPERTS_DTYPE = {"bfloat16": "bfloat16", "int8": "int8", "fp8": "auto"}
 
 
-def _engine(checkpoint: Path, engine_args: object, threads: int, compiled: bool) -> Engine:
+def _engine(checkpoint: Path, engine_args: Mapping[str, Any], threads: int, compiled: bool) -> Engine:
     args = {"max_model_len": 1024, "max_num_batched_tokens": 2048, "kv_cache_memory_bytes": 512 << 20}
-    split = dict(engine_args)  # type: ignore[call-overload]
+    split = dict(engine_args)
     environment = {"VLLM_USE_AOT_COMPILE": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
     if split:
         environment["OMP_WAIT_POLICY"] = "PASSIVE"  # as deployments.attention.engine_args
