@@ -64,7 +64,7 @@ def engine_env(config: Config) -> dict[str, str]:
     """
     ready = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.ray.start_timeout_s))}
     if config.attention.device != "cpu":
-        return ready
+        return ready | {"VLLM_RAY_PER_WORKER_GPUS": str(gpus_per_rank(config))}
     threads = config.attention.threads or len(os.sched_getaffinity(0))
     return ready | {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -75,6 +75,12 @@ def engine_env(config: Config) -> dict[str, str]:
     }
 
 
+def gpus_per_rank(config: Config) -> float:
+    """Return what one rank takes of a bundle of the replica's placement group, on a CUDA host."""
+    gpus = config.attention.placement.num_gpus
+    return 1.0 if gpus is None else gpus / config.attention.tensor_parallel_size
+
+
 def _cpu_args(config: Config) -> dict[str, Any]:
     args: dict[str, Any] = {
         # Compiling would take longer than all the rest of a start; see docs of attention.engine_args to turn it on.
@@ -82,7 +88,7 @@ def _cpu_args(config: Config) -> dict[str, Any]:
         "kv_cache_memory_bytes": int(config.attention.kv_cache_gib * 2**30),
     }
     if _hf_config(config.model.path).get("kv_lora_rank"):
-        # vLLM's CPU rotary kernel misreads MLA's query in eager mode (0.29 to 0.32): plain torch does it instead.
+        # vLLM's CPU rotary kernel misreads MLA's query in eager mode (seen with 0.32): plain torch does it instead.
         args["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
         # With AMX in the CPU vLLM would take its AMX kernel, which fails on float32; the draft model chooses again for
         # itself. Prefix caching and chunked prefill, which this kernel cannot do, vLLM turns off by itself.

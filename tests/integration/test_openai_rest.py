@@ -198,7 +198,6 @@ RESPONSE: dict[str, Any] = {"input": "class Worker", "max_output_tokens": 4}
         ("/v1/completions", COMPLETION | {"structured_outputs": {"grammar": "root ::= root"}}),
         ("/v1/completions", COMPLETION | {"structured_outputs": {"json": LOOP}}),
         ("/v1/completions", COMPLETION | {"structured_outputs": {"json": {"type": "string", "pattern": "a\x00b"}}}),
-        ("/v1/completions", COMPLETION | {"structured_outputs": {"choice": ["a\x00b"]}}),
         ("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 30}),
         ("/v1/chat/completions", CHAT | {"structured_outputs": {"json": {"allOf": [{"$ref": "#"}]}}}),
         ("/v1/responses", RESPONSE | {"top_logprobs": 50, "include": ["message.output_text.logprobs"]}),

@@ -88,6 +88,14 @@ def test_threads_are_counted_on_cpu_only(tmp_path: Path) -> None:
     assert "OMP_NUM_THREADS" not in engine_env(make(tmp_path, MLA, device="cuda"))
 
 
+def test_ranks_are_ray_actors_on_gpus_and_child_processes_on_cpu(tmp_path: Path) -> None:
+    cuda = make(tmp_path, MLA, device="cuda", tensor_parallel_size=4, placement={"num_gpus": 2})
+    assert engine_args(cuda, {}, "deepsplit", ())["distributed_executor_backend"] == "ray"
+    assert engine_env(cuda)["VLLM_RAY_PER_WORKER_GPUS"] == "0.5"
+    cpu = make(tmp_path, MLA, tensor_parallel_size=2)
+    assert engine_args(cpu, {}, "deepsplit", ())["distributed_executor_backend"] == "mp"
+
+
 def test_vllm_waits_for_its_engine_as_long_as_we_do(tmp_path: Path) -> None:
     for device in ("cpu", "cuda"):
         assert engine_env(make(tmp_path, MLA, device=device))["VLLM_ENGINE_READY_TIMEOUT_S"] == "600"
