@@ -76,8 +76,8 @@ NAMES = {
     "QuantizationConfig": Internal("vllm.model_executor.layers.quantization.base_config"),
     "extract_layer_index": Internal("vllm.model_executor.models.utils", ("layer_name",)),
     "SchedulerOutput": Internal("vllm.v1.core.sched.output", ("num_scheduled_tokens",)),
-    "CPUWorker": Internal("vllm.v1.worker.cpu_worker", ("execute_model",)),
-    "GPUWorker": Internal("vllm.v1.worker.gpu_worker", ("execute_model",)),
+    "CPUWorker": Internal("vllm.v1.worker.cpu_worker", ("execute_model", "load_model")),
+    "GPUWorker": Internal("vllm.v1.worker.gpu_worker", ("execute_model", "load_model")),
 }
 
 _CALLED_OTHERWISE = {"GPUWorker": "Worker"}  # our name -> vLLM's

@@ -154,6 +154,8 @@ def test_one_request_id_in_the_logs_of_gateway_engine_and_experts_and_no_secret(
     batches = [line for line in log_lines(server, "experts") if request_id in line.get("request_id", "")]
     assert {line["worker_id"] for line in batches} == {line["worker_id"] for line in log_lines(server, "experts")}
     assert {line["layer"] for line in batches} == {1, 2, 3}  # 3 is that of the drafts
+    own = [line for line in log_lines(server, "attention") if line.get("logger") == "ray.serve"]
+    assert any("Finished initializing replica" in line["message"] for line in own), "vLLM took the replica's log away"
     roles = {"gateway", "attention", "engine", "experts", "directory"}
     assert roles <= {str(line.get("role")) for line in log_lines(server)}
 
