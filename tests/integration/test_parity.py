@@ -107,6 +107,12 @@ def test_mtp_changes_nothing(random_checkpoint: Checkpoint, tmp_path: Path) -> N
     _expect_split(_reference(checkpoint, prompts), checkpoint, tmp_path, prompts, SHARES[1:2], engine_args=MTP)
 
 
+def test_two_ranks_give_the_tokens_of_one(random_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    checkpoint, prompts = random_checkpoint("q_lora_groups"), make_prompts(PROMPTS, VOCAB_SIZE)
+    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    _expect_split(_reference(checkpoint, prompts), checkpoint, tmp_path, prompts, SHARES[1:2], engine_args=ranks)
+
+
 def test_fp8_experts_equal_their_dequantised_selves(random_checkpoint: Checkpoint, tmp_path: Path) -> None:
     checkpoint, prompts = random_checkpoint("fp8"), make_prompts(PROMPTS, VOCAB_SIZE)
     reference = _reference(dequantised(checkpoint, tmp_path / "plain"), prompts)
