@@ -1,4 +1,4 @@
-"""The fake's OpenAI API: the fields that it reads, and answers in the shapes of vLLM 0.29.
+"""The fake's OpenAI API: the fields that it reads, and answers in the shapes of vLLM 0.32.
 
 Shapes: vllm/entrypoints/openai/{completion,chat_completion}/{protocol,serving}.py. Unset fields are left out and null
 ones kept, or the other way round, exactly where vLLM does so.

@@ -22,7 +22,7 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
     "use model.dtype": ("dtype",),
     "use attention.tensor_parallel_size": ("tensor_parallel_size",),
     "use attention.max_model_len": ("max_model_len",),
-    "use attention.max_num_seqs": ("max_num_seqs",),
+    "use attention.max_num_seqs": ("max_num_seqs", "max_num_active_seqs"),
     "use attention.speculative_tokens, or method and num_speculative_tokens in speculative_config": (
         "spec_method", "spec_model", "spec_tokens",
     ),
@@ -39,13 +39,14 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
         "dp_supervisor_probe_interval_s", "dp_supervisor_probe_timeout_s", "dp_supervisor_probe_failure_threshold",
         "disable_nccl_for_dp_synchronization", "enable_expert_parallel", "enable_ep_weight_filter", "enable_eplb",
         "eplb_config", "expert_placement_strategy", "all2all_backend", "enable_elastic_ep", "moe_backend", "enable_dbo",
-        "ubatch_size", "dbo_decode_token_threshold", "dbo_prefill_token_threshold",
+        "ubatch_size", "dbo_decode_token_threshold", "dbo_prefill_token_threshold", "dp_sync_interval",
+        "elastic_ep_max_dp_size",
     ),
     _ONE_NODE: (
         "pipeline_parallel_size", "prefill_context_parallel_size", "nnodes", "node_rank", "master_addr", "master_port",
     ),
     "deepsplit chooses it, by attention.device": ("distributed_executor_backend",),
-    f"{_PRIVATE_PORT}; use gateway.host and gateway.port": ("host", "port", "uds", "root_path"),
+    f"{_PRIVATE_PORT}; use gateway.host and gateway.port": ("host", "port", "grpc_port", "uds", "root_path"),
     f"{_PRIVATE_PORT}; use gateway.tls and internal_tls": (
         "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "enable_ssl_refresh", "ssl_cert_reqs", "ssl_ciphers",
     ),
@@ -56,7 +57,8 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
     f"{_PRIVATE_PORT}; use gateway.sse_comment_interval_s": ("sse_keep_alive_interval",),
     f"{_PRIVATE_PORT}; use gateway.max_body_mib": ("h11_max_incomplete_event_size", "h11_max_header_count"),
     _OWN_LOGS: (
-        "log_config_file", "uvicorn_log_level", "disable_uvicorn_access_log", "disable_access_log_for_endpoints",
+        "log_config_file", "logging_config", "log_level", "uvicorn_log_level", "disable_uvicorn_access_log",
+        "disable_access_log_for_endpoints",
     ),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Any
 from ray import serve
 
 from cluster.config import Config
+from deployments.attention.engine_args import gpus_per_rank
 from deployments.hosting.autoscaling import serve_autoscaling
 
 NAME = "attention"
@@ -53,6 +54,6 @@ def placement_bundles(config: Config) -> list[dict[str, float]]:
     first: dict[str, float] = {"CPU": cpus, **placement.resources}
     if attention.device == "cpu":
         return [first]
-    gpus = 1.0 if placement.num_gpus is None else placement.num_gpus / attention.tensor_parallel_size
+    gpus = gpus_per_rank(config)
     ranks: list[dict[str, Any]] = [{"GPU": gpus} for _ in range(attention.tensor_parallel_size - 1)]
     return [first | {"GPU": gpus}, *ranks]

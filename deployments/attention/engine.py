@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -37,10 +37,13 @@ class AttentionEngine(AsyncLLM):
         return told_as_client_errors(super().generate)(prompt, sampling_params, request_id, **options)
 
 
-def start_engine(config: Config, args: Mapping[str, Any]) -> tuple[AttentionEngine, Namespace]:
+def start_engine(
+    config: Config, args: Mapping[str, Any], before_processes: Callable[[], None]
+) -> tuple[AttentionEngine, Namespace]:
     """Start the engine that `args` (see `engine_args`) describe, and return it with what its application is built from.
 
-    Blocks until the engine is ready. Raises what vLLM raises: TimeoutError when the engine is not ready in time.
+    `before_processes` is called when the configuration is complete and no process has been started yet. Blocks until
+    the engine is ready. Raises what vLLM raises: TimeoutError when the engine is not ready in time.
     """
     engine_args, frontend_args = parse_args(config, args)
     if frontend_args.tool_parser_plugin:
@@ -54,6 +57,7 @@ def start_engine(config: Config, args: Mapping[str, Any]) -> tuple[AttentionEngi
         # it by then. Saves a second import of vLLM (10 s and 0.5 GB) and a hop in shared memory per step. The
         # configuration's own check turns "uni" back into "mp", so it is set after that.
         parallel.distributed_executor_backend = "uni"
+    before_processes()
     engine = AttentionEngine.from_vllm_config(vllm_config, enable_log_requests=engine_args.enable_log_requests)
     return engine, Namespace(**(vars(frontend_args) | vars(engine_args)))
 

@@ -65,7 +65,7 @@ def engine_env(config: Config) -> dict[str, str]:
     """
     ready = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.ray.start_timeout_s))}
     if config.attention.device != "cpu":
-        return ready
+        return ready | {"VLLM_RAY_PER_WORKER_GPUS": str(gpus_per_rank(config))}
     threads = config.attention.threads or len(os.sched_getaffinity(0))
     return ready | _compiler_env(config.attention) | {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -92,6 +92,12 @@ def _compiler_env(attention: AttentionConfig) -> dict[str, str]:
     return {"VLLM_USE_AOT_COMPILE": "0", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
 
 
+def gpus_per_rank(config: Config) -> float:
+    """Return what one rank takes of a bundle of the replica's placement group, on a CUDA host."""
+    gpus = config.attention.placement.num_gpus
+    return 1.0 if gpus is None else gpus / config.attention.tensor_parallel_size
+
+
 def _cpu_args(config: Config) -> dict[str, Any]:
     compiled = config.attention.compile
     args: dict[str, Any] = {
@@ -100,7 +106,7 @@ def _cpu_args(config: Config) -> dict[str, Any]:
     }
     if _hf_config(config.model.path).get("kv_lora_rank"):
         if not compiled:
-            # vLLM's CPU rotary kernel misreads MLA's query in eager mode (0.29 to 0.32): plain torch does it instead.
+            # vLLM's CPU rotary kernel misreads MLA's query in eager mode (seen with 0.32): plain torch does it instead.
             args["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
         # With AMX in the CPU vLLM would take its AMX kernel, which fails on float32; the draft model chooses again for
         # itself. Prefix caching and chunked prefill, which this kernel cannot do, vLLM turns off by itself.

@@ -35,7 +35,7 @@ from deployments.attention.vllm_internals import CompilationConfig, Counter, Gau
 from deployments.directory.members import AttentionMember, EngineStats
 from deployments.hosting.autoscaling import DEMAND, OCCUPANCY
 from deployments.hosting.scrape import read_scrape_file, scrape_process
-from deployments.hosting.serve_logs import start_logging, write_engine_logging
+from deployments.hosting.serve_logs import EngineLogging, start_logging
 from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import EngineMetrics
 from routing.requests.request import ReplicaLoad
@@ -56,9 +56,9 @@ class AttentionReplica:
         config = Config.model_validate_json(config_json)
         log_file = start_logging(config.logging, "attention")
         tempfile.tempdir = self._scratch.name
-        logging_env = write_engine_logging(config.logging, log_file, Path(self._scratch.name) / "logging.json")
+        engine_logging = EngineLogging(config.logging, log_file, Path(self._scratch.name) / "logging.json")
         # Inherited by the engine's processes.
-        os.environ.update(engine_env(config) | logging_env | {"TMPDIR": self._scratch.name})
+        os.environ.update(engine_env(config) | engine_logging.environment | {"TMPDIR": self._scratch.name})
         self._drain_timeout_s = config.gateway.drain_timeout_s
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._max_num_seqs = config.attention.max_num_seqs
@@ -90,16 +90,18 @@ class AttentionReplica:
         self._rank_scrape_files = [settings.scrape_file(rank) for rank in ranks]
         self._follower = PlacementFollower(directory, PlacementFile(settings.placement_file), self._member_now)
         args = engine_args(config, settings.as_additional_config(), LOAD_FORMAT, CompilationConfig._attention_ops)
-        self._engine, app = await self._start_engine(config, args)
+        self._engine, app = await self._start_engine(config, args, engine_logging)
         self._server = ReplicaServer(app, self._load, config.internal_tls)
         url = await self._server.start(config.own_host(node))
         self._member = replace(self._member, state="ready", url=url, token=self._server.token)
         await directory.register_replica.remote(self._member)  # the follower's next poll would do, but comes later
 
-    async def _start_engine(self, config: Config, args: dict[str, Any]) -> tuple[AttentionEngine, ASGIApp]:
+    async def _start_engine(
+        self, config: Config, args: dict[str, Any], engine_logging: EngineLogging
+    ) -> tuple[AttentionEngine, ASGIApp]:
         try:
             async with asyncio.timeout(config.ray.start_timeout_s):
-                engine, app_args = start_engine(config, args)
+                engine, app_args = start_engine(config, args, engine_logging.write_for_children)
                 return engine, await openai_app(engine, app_args)
         except TimeoutError as error:
             raise StartupError(

@@ -1,6 +1,6 @@
 """Engine errors that are the request's own fault are told to its client as such: 400 and why, rather than 500.
 
-vLLM 0.29 answers 500 where the library that compiles a grammar, a schema or a regular expression gives up in a way that
+vLLM 0.32 answers 500 where the library that compiles a grammar, a schema or a regular expression gives up in a way that
 vLLM does not expect (endless recursion, a nul character), in the API process or in the engine core.
 """
 

@@ -81,8 +81,8 @@ NAMES = {
     "QuantizationConfig": Internal("vllm.model_executor.layers.quantization.base_config"),
     "extract_layer_index": Internal("vllm.model_executor.models.utils", ("layer_name",)),
     "SchedulerOutput": Internal("vllm.v1.core.sched.output", ("num_scheduled_tokens",)),
-    "CPUWorker": Internal("vllm.v1.worker.cpu_worker", ("execute_model",)),
-    "GPUWorker": Internal("vllm.v1.worker.gpu_worker", ("execute_model",)),
+    "CPUWorker": Internal("vllm.v1.worker.cpu_worker", ("execute_model", "load_model")),
+    "GPUWorker": Internal("vllm.v1.worker.gpu_worker", ("execute_model", "load_model")),
 }
 
 # our name -> vLLM's
@@ -101,13 +101,10 @@ def __getattr__(name: str) -> Any:
 def probe() -> None:
     """Import and inspect every name that this host's platform needs. Raises StartupError with the version and the fix.
     """
-    on_cpu = _load("current_platform").is_cpu()
-    for name, internal in NAMES.items():
+    on_cpu = _checked("current_platform").is_cpu()
+    for name in NAMES:
         if _OF_ONE_PLATFORM.get(name, on_cpu) is on_cpu:
-            found = _load(name)
-            for member in internal.members:
-                if not _has(found, member):
-                    raise _missing(f"{internal.module}.{vllm_name(name)} has no `{member}`")
+            _checked(name)
 
 
 def vllm_name(name: str) -> str:
@@ -121,6 +118,14 @@ def _load(name: str) -> Any:
         return getattr(importlib.import_module(internal.module), vllm_name(name))
     except (ImportError, AttributeError) as error:
         raise _missing(f"{internal.module}.{vllm_name(name)} is not there ({error})") from error
+
+
+def _checked(name: str) -> Any:
+    found, internal = _load(name), NAMES[name]
+    for member in internal.members:
+        if not _has(found, member):
+            raise _missing(f"{internal.module}.{vllm_name(name)} has no `{member}`")
+    return found
 
 
 def _has(found: Any, member: str) -> bool:

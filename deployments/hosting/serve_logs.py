@@ -18,10 +18,26 @@ def start_logging(settings: LoggingConfig, role: str, worker_id: str | None = No
     return take_over_serve(settings.format, settings.level, _process(role, worker_id))
 
 
-def write_engine_logging(settings: LoggingConfig, beside: RotatingFileHandler, path: Path) -> dict[str, str]:
-    """Write the logging of vLLM's processes to `path`. Returns the environment that makes them read it."""
-    path.write_text(json.dumps(child_config(settings.format, settings.level, _process("engine"), beside)))
-    return {"VLLM_LOGGING_CONFIG_PATH": str(path)}
+class EngineLogging:
+    """How the processes that vLLM starts log: a file that each of them reads, for `logging.config.dictConfig`.
+
+    The replica's own process reads it too, as soon as vLLM has the engine's configuration. It logs already, so until
+    `write_for_children` the file says that nothing is to change.
+    """
+
+    def __init__(self, settings: LoggingConfig, beside: RotatingFileHandler, path: Path) -> None:
+        self._path = path
+        self._config = child_config(settings.format, settings.level, _process("engine"), beside)
+        self._path.write_text(json.dumps({"version": 1, "incremental": True}))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Return the environment that makes vLLM read the file."""
+        return {"VLLM_LOGGING_CONFIG_PATH": str(self._path)}
+
+    def write_for_children(self) -> None:
+        """From here on the file is for the processes that are about to start."""
+        self._path.write_text(json.dumps(self._config))
 
 
 def _process(role: str, worker_id: str | None = None) -> Process:

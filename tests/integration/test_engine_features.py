@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leftovers")]
 MESSAGES: list[Any] = [{"role": "user", "content": "def split(self"}]
 COLOURS = {"type": "object", "properties": {"colour": {"enum": ["red", "green"]}}, "required": ["colour"],
            "additionalProperties": False}  # fmt: skip
-PAINT: Any = {"type": "function", "function": {"name": "paint", "parameters": COLOURS}}
+PAINT: Any = {"type": "function", "function": {"name": "paint", "parameters": COLOURS, "strict": True}}
 LONG = MAX_MODEL_LEN - 16  # tokens
 SEQUENCES = 8
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from deployments.gateway.outline.body import Fields
 from deployments.gateway.outline.paths import Outline
+from deployments.gateway.outline.prompt import without_billing_header
 from deployments.gateway.paths import COMPLETIONS, RESPONSES
 
 
@@ -30,7 +31,8 @@ def _contents(path: str, fields: Fields) -> Iterator[bytes]:
     turns = fields.get("input" if path == RESPONSES else "messages")
     for turn in turns if isinstance(turns, list) else [{"content": turns}]:
         content = turn.get("content") if isinstance(turn, dict) else None
+        is_system = isinstance(turn, dict) and turn.get("role") == "system"
         for part in content if isinstance(content, list) else [{"text": content}]:
             text = part.get("text") if isinstance(part, dict) else None
             if isinstance(text, str):
-                yield text.encode()
+                yield (without_billing_header(text) if is_system else text).encode()

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from cluster.errors import RequestError
 from deployments.gateway.outline.body import MAX_PARTS, Fields, parse, too_many_parts
-from deployments.gateway.outline.prompt import PromptText
+from deployments.gateway.outline.prompt import PromptText, has_images, has_media
 from deployments.gateway.paths import (
     CHAT,
     COMPLETIONS,
@@ -90,18 +90,27 @@ class _Request(BaseModel):
 
 
 class _Rendered(_Request):
-    """A request whose prompt a chat template makes, unless it brings the token ids of an earlier prefill."""
+    """A request whose prompt a chat template makes, unless it brings the token ids of an earlier prefill.
+
+    The engine ignores those ids where it must echo the messages, or where the messages have media.
+    """
 
     kv_transfer_params: object = None
 
     def _prompt(self) -> tuple[int, bytes]:
         transfer = self.kv_transfer_params
         ids = transfer.get("prompt_token_ids") if isinstance(transfer, dict) else None
-        if not isinstance(ids, list) or not ids:
+        if not isinstance(ids, list) or not ids or getattr(self, "echo", False):
             return super()._prompt()
+        if self._may_have_media():  # either counts
+            _, text = super()._prompt()
+            return max(len(ids), len(text)), text
         prompt = PromptText()
         prompt.add(ids)
         return len(ids), prompt.joined()
+
+    def _may_have_media(self) -> bool:
+        return has_media(getattr(self, "messages", None))
 
     def _generating(
         self, fields: Fields, stream: bool | None, bound: int | None, n: int | None, truncation: int | None
@@ -150,6 +159,7 @@ class _Chat(_Rendered):
     chat_template: _Text = None
     messages: _Messages = None
     response_format: _Last = None  # some models' templates show it
+    echo: bool | None = False
     max_completion_tokens: int | None = None
     max_tokens: int | None = None
     n: int | None = 1
@@ -167,6 +177,7 @@ class _Responses(_Rendered):
     instructions: _Text = None
     previous_input_messages: _Text = None
     input: Annotated[object, PromptText.input] = None
+    echo: object = None  # unknown to the engine's class, which keeps it, and read all the same
     max_output_tokens: int | None = None
     stream: bool | None = False
     truncation: object = "disabled"
@@ -175,21 +186,27 @@ class _Responses(_Rendered):
         truncation = None if self.truncation == "disabled" else -1
         return self._generating(fields, self.stream, self.max_output_tokens, 1, truncation)
 
+    def _may_have_media(self) -> bool:
+        return has_media(self.input, ("content", "output"))
+
 
 class _CountTokens(_Request):
     tools: _Tools = None
     chat_template_kwargs: _Text = None
     system: Annotated[object, PromptText.system] = None
     messages: Annotated[object, PromptText.conversation] = None
+    output_config: _Last = None  # its JSON schema becomes a chat's response_format
 
 
 class _AnthropicMessages(_Rendered, _CountTokens):
     max_tokens: int
     stream: bool | None = False
-    output_config: _Last = None  # its JSON schema becomes a chat's response_format
 
     def outline(self, fields: Fields) -> Outline:
         return self._generating(fields, self.stream, self.max_tokens, 1, None)
+
+    def _may_have_media(self) -> bool:
+        return has_images(self.messages)
 
 
 class _Tokenize(_Rendered):
@@ -198,6 +215,7 @@ class _Tokenize(_Rendered):
     chat_template: _Text = None
     prompt: _Text = None
     messages: _Messages = None
+    echo: object = None  # as in `_Responses`
 
     def _prompt(self) -> tuple[int, bytes]:
         """With a prompt beside messages the engine takes either: both count, and ids at least as the prompt's bytes."""

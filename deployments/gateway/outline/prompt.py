@@ -22,7 +22,7 @@ _FIELDS_WITH_PARTS = frozenset(("content", "output", "summary"))
 _FIELDS_OF_MESSAGE = frozenset(
     (
         "role", "name", "task", "reasoning", "tool_calls", "tool_call_id", "tools",  # chat
-        "namespace", "arguments", "call_id",  # items of the responses API
+        "namespace", "arguments", "call_id", "input",  # items of the responses API
     )
 )  # fmt: skip
 # What the engine reads of a block of the messages API; it drops signatures, redacted thinking and cache marks.
@@ -32,9 +32,46 @@ _FIELDS_OF_BLOCK = {
     "tool_use": ("id", "name", "input"),
     "tool_result": ("tool_use_id", "content"),
     "image": ("source",),
+    "tool_addition": ("tool",),
 }
 _BILLING_HEADER = "x-anthropic-billing-header"  # differs in every request: the engine drops it, for its prefix cache
 _MAX_REPEATED_BYTES = 2**23
+# Parts of chat messages that are text to the engine, and keys that make a part media whatever its type says.
+_TEXT_PARTS = frozenset(("text", "input_text", "output_text", "refusal", "thinking", "tool_reference"))
+_MEDIA_KEYS = frozenset(
+    (
+        "input_image", "image_url", "image_embeds", "image_pil", "audio_url", "audio_embeds", "input_audio",
+        "video_url", "video_embeds", "prompt_embeds",
+    )
+)  # fmt: skip
+
+
+def has_media(turns: object, fields: tuple[str, ...] = ("content",)) -> bool:
+    """Whether one of the lists of parts in `fields` of the turns has a part that is not text, to the engine's eyes."""
+    return any(
+        isinstance(part, dict) and _is_media(part)
+        for turn in _list(turns)
+        if isinstance(turn, dict)
+        for name in fields
+        for part in _list(turn.get(name))
+    )
+
+
+def has_images(messages: object) -> bool:
+    """Whether messages of the messages API have an image, alone or as the result of a tool."""
+    blocks = [block for turn in _list(messages) if isinstance(turn, dict) for block in _list(turn.get("content"))]
+    results = [part for block in blocks if isinstance(block, dict) for part in _list(block.get("content"))]
+    return any(isinstance(one, dict) and one.get("type") == "image" for one in (*blocks, *results))
+
+
+def _is_media(part: Fields) -> bool:
+    kind = part.get("type", "text")
+    return not isinstance(kind, str) or kind not in _TEXT_PARTS or not _MEDIA_KEYS.isdisjoint(part)
+
+
+def without_billing_header(text: str) -> str:
+    """The text of a system message as the engine shows it: without a first line that Claude Code puts there."""
+    return text.partition("\n")[2] if text.startswith(_BILLING_HEADER) else text
 
 
 class PromptText:
@@ -108,7 +145,7 @@ class PromptText:
             kind = block.get("type") if isinstance(block, dict) else None
             if not isinstance(kind, str) or not isinstance(block, dict):
                 continue
-            if role == "system" and str(block.get("text", "")).startswith(_BILLING_HEADER):
+            if kind == "text" and role == "system" and str(block.get("text", "")).startswith(_BILLING_HEADER):
                 continue
             for name in _FIELDS_OF_BLOCK.get(kind, ()):
                 if name == "content" and role == "user":

@@ -111,6 +111,14 @@ def test_a_node_without_a_compiler_is_told(tmp_path: Path, monkeypatch: pytest.M
         engine_env(make(tmp_path, MLA, compile=True, compile_cache=str(tmp_path / "cache")))
 
 
+def test_ranks_are_ray_actors_on_gpus_and_child_processes_on_cpu(tmp_path: Path) -> None:
+    cuda = make(tmp_path, MLA, device="cuda", tensor_parallel_size=4, placement={"num_gpus": 2})
+    assert engine_args(cuda, {}, "deepsplit", ())["distributed_executor_backend"] == "ray"
+    assert engine_env(cuda)["VLLM_RAY_PER_WORKER_GPUS"] == "0.5"
+    cpu = make(tmp_path, MLA, tensor_parallel_size=2)
+    assert engine_args(cpu, {}, "deepsplit", ())["distributed_executor_backend"] == "mp"
+
+
 def test_vllm_waits_for_its_engine_as_long_as_we_do(tmp_path: Path) -> None:
     for device in ("cpu", "cuda"):
         assert engine_env(make(tmp_path, MLA, device=device))["VLLM_ENGINE_READY_TIMEOUT_S"] == "600"

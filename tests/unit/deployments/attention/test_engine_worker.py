@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +46,16 @@ def test_at_debug_level_each_step_is_a_line(seen: list[str], caplog: pytest.LogC
         worker.execute_model(step(a=5, b=1))
     (line,) = caplog.records
     assert line.fields == {"request_id": "a,b", "requests": 2, "tokens": 6}  # type: ignore[attr-defined]
+
+
+def test_imported_modules_are_no_business_of_the_collections_while_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[int] = []
+    monkeypatch.setattr(CPUWorker, "load_model", lambda self, **options: frozen.append(gc.get_freeze_count()))
+    try:
+        object.__new__(RequestIdsWorker).load_model(load_dummy_weights=False)
+    finally:
+        gc.unfreeze()
+    assert frozen[0] > 100_000
 
 
 def test_it_is_what_the_engine_is_told_to_use() -> None:

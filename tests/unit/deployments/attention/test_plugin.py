@@ -23,7 +23,7 @@ from deployments.attention.settings import RemoteExpertsSettings, current_settin
 
 def test_an_untested_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "__version__", "0.31.0")
-    with pytest.raises(StartupError, match=r"vLLM 0\.31\.0 was not tested.*install vllm==0\.29\.0"):
+    with pytest.raises(StartupError, match=r"vLLM 0\.31\.0 was not tested.*install vllm==0\.32\.0"):
         check_installed()
 
 

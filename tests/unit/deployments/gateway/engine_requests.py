@@ -14,12 +14,6 @@ from typing import Any, get_args
 from pydantic import TypeAdapter, ValidationError
 from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest, AnthropicMessagesRequest
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
-from vllm.entrypoints.chat_utils import (
-    MM_PARSER_MAP,
-    ChatCompletionContentPartParam,
-    ChatCompletionMessageParam,
-    parse_chat_messages,
-)
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -27,6 +21,12 @@ from vllm.entrypoints.openai.responses.utils import construct_input_messages, co
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
 from vllm.exceptions import VLLMValidationError
+from vllm.renderers.chat_utils import (
+    MM_PARSER_MAP,
+    ChatCompletionContentPartParam,
+    ChatCompletionMessageParam,
+    parse_chat_messages,
+)
 from vllm.renderers.inputs.preprocess import prompt_to_seq
 from vllm.renderers.online_renderer import _reused_prompt_token_ids
 from vllm.sampling_params import BeamSearchParams
@@ -43,6 +43,7 @@ REQUESTS: dict[str, Any] = {
     "/detokenize": DetokenizeRequest,
 }
 _ADAPTERS = {path: TypeAdapter(kind) for path, kind in REQUESTS.items()}  # kept: what they make is validated late
+_RENDERER = SimpleNamespace(validate_token_ids=lambda ids, parameter: None)  # of a vocabulary that has them all
 _MODEL = SimpleNamespace(max_model_len=CONTEXT, enable_prompt_embeds=False, multimodal_config=None)
 
 
@@ -185,9 +186,7 @@ def _sequences(request: Any, stated: int | None, prompt: int) -> tuple[int, tupl
 
 
 def _prompt(request: Any, messages: list[Any], tools: object, content_format: str) -> tuple[int, bool]:
-    if ids := _reused_prompt_token_ids(request):
-        if not isinstance(ids, list):
-            raise Refused("the engine compares each id with the vocabulary's size")
+    if ids := _reused_prompt_token_ids(request, _RENDERER, messages):
         return len(ids), True
     if getattr(request, "chat_template", None) is not None:
         raise Refused("templates of clients are not trusted")

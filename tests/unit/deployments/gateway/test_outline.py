@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from cluster.errors import RequestError
-from deployments.gateway.outline import MAX_NEW_TOKENS, MAX_PARTS, Outline, outline, parse
+from deployments.gateway.outline import MAX_NEW_TOKENS, MAX_PARTS, Outline, certain_prompts, outline, parse
 
 COMPLETIONS, CHAT, RESPONSES, MESSAGES = "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"
 TOKENIZE, DETOKENIZE, COUNT_TOKENS = "/tokenize", "/detokenize", "/v1/messages/count_tokens"
@@ -315,6 +315,49 @@ def test_ids_of_an_earlier_prefill_replace_the_text(path: str, fields: dict[str,
     assert read(path, kv_transfer_params={"prompt_token_ids": ids}, **fields).prompt_ids == 999
     assert read(path, kv_transfer_params={"prompt_token_ids": []}, **fields).prompt_ids == 0
     assert b"hello" in read(path, kv_transfer_params={"prompt_token_ids": []}, **fields).prompt_text
+
+
+PICTURE = {"type": "image_url", "image_url": {"url": "data:a-picture"}}
+BLOCK = {"type": "image", "source": {"type": "base64", "data": "a-picture"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": [PICTURE]}]}),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a-picture", "audio_url": ""}]}]}),
+        (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "a-picture"}]}]}),
+        (MESSAGES, {"messages": [{"role": "user", "content": [BLOCK]}], "max_tokens": 1}),
+        (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": [BLOCK]}]}],
+                    "max_tokens": 1}),
+    ],
+)  # fmt: skip
+def test_ids_beside_media_replace_nothing(path: str, fields: dict[str, object]) -> None:
+    few = read(path, kv_transfer_params={"prompt_token_ids": [7]}, **fields)
+    assert b"a-picture" in few.prompt_text
+    assert few.prompt_ids == len(few.prompt_text)
+    assert read(path, kv_transfer_params={"prompt_token_ids": [7] * 999}, **fields).prompt_ids == 999
+
+
+@pytest.mark.parametrize(("path", "name"), [(CHAT, "messages"), (RESPONSES, "input"), (TOKENIZE, "messages")])
+def test_ids_of_a_request_that_is_to_be_echoed_replace_nothing(path: str, name: str) -> None:
+    echoed = read(path, kv_transfer_params={"prompt_token_ids": [7]}, echo=True, **{name: HELLO})
+    assert echoed.prompt_ids == 0
+    assert b"hello" in echoed.prompt_text
+
+
+def test_a_billing_line_is_no_certain_part_of_a_prompt() -> None:
+    billed = "x-anthropic-billing-header: cch=1\nbe brief"
+    fields = [{"role": "system", "content": billed}, {"role": "user", "content": [{"type": "text", "text": billed}]}]
+    _, (certain,) = certain_prompts(CHAT, read(CHAT, messages=fields))
+    assert certain.decode() == f"be brief\n{billed}"
+
+
+def test_tools_that_come_with_a_message() -> None:
+    tool = {"type": "tool_definition", "definition": {"name": "late", "input_schema": {}}}
+    block = {"type": "tool_addition", "tool": tool, "text": "x-anthropic-billing-header"}
+    fields = {"messages": [{"role": "system", "content": [block]}], "max_tokens": 1}
+    assert b"late" in read(MESSAGES, **fields).prompt_text
 
 
 def test_embeddings_count_as_text_and_beside_ids_as_ids() -> None:

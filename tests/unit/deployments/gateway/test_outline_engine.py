@@ -62,10 +62,11 @@ FUNCTION = st.fixed_dictionaries(
     {"name": TEXT}, optional={"description": TEXT, "parameters": st.dictionaries(TEXT, JSON, max_size=2), "x": JSON}
 )
 TOOL = st.builds(lambda function: {"type": "function", "function": function}, FUNCTION)
+BILLED = TEXT.map(lambda text: f"x-anthropic-billing-header: cch={TOKEN}\n{text}")
 MESSAGE = st.builds(
     lambda role, content, more: {"role": role, **more, **content},
     st.sampled_from(["system", "user", "assistant", "tool", "developer", "other"]),
-    st.fixed_dictionaries({}, optional={"content": st.lists(PART | TEXT, max_size=3) | TEXT | st.none()}),
+    st.fixed_dictionaries({}, optional={"content": st.lists(PART | TEXT, max_size=3) | TEXT | BILLED | st.none()}),
     st.dictionaries(st.sampled_from([*MESSAGE_FIELDS, "x"]), TEXT, max_size=3)
     | st.fixed_dictionaries(
         {},
@@ -91,6 +92,8 @@ BLOCK = st.fixed_dictionaries(
     },
 )  # fmt: skip
 ITEM = MESSAGE | st.one_of(
+    st.fixed_dictionaries({"type": st.just("custom_tool_call"), "call_id": TEXT, "name": TEXT, "input": TEXT}),
+    st.fixed_dictionaries({"type": st.just("custom_tool_call_output"), "call_id": TEXT, "output": TEXT}),
     st.fixed_dictionaries(
         {"type": st.just("function_call"), "call_id": TEXT, "name": TEXT, "arguments": ARGUMENTS},
         optional={"namespace": TEXT},
@@ -112,6 +115,7 @@ ITEM = MESSAGE | st.one_of(
 FLAT_TOOL = FUNCTION.map(lambda function: {"parameters": {}, "strict": None, **function, "type": "function"})
 FLAT_TOOLS = st.lists(
     FLAT_TOOL
+    | st.builds(lambda name, text: {"type": "custom", "name": name, "description": text}, TEXT, TEXT)
     | st.builds(
         lambda name, tools: {"type": "namespace", "name": name, "description": "", "tools": tools},
         TEXT,
@@ -119,16 +123,20 @@ FLAT_TOOLS = st.lists(
     ),
     max_size=3,
 )
-ANTHROPIC_TOOLS = st.lists(
-    st.fixed_dictionaries(
-        {"name": TEXT, "input_schema": st.dictionaries(TEXT, JSON, max_size=2)}, optional={"description": TEXT}
-    ),
-    max_size=2,
+ANTHROPIC_TOOL = st.fixed_dictionaries(
+    {"name": TEXT, "input_schema": st.dictionaries(TEXT, JSON, max_size=2)}, optional={"description": TEXT}
+)
+ANTHROPIC_TOOLS = st.lists(ANTHROPIC_TOOL, max_size=2)
+TOOL_ADDITION = st.builds(
+    lambda tool, more: {"type": "tool_addition", "tool": {"type": "tool_definition", "definition": tool}, **more},
+    ANTHROPIC_TOOL,
+    st.fixed_dictionaries({}, optional={"text": TEXT | st.just("x-anthropic-billing-header")}),
 )
 ANTHROPIC_MESSAGES = st.lists(
     st.fixed_dictionaries(
         {"role": st.sampled_from(["user", "assistant", "system"]), "content": TEXT | st.lists(BLOCK, max_size=3)}
-    ),
+    )
+    | TOOL_ADDITION.map(lambda block: {"role": "system", "content": [block]}),
     max_size=3,
 )
 KWARGS = st.dictionaries(TEXT | st.sampled_from(["tools", "documents", "thinking"]), JSON, max_size=2)
@@ -257,7 +265,7 @@ def test_what_the_engine_takes_is_outlined_as_it_runs(path: str) -> None:
 def test_fields_of_other_paths_change_nothing(drawn: tuple[str, list[tuple[str, object]]], data: st.DataObject) -> None:
     path, pairs = drawn
     # Its engine's class keeps what it does not know, and what makes prompts of conversations finds this one there.
-    read_all_the_same = {"kv_transfer_params"} if path == "/tokenize" else set()
+    read_all_the_same = {"/tokenize": {"kv_transfer_params", "echo"}, "/v1/responses": {"echo"}}.get(path, set())
     foreign = st.sampled_from(sorted(set(ALL_FIELDS) - fields_of(path) - read_all_the_same))
     extra = data.draw(st.lists(foreign.flatmap(lambda name: _pair(path, name)), min_size=1, max_size=4))
 

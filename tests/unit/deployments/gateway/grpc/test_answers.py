@@ -1,4 +1,4 @@
-"""What each of vLLM's answers becomes; the JSON is as vLLM 0.29 sends it."""
+"""What each of vLLM's answers becomes; the JSON is as vLLM 0.32 sends it."""
 
 from __future__ import annotations
 
