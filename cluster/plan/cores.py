@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
 
+from cluster.config import PinCores
 from cluster.errors import PlanError
 
-PinCores = Literal["auto", True, False]
 LIGHT_CORES = 1  # of each host, for the processes that do not compute
 
 
@@ -88,13 +87,14 @@ class CoreShare:
         return f"{where}, {threads}, {pinned}, waiting threads {waiting}"
 
 
-def assign(host: HostCores, processes: Sequence[ComputeProcess]) -> tuple[CoreShare, ...]:
-    """Cores for all compute processes of a host, in their order.
+def assign(host: HostCores, processes: Sequence[ComputeProcess], may_spin: bool = True) -> tuple[CoreShare, ...]:
+    """Cores for all compute processes of a host, in their order. They spin only if `may_spin`, and if each thread has a
+    physical core to itself.
 
-    Raises PlanError where a process is to be pinned whatever comes (`pin` is True) and has no cores left.
+    Raises PlanError where a process is to be pinned whatever comes (`pin` is "always") and has no cores left.
     """
     pinned = {process.name for process in processes if _is_pinned(host, processes, process)}
-    may_spin = len(pinned) == len(processes) and _own_physical_cores(host, processes)
+    may_spin = may_spin and len(pinned) == len(processes) and _own_physical_cores(host, processes)
     free, shares = list(host.divisible), {}
     for process in sorted(processes, key=lambda one: -(one.threads or 0)):  # large ones find whole NUMA nodes
         if process.name not in pinned:
@@ -102,12 +102,10 @@ def assign(host: HostCores, processes: Sequence[ComputeProcess]) -> tuple[CoreSh
         assert process.threads is not None
         cores = pick(host, free, process.threads)
         if cores is None:
-            raise PlanError(too_few(process, len(free), len(host.cores)))
+            raise PlanError(too_few(process, len(host.cores)))
         free = [number for number in free if number not in cores]
         shares[process.name] = pinned_share(host, process, cores, may_spin)
-    # Others keep off the cores of those that are pinned whatever comes.
-    rest = tuple(number for number in host.all if number in free or number not in host.divisible)
-    return tuple(shares.get(process.name) or unpinned_share(host, process, rest) for process in processes)
+    return tuple(shares.get(process.name) or unpinned_share(host, process) for process in processes)
 
 
 def pick(host: HostCores, free: Iterable[int], threads: int) -> tuple[int, ...] | None:
@@ -125,7 +123,8 @@ def pick(host: HostCores, free: Iterable[int], threads: int) -> tuple[int, ...] 
         if len(candidates) >= threads:
             by_node = _by_node(candidates)
             fitting = [node for node in by_node if len(node) >= threads]
-            chosen = min(fitting, key=len) if fitting else [one for node in sorted(by_node, key=len)[::-1] for one in node]
+            largest_first = sorted(by_node, key=len, reverse=True)
+            chosen = min(fitting, key=len) if fitting else [core for node in largest_first for core in node]
             return tuple(sorted(core.number for core in chosen[:threads]))
     raise AssertionError("all free cores are candidates")
 
@@ -135,18 +134,18 @@ def pinned_share(host: HostCores, process: ComputeProcess, cores: tuple[int, ...
     return CoreShare(process.name, cores, host.nodes_of(cores), len(cores), pinned=True, spin=spin)
 
 
-def unpinned_share(host: HostCores, process: ComputeProcess, cores: tuple[int, ...] | None = None) -> CoreShare:
-    """The share of a process that runs where the kernel puts it, on all cores or on `cores`."""
-    where = cores or host.all
-    return CoreShare(process.name, where, host.nodes_of(where), process.threads or len(host.cores), False, False)
+def unpinned_share(host: HostCores, process: ComputeProcess, spin: bool = False) -> CoreShare:
+    """The share of a process that runs where the kernel puts it."""
+    threads = process.threads or len(host.cores)
+    return CoreShare(process.name, host.all, host.nodes_of(host.all), threads, pinned=False, spin=spin)
 
 
-def too_few(process: ComputeProcess, free: int, of: int) -> str:
-    """Why a process that is to be pinned cannot be, and what to do."""
+def too_few(process: ComputeProcess, cores: int) -> str:
+    """Why a process that is to be pinned cannot be on a host of `cores`, and what to do."""
     return (
-        f"{process.name}: pin_cores is true, but {process.threads} core(s) of its own are not to be had: {free} of "
-        f"{of} are free ({LIGHT_CORES} stays with the processes that do not compute, and cores under a CPU quota are "
-        f"not divided); lower threads, or set pin_cores: auto"
+        f"{process.name}: pin_cores is always, but {process.threads} core(s) of its own are not to be had on a host of "
+        f"{cores}: other processes have theirs, {LIGHT_CORES} stays with what does not compute, and cores under a CPU "
+        f"quota are not divided; lower threads, or set pin_cores: auto"
     )
 
 
@@ -169,9 +168,9 @@ def ranges(numbers: Iterable[int]) -> str:
 
 def _is_pinned(host: HostCores, processes: Sequence[ComputeProcess], process: ComputeProcess) -> bool:
     if process.pin != "auto":
-        return process.pin
+        return process.pin == "always"
     wanted = [one.threads for one in processes]
-    if None in wanted or any(one.pin is False for one in processes):
+    if None in wanted or any(one.pin == "never" for one in processes):
         return False
     return sum(threads or 0 for threads in wanted) <= len(host.divisible)
 

@@ -33,6 +33,8 @@ from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
 
 from cluster.config import Config
 from cluster.errors import StartupError
+from cluster.plan.compute_processes import attention_process, compute_processes
+from cluster.plan.host_cores import this_host
 from deployments.attention.engine_args import engine_args, engine_env
 from deployments.attention.placement_follower import PlacementFollower
 from deployments.attention.plugin import LOAD_FORMAT, check_installed
@@ -41,6 +43,7 @@ from deployments.attention.request_faults import told_as_client_errors
 from deployments.attention.settings import RemoteExpertsSettings
 from deployments.directory.members import AttentionMember, EngineStats
 from deployments.hosting.autoscaling import DEMAND, OCCUPANCY
+from deployments.hosting.process_cores import ProcessCores, child_pids, cores_folder
 from deployments.hosting.scrape import read_scrape_file, scrape_process
 from deployments.hosting.serve_logs import start_logging, write_engine_logging
 from monitoring.exporter import ProcessRegistry
@@ -104,8 +107,15 @@ class AttentionReplica(LLMServer):
         log_file = start_logging(config.logging, "attention")
         tempfile.tempdir = self._scratch.name
         logging_env = write_engine_logging(config.logging, log_file, Path(self._scratch.name) / "logging.json")
+        process = attention_process(config)
+        together = compute_processes(config) if config.ray.address is None else None  # else hosts are not known
+        if process is not None:
+            # The engine's processes compute; this one runs where there is room.
+            self._cores = ProcessCores(process, this_host(), cores_folder(), together, child_pids)
+            self._cores.start()
+        share = self._cores.share if process is not None else None
         # Inherited by the engine's processes.
-        os.environ.update(engine_env(config) | logging_env | {"TMPDIR": self._scratch.name})
+        os.environ.update(engine_env(config, share) | logging_env | {"TMPDIR": self._scratch.name})
         self._drain_timeout_s = config.gateway.drain_timeout_s
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._max_num_seqs = config.attention.max_num_seqs
@@ -119,8 +129,9 @@ class AttentionReplica(LLMServer):
         self._scrape = scrape_process(registry, "attention", self._replica_id, node, config)
         registry.before_scrape(self._measure)
         self._member = AttentionMember(
-            self._replica_id, os.getpid(), node, "starting", scrape=(self._scrape.target,)
-        )
+            self._replica_id, os.getpid(), node, "starting", scrape=(self._scrape.target,),
+            cores="" if share is None else str(share),
+        )  # fmt: skip
         check_installed()
         settings = RemoteExpertsSettings(
             placement_file=Path(self._scratch.name) / "placement.json",
@@ -218,6 +229,8 @@ class AttentionReplica(LLMServer):
         """Return what this replica registers with: with the engine's scrape target, once that listens."""
         if len(self._member.scrape) == 1 and (engine := read_scrape_file(self._engine_scrape_file)) is not None:
             self._member = replace(self._member, scrape=(*self._member.scrape, engine))
+        if hasattr(self, "_cores"):
+            self._member = replace(self._member, cores=str(self._cores.share))
         return self._member
 
     async def __del__(self) -> None:
@@ -231,6 +244,8 @@ class AttentionReplica(LLMServer):
         if engine is not None and engine._engine_client is not None:
             engine._engine_client.shutdown()
         await super().__del__()
+        if (cores := getattr(self, "_cores", None)) is not None:
+            cores.close()
         self._scratch.cleanup()
         if (scrape := getattr(self, "_scrape", None)) is not None:
             scrape.stop()
