@@ -94,7 +94,7 @@ class ProcessCores:
         """Look at the ledger and follow it. The thread calls it every second."""
         with self._turn:
             ledger, before = self._ledger, self.share
-            if ledger is None:
+            if ledger is None or self._process.pin == "always":
                 return
             if not ledger.cores:
                 self._claim()

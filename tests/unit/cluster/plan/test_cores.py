@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from cluster.config import PinCores
 from cluster.errors import PlanError
 from cluster.plan.cores import (
-    Core,
     ComputeProcess,
+    Core,
     CoreShare,
     HostCores,
     assign,

@@ -40,8 +40,8 @@ def test_a_host_that_tells_nothing(tmp_path: Path) -> None:
         ({"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, None),
         ({"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "400000", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, 4.0),
         # The smallest of a group and those above it.
-        ({"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/b/cpu.max": "max 1000", "sys/fs/cgroup/a/cpu.max": "3000 1000"},
-         3.0),
+        ({"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/b/cpu.max": "max 1000",
+          "sys/fs/cgroup/a/cpu.max": "3000 1000"}, 3.0),
         ({"proc/self/cgroup": "3:cpuacct,cpu:/a", "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "2000",
           "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "1000"}, 2.0),
     ],
