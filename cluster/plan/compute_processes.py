@@ -1,10 +1,34 @@
-"""The configuration's processes that compute on CPU cores, named as in the plan."""
+"""The configuration's processes that compute on CPU cores, named as in the plan, and how they share one host."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from cluster.config import Config
-from cluster.plan.cores import ComputeProcess
+from cluster.plan.cores import ComputeProcess, CoreShare, HostCores, assign
 from cluster.plan.pools import Pool, expert_pools
+
+
+@dataclass(frozen=True)
+class HostPlan:
+    """The cores of all processes of a host on which the whole cluster runs."""
+
+    shares: tuple[CoreShare, ...]  # of the compute processes
+    light_cores: tuple[int, ...] | None  # to which all other processes are kept; None: they run on every core
+
+
+def plan_whole_host(config: Config, host: HostCores) -> HostPlan:
+    """Threads may spin only where nobody else runs: where the other processes can be kept to what is left. They are if
+    that is a core for each gateway and each replica's front end, and one for Ray. Raises PlanError as `assign` does.
+    """
+    processes = compute_processes(config)
+    shares = assign(host, processes)
+    taken = {core for share in shares for core in share.cores}
+    left = tuple(core for core in host.all if core not in taken)
+    alone = bool(shares) and all(share.spin for share in shares)
+    if alone and len(left) > config.gateway.replicas + config.attention.replicas:
+        return HostPlan(shares, left)
+    return HostPlan(assign(host, processes, may_spin=False), None)
 
 
 def compute_processes(config: Config) -> tuple[ComputeProcess, ...]:

@@ -7,12 +7,21 @@ import os
 from collections.abc import Set
 from pathlib import Path
 
-from cluster.plan.cores import Core, HostCores
+from cluster.plan.cores import Core, HostCores, ranges
+
+# Set for all processes of a cluster whose own affinity is narrower than what compute processes may use.
+_WHOLE_HOST = "DEEPSPLIT_HOST_CORES"
 
 
 def this_host() -> HostCores:
-    """The cores that this process may use."""
-    return read_host(os.sched_getaffinity(0))
+    """The cores that compute processes started from here may use."""
+    return read_host(_listed(os.environ.get(_WHOLE_HOST, "")) or os.sched_getaffinity(0))
+
+
+def keep_to(light_cores: tuple[int, ...]) -> None:
+    """Keep this thread, and all processes that it starts, to these cores, but let them know of the others."""
+    os.environ[_WHOLE_HOST] = ranges(this_host().all)
+    os.sched_setaffinity(0, light_cores)
 
 
 def read_host(allowed: Set[int], root: Path = Path("/")) -> HostCores:
@@ -59,9 +68,14 @@ def _groups(root: Path) -> list[Path]:
 
 def _numbers(path: Path) -> set[int]:
     """The numbers in a list such as `0-3,8`; none if it cannot be read."""
-    numbers: set[int] = set()
     with contextlib.suppress(OSError, ValueError):
-        for part in path.read_text().strip().split(","):
-            first, _, last = part.partition("-")
-            numbers |= set(range(int(first), int(last or first) + 1))
+        return _listed(path.read_text().strip())
+    return set()
+
+
+def _listed(text: str) -> set[int]:
+    numbers: set[int] = set()
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        numbers |= set(range(int(first), int(last or first) + 1))
     return numbers

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from cluster.config import Config
 from cluster.errors import PlanError
 from cluster.model.spec import ModelSpec
-from cluster.plan.compute_processes import compute_processes
+from cluster.plan.compute_processes import compute_processes, plan_whole_host
 from cluster.plan.cores import CoreShare, HostCores, assign, regular_host
 from cluster.plan.fit import Need, place
 from cluster.plan.nodes import GIB, NodeSpec
@@ -179,9 +179,12 @@ def _cores(
         if host is None and node.cores is not None:
             host = regular_host(node.cores, node.threads_per_core, node.numa_nodes)
         if host is not None:
+            if config.ray.address is None:
+                shares += plan_whole_host(config, host).shares
+                continue
             here = [process for process in compute_processes(config) if where[process.name] == node.name]
             # On a joined cluster nobody knows at its start who will come to the same host: waiting threads sleep.
-            shares += assign(host, here, may_spin=config.ray.address is None)
+            shares += assign(host, here, may_spin=False)
     return tuple(shares)
 
 

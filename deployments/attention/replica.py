@@ -33,7 +33,7 @@ from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
 
 from cluster.config import Config
 from cluster.errors import StartupError
-from cluster.plan.compute_processes import attention_process, compute_processes
+from cluster.plan.compute_processes import attention_process, plan_whole_host
 from cluster.plan.host_cores import this_host
 from deployments.attention.engine_args import engine_args, engine_env
 from deployments.attention.placement_follower import PlacementFollower
@@ -108,10 +108,11 @@ class AttentionReplica(LLMServer):
         tempfile.tempdir = self._scratch.name
         logging_env = write_engine_logging(config.logging, log_file, Path(self._scratch.name) / "logging.json")
         process = attention_process(config)
-        together = compute_processes(config) if config.ray.address is None else None  # else hosts are not known
+        host = this_host()
+        planned = plan_whole_host(config, host).shares if config.ray.address is None else None
         if process is not None:
             # The engine's processes compute; this one runs where there is room.
-            self._cores = ProcessCores(process, this_host(), cores_folder(), together, child_pids)
+            self._cores = ProcessCores(process, host, cores_folder(), planned, child_pids)
             self._cores.start()
         share = self._cores.share if process is not None else None
         # Inherited by the engine's processes.

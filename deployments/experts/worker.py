@@ -23,8 +23,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Config
-from cluster.plan.compute_processes import compute_processes, expert_process
-from cluster.plan.cores import ComputeProcess
+from cluster.plan.compute_processes import expert_process, plan_whole_host
+from cluster.plan.cores import CoreShare
 from cluster.plan.host_cores import this_host
 from cluster.plan.pools import Pool, expert_pools, spare_pools
 from deployments.directory.members import Assignment, HeartbeatReply
@@ -71,10 +71,10 @@ class ExpertWorker:
         config_json: str,
         directory: DeploymentHandle,
         slots: range,
-        together: tuple[ComputeProcess, ...] | None = None,
+        planned: tuple[CoreShare, ...] | None = None,
     ) -> None:
-        """`slots`: the slots of the worker's pool; the directory gives it one of them. `together`: all compute
-        processes of this host, if that is known.
+        """`slots`: the slots of the worker's pool; the directory gives it one of them. `planned`: cores of
+        all compute processes of this host, if they are known.
         """
         config = Config.model_validate_json(config_json)
         started = time.monotonic()
@@ -91,7 +91,7 @@ class ExpertWorker:
         meter = ExpertMeter(ExpertMetrics(registry))
         self._scrape = scrape_process(registry, "experts", worker_id, node, config)
         process = expert_process(Pool("", slots, config.experts), assignment.slot)
-        self._cores = None if process is None else ProcessCores(process, this_host(), cores_folder(), together)
+        self._cores = None if process is None else ProcessCores(process, this_host(), cores_folder(), planned)
         if self._cores is not None:
             os.environ.update(self._cores.environment())  # read when torch is loaded: below, not yet here
             self._cores.start()  # so that the threads that load have the same cores, and memory of their NUMA node
@@ -223,5 +223,5 @@ def _deployment(
         max_constructor_retry_count=2 * len(pool.slots),  # Serve counts over all replicas
     )
     own = config.model_copy(update={"experts": experts}).model_dump_json()
-    together = compute_processes(config) if config.ray.address is None else None  # else hosts are not known
-    return deployment.bind(own, directory, pool.slots, together)
+    planned = plan_whole_host(config, this_host()).shares if config.ray.address is None else None
+    return deployment.bind(own, directory, pool.slots, planned)

@@ -10,10 +10,8 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-
-from cluster.plan.cores import HostCores, pick
 
 _TURN_TIMEOUT_S = 2.0  # one turn takes about a millisecond; a holder that was stopped must not stop us
 _TURN_RETRY_S = 0.01
@@ -22,10 +20,9 @@ _TURN_RETRY_S = 0.01
 class CoreLedger:
     """One process's view of the ledger, and the claims that it holds until `release` or its end. Not thread-safe."""
 
-    def __init__(self, folder: Path, host: HostCores) -> None:
+    def __init__(self, folder: Path) -> None:
         """Raises OSError if the folder cannot be made or written."""
         self._folder = folder
-        self._host = host
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._turn = self._open("turn")  # held while the ledger is read or changed
         self._unpinned = self._open("unpinned")  # held, shared, by compute processes that may run on every core
@@ -36,20 +33,23 @@ class CoreLedger:
         """The cores that this process has claimed."""
         return tuple(sorted(self._held))
 
-    def claim(self, threads: int) -> tuple[int, ...] | None:
-        """Take the best `threads` free cores, all or none. Returns None if there are too few, or the ledger is stuck.
+    def claim(
+        self, cores: Iterable[int], choose: Callable[[Collection[int]], tuple[int, ...] | None]
+    ) -> tuple[int, ...] | None:
+        """Take those that `choose` picks of the free ones among `cores`. Returns None if it picks none, or the ledger
+        is stuck.
         """
         assert not self._held, "a process claims once"
         with self._my_turn() as mine:
             if not mine:
                 return None
-            for core in self._host.divisible:
+            for core in cores:
                 file = self._open(f"core-{core}")
                 if _lock(file, fcntl.LOCK_EX):
                     self._held[core] = file
                 else:
                     os.close(file)
-            chosen = pick(self._host, self._held, threads)
+            chosen = choose(self._held)
             for core in set(self._held) - set(chosen or ()):
                 os.close(self._held.pop(core))
             return chosen

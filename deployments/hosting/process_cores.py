@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import psutil
@@ -17,8 +17,9 @@ import psutil
 from cluster.errors import StartupError
 from cluster.plan.cores import (
     ComputeProcess,
+    CoreShare,
     HostCores,
-    assign,
+    pick,
     pinned_share,
     too_few,
     unpinned_share,
@@ -46,28 +47,35 @@ class ProcessCores:
         process: ComputeProcess,
         host: HostCores,
         folder: Path,
-        together: Sequence[ComputeProcess] | None = None,
+        planned: Sequence[CoreShare] | None = None,
         pids: Callable[[], Iterable[int]] = lambda: (os.getpid(),),
     ) -> None:
-        """`folder`: of the ledger, the same for all processes of the host. `together`: all compute processes of this
-        host, `process` included, if that is known. `pids`: the processes whose threads compute.
+        """`folder`: of the ledger, the same for all processes of the host. `planned`: of all compute processes of this
+        host, this one included, if they are known. `pids`: the processes whose threads compute.
 
-        Raises StartupError if the process is to be pinned whatever comes and cannot be, PlanError if another one.
+        Raises StartupError if the process is to be pinned whatever comes and cannot be.
         """
         self._process, self._host, self._pids = process, host, pids
         self._turn = threading.Lock()
         self._closed = threading.Event()
-        self._confined = False  # whether affinities were ever set
+        self._moved = False  # whether affinities were ever set
         self._ledger: CoreLedger | None = None
         self._spin = False
-        if together is None:
+        self._claimable: Sequence[int] = host.divisible
+        self._planned: list[tuple[int, ...]] = []  # its own, and those of processes that differ in their number alone
+        if planned is None:
             # Nobody knows who else will come: waiting threads sleep.
             self._wanted = process.pin != "never" and process.threads is not None
         else:
-            planned = next(share for share in assign(host, together) if share.name == process.name)
-            self._wanted, self._spin = planned.pinned, planned.spin
+            own = next(share for share in planned if share.name == process.name)
+            self._wanted, self._spin = own.pinned, own.spin
+            pinned = [share for share in planned if share.pinned]
+            self._claimable = [core for share in pinned for core in share.cores]  # the rest is for other processes
+            role = process.name.rpartition("-")[0]
+            alike = [share for share in pinned if share.name.rpartition("-")[0] == role]
+            self._planned = [share.cores for share in sorted(alike, key=lambda share: share.name != process.name)]
         try:
-            self._ledger = CoreLedger(folder, host)
+            self._ledger = CoreLedger(folder)
         except OSError as error:
             logger.warning("cores cannot be claimed in %s (%s): this process runs unpinned", folder, error)
         self.share = unpinned_share(host, process)
@@ -117,16 +125,22 @@ class ProcessCores:
     def _claim(self) -> None:
         if self._ledger is None:
             return
-        cores = self._ledger.claim(self._process.threads) if self._wanted and self._process.threads else None
+        cores = self._ledger.claim(self._claimable, self._choose) if self._wanted else None
         self._ledger.say_unpinned(cores is None)
         if cores is not None:
             self.share = pinned_share(self._host, self._process, cores, self._spin)
 
+    def _choose(self, free: Collection[int]) -> tuple[int, ...] | None:
+        threads = self._process.threads
+        assert threads is not None, "wanted only with a number"
+        as_planned = (cores for cores in self._planned if len(cores) == threads and set(cores) <= set(free))
+        return next(as_planned, None) or pick(self._host, free, threads)
+
     def _apply(self) -> None:
         """Threads that are started later inherit it, as do child processes."""
-        if not self.share.pinned and not self._confined:
+        if set(self.share.cores) == os.sched_getaffinity(0) and not self._moved:
             return
-        self._confined = True
+        self._moved = True
         for pid in self._pids():
             with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                 for thread in Path(f"/proc/{pid}/task").iterdir():

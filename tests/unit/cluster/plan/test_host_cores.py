@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,22 @@ def test_a_host_that_tells_nothing(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_quotas(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
     assert read_host({0}, write(tmp_path, files)).quota == quota
+
+
+KEEP_TO_THE_LAST = """
+import os, subprocess, sys
+from cluster.plan.host_cores import keep_to, this_host
+keep_to(this_host().all[-1:])
+ask = "import os; from cluster.plan.host_cores import this_host as host; "
+ask += "print(sorted(os.sched_getaffinity(0)), host().all)"
+subprocess.run([sys.executable, "-c", ask], check=True)
+"""
+
+
+def test_processes_that_are_kept_to_some_cores_know_of_all() -> None:
+    done = subprocess.run([sys.executable, "-c", KEEP_TO_THE_LAST], capture_output=True, text=True, timeout=60)
+    cores = sorted(os.sched_getaffinity(0))
+    assert done.stdout.strip() == f"{cores[-1:]} {tuple(cores)}", done.stderr
 
 
 def test_this_host_has_the_cores_that_we_may_use() -> None:

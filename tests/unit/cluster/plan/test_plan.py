@@ -70,8 +70,9 @@ def test_cores_of_each_process_where_a_nodes_cores_are_told(tmp_path: Path) -> N
 
 
 def test_cores_on_a_joined_cluster_do_not_spin_and_unknown_ones_are_not_planned(tmp_path: Path) -> None:
-    joined = {"ray": {"address": "auto"}, "attention": {"threads": 3}}
+    joined = {"ray": {"address": "auto"}, "attention": {"threads": 1}}
     assert [share.spin for share in plan(tmp_path, CORES, **joined).cores] == [False] * 3
+    assert [share.spin for share in plan(tmp_path, CORES, attention={"threads": 1}).cores] == [True] * 3
     assert not plan(tmp_path, **joined).cores
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
-from cluster.plan.cores import ComputeProcess, Core, HostCores
+from cluster.plan.cores import ComputeProcess, Core, HostCores, assign
 from deployments.hosting.process_cores import ProcessCores, child_pids
 
 AFFINITY = "import os; print(sorted(os.sched_getaffinity(0)))"
@@ -24,12 +24,12 @@ def main() -> None:
     folder, threads, pin, numbers, *known = sys.argv[1:]
     logging.basicConfig(stream=sys.stderr, level=logging.INFO)
     host = HostCores(tuple(Core(int(number), int(number), 0) for number in numbers.split(",")))
-    process = ComputeProcess("p0", int(threads), pin)  # type: ignore[arg-type]
-    together = [ComputeProcess(f"p{i}", int(n)) for i, n in enumerate(known[0].split(","))] if known else None
+    process = ComputeProcess("p-0", int(threads), pin)  # type: ignore[arg-type]
+    together = [ComputeProcess(f"p-{i}", int(n)) for i, n in enumerate(known[0].split(","))] if known else []
     early, loaded = threading.Event(), threading.Event()
     threading.Thread(target=early.wait, daemon=True).start()  # there before the cores are
     child = None
-    cores = ProcessCores(process, host, Path(folder), together)
+    cores = ProcessCores(process, host, Path(folder), assign(host, together) if known else None)
     cores.start()
     threading.Thread(target=loaded.wait, daemon=True).start()  # as the loader's threads are
     command = "look"

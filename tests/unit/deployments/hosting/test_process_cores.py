@@ -1,6 +1,6 @@
 """Real processes that share a host: who gets cores, what a killed one leaves, who makes way.
 
-This machine may have two cores: hosts here have a made-up first one, which is nobody's anyway.
+This machine may have two cores: hosts with two to divide have a made-up first one, which is nobody's anyway.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deployments.hosting.process_cores import ProcessCores
 
 _REPOSITORY = Path(__file__).resolve().parents[4]
 MINE = sorted(os.sched_getaffinity(0))
-ONE = f"999,{MINE[0]}"
+ONE = f"{MINE[-1] if len(MINE) > 1 else 999},{MINE[0]}"
 TWO = f"999,{MINE[0]},{MINE[1]}" if len(MINE) > 1 else ""
 needs_two = pytest.mark.skipif(not TWO, reason="needs two cores")
 
@@ -114,6 +114,13 @@ def test_without_free_cores_all_run_unpinned_until_there_are_some(start: Any) ->
 def test_cores_that_are_given_up_are_free(start: Any) -> None:
     start(ONE).ask("close")
     assert start(ONE).said["pinned"]
+
+
+@needs_two
+def test_processes_that_differ_in_their_number_alone_share_out_what_is_planned_for_them(start: Any) -> None:
+    wide = f"{TWO},998"  # the last one is nobody's by plan, so it is left to processes that do not compute
+    assert [start(wide, known="1,1").said["cores"] for _ in range(2)] == [[MINE[0]], [MINE[1]]]
+    assert not start(wide, known="1,1").said["pinned"]
 
 
 def test_threads_spin_briefly_only_if_all_processes_are_known_and_fit(start: Any) -> None:
