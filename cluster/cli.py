@@ -146,6 +146,8 @@ def _table(report: dict[str, object]) -> str:
             lines.append(
                 f"{role:<10} {process['id']}  pid {process['pid']}  node {process['node']}  {process['state']}  {span}"
             )
+            if process.get("cores"):
+                lines.append(f"{'':<10} {process['cores']}")
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -7,7 +7,7 @@ from cluster.config.experts import ExpertPool, ExpertsConfig, ExpertSpares
 from cluster.config.gateway import GatewayConfig
 from cluster.config.model import ModelConfig
 from cluster.config.operations import LoggingConfig, MonitoringConfig, RayConfig
-from cluster.config.section import AutoDtype, Dtype, NodeSelector, Section, conflict, section_type
+from cluster.config.section import AutoDtype, Dtype, NodeSelector, PinCores, Section, conflict, section_type
 from cluster.config.tls import InternalTlsConfig, ServerTls
 from cluster.config.tree import Config
 
@@ -29,6 +29,7 @@ __all__ = [
     "ModelConfig",
     "MonitoringConfig",
     "NodeSelector",
+    "PinCores",
     "RayConfig",
     "Section",
     "ServerTls",

@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from cluster.config.engine_args import refusals
-from cluster.config.section import NodeSelector, Section, conflict, conflicts
+from cluster.config.section import NodeSelector, PinCores, Section, conflict, conflicts
 from cluster.config.vllm_arguments import VLLM_VERSION, EngineArguments
 
 
@@ -49,6 +49,10 @@ class AttentionConfig(Section):
                                              "compile_cache. Needs a C++ compiler (g++). On CUDA vLLM always compiles.")
     compile_cache: Path = Field(Path("~/.cache/deepsplit/compile"), description="Folder in which compiled code stays "
                                                                     "between starts, on each node that has a replica.")
+    pin_cores: PinCores = Field(
+        "auto", description="Whether each CPU replica gets cores of its own: `auto` where its host has one for each "
+                            "compute thread and one more, `always` (it does not start without), or `never`. Needs "
+                            "attention.threads.")
     speculative_tokens: int = Field(0, ge=0, description="Tokens drafted per step by the checkpoint's own Multi-Token "
                                                          "Prediction layer; 0 turns speculative decoding off.")
     engine_args: EngineArguments = Field(
@@ -56,6 +60,14 @@ class AttentionConfig(Section):
         description=f"More arguments of vLLM {VLLM_VERSION}'s engine and of its OpenAI application, such as "
                     "`gpu_memory_utilization`; the last section below lists those that are refused.")
     placement: NodeSelector = Field(default_factory=NodeSelector, description="Which nodes attention replicas run on.")
+
+    @model_validator(mode="after")
+    def _pins_what_computes(self) -> Self:
+        if self.pin_cores == "always" and self.device == "cuda":
+            raise conflict("pin_cores", "is always, but attention runs on GPUs: leave it out")
+        if self.pin_cores == "always" and self.threads is None:
+            raise conflict("pin_cores", "is always, but the number of cores is not set: set attention.threads")
+        return self
 
     @model_validator(mode="after")
     def _engine_args_can_work(self) -> Self:

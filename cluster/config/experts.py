@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from cluster.config.section import AutoDtype, NodeSelector, Section, conflict
+from cluster.config.section import AutoDtype, NodeSelector, PinCores, Section, conflict
 
 
 class ExpertSpares(Section):
@@ -25,6 +25,8 @@ class ExpertPool(Section):
     workers: int = Field(ge=1, description="Number of its workers.")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where its experts compute.")
     threads: int = Field(1, ge=1, description="Compute threads of one of its CPU workers.")
+    pin_cores: PinCores = Field("auto", description="Whether each of its CPU workers gets cores of its own, as "
+                                                    "experts.pin_cores.")
     placement: NodeSelector = Field(default_factory=NodeSelector, description="Which nodes its workers run on.")
     spares: ExpertSpares | None = Field(None, description="More workers while the experts are busy, on a joined "
                                                           "cluster with room for them.")
@@ -41,6 +43,9 @@ class ExpertsConfig(Section):
     dtype: AutoDtype = Field(
         "auto", description="Dtype that experts compute in; `auto` takes the model's.")
     threads: int = Field(1, ge=1, description="Compute threads of one CPU worker.")
+    pin_cores: PinCores = Field(
+        "auto", description="Whether each CPU worker gets cores of its own: `auto` where its host has one for each "
+                            "compute thread and one more, `always` (it does not start without), or `never`.")
     host: str | None = Field(None, description="Address that workers listen on; loopback on a local cluster, "
                                                "the node's own address on a joined one, if not set.")
     placement: NodeSelector = Field(default_factory=NodeSelector, description="Which nodes expert workers run on.")
@@ -69,10 +74,20 @@ class ExpertsConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _pins_what_computes(self) -> Self:
+        if self.device == "cuda" and self.pin_cores == "always":
+            raise conflict("pin_cores", "is always, but these workers compute on GPUs: leave it out")
+        for position, pool in enumerate(self.pools):
+            if pool.device == "cuda" and pool.pin_cores == "always":
+                raise conflict(("pools", position, "pin_cores"), "is always, but this pool computes on GPUs: leave it "
+                                                                 "out")
+        return self
+
+    @model_validator(mode="after")
     def _pools_are_all_workers(self) -> Self:
         if not self.pools:
             return self
-        for name in ("device", "threads", "placement", "spares"):
+        for name in ("device", "threads", "pin_cores", "placement", "spares"):
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise conflict(name, "is set per pool where there are pools: move it into experts.pools")
         total, names = sum(pool.workers for pool in self.pools), {pool.name for pool in self.pools}

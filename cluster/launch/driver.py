@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Literal, get_type_hints
 from cluster.config import Config
 from cluster.errors import CheckpointError, ConfigError, DeepsplitError, PlanError, StartupError
 from cluster.launch.processes import end_all
+from cluster.plan.compute_processes import plan_whole_host
+from cluster.plan.host_cores import keep_to, this_host
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -94,6 +96,9 @@ class _Driver:
         if self._job.address:
             ray.init(address=self._job.address, namespace="serve", log_to_driver=False)
         else:
+            light_cores = plan_whole_host(self._config, this_host()).light_cores
+            if light_cores is not None:
+                keep_to(light_cores)
             resources = dict(self._job.resources)
             ray.init(
                 address="local",

@@ -10,6 +10,7 @@ from cluster.errors import ConfigError
 from cluster.keys.file import KeysFile, load_keys
 from cluster.model.checkpoint import CheckpointIndex, check_shards, load_checkpoint_index
 from cluster.model.spec import ModelSpec, check_experts, load_model_spec
+from cluster.plan.host_cores import this_host
 from cluster.plan.local_node import node_labels, node_resources
 from cluster.plan.nodes import NodeSpec, load_nodes, this_machine
 from cluster.plan.plan import Plan, make_plan
@@ -98,7 +99,8 @@ def plan_for(config: Config, spec: ModelSpec, nodes_file: Path | None = None) ->
     if nodes_file is not None:
         nodes = load_nodes(nodes_file)
     elif config.ray.address is None:
-        nodes = (this_machine(node_labels(config), node_resources(config)),)
+        here = this_machine(node_labels(config), node_resources(config))
+        return make_plan(config, spec, (here,), {here.name: this_host()})
     return make_plan(config, spec, nodes)
 
 

@@ -25,6 +25,9 @@ class NodeSpec(BaseModel):
     memory_gib: float = Field(gt=0)
     gpus: int = Field(0, ge=0)
     gpu_memory_gib: float = Field(0.0, ge=0)
+    cores: int | None = Field(None, ge=1)  # physical; None: not told, so cores are not planned
+    threads_per_core: int = Field(1, ge=1)
+    numa_nodes: int = Field(1, ge=1)
     labels: dict[str, str] = Field(default_factory=dict)
     resources: dict[str, float] = Field(default_factory=dict)
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from cluster.config import Config
 from cluster.errors import PlanError
 from cluster.model.spec import ModelSpec
+from cluster.plan.compute_processes import compute_processes, plan_whole_host
+from cluster.plan.cores import CoreShare, HostCores, assign, regular_host
 from cluster.plan.fit import Need, place
 from cluster.plan.nodes import GIB, NodeSpec
 from cluster.plan.pools import expert_pools
@@ -69,6 +71,7 @@ class Plan:
     nodes: tuple[NodeSpec, ...]  # empty: not held against any
     kv_cache_tokens: int | None  # per CPU attention replica; None on GPUs
     shortfalls: tuple[str, ...]
+    cores: tuple[CoreShare, ...]  # of the processes on nodes whose cores are known
 
     def check(self) -> None:
         """Raises PlanError, with every shortfall and its fix, if something does not fit."""
@@ -76,8 +79,13 @@ class Plan:
             raise PlanError("the plan does not fit:\n" + "\n".join(f"  {sentence}" for sentence in self.shortfalls))
 
 
-def make_plan(config: Config, spec: ModelSpec, nodes: Sequence[NodeSpec]) -> Plan:
-    """Raises PlanError when the experts cannot be divided as asked; what does not fit is in `shortfalls`."""
+def make_plan(
+    config: Config, spec: ModelSpec, nodes: Sequence[NodeSpec], hosts: Mapping[str, HostCores] | None = None
+) -> Plan:
+    """Raises PlanError when the experts cannot be divided as asked; what does not fit is in `shortfalls`.
+
+    `hosts`: the cores of nodes, by name, where they are known better than from the node's description.
+    """
     model = model_facts(config, spec)
     held = split_shares(spec.num_experts, config.experts.worker_shares(), config.experts.replicas_per_expert)
     kv_bytes = 0 if config.attention.device == "cuda" else int(config.attention.kv_cache_gib * GIB)
@@ -101,7 +109,8 @@ def make_plan(config: Config, spec: ModelSpec, nodes: Sequence[NodeSpec]) -> Pla
     )
     workers = tuple(WorkerExperts(f"experts-{i}", len(ids), ids) for i, ids in enumerate(held))
     tokens = kv_bytes // model.kv_bytes_per_token if kv_bytes else None
-    return Plan(model, needs, workers, wire, tuple(nodes), tokens, shortfalls)
+    cores = _cores(config, needs, nodes, hosts or {})
+    return Plan(model, needs, workers, wire, tuple(nodes), tokens, shortfalls, cores)
 
 
 def model_facts(config: Config, spec: ModelSpec) -> ModelFacts:
@@ -157,6 +166,26 @@ def _needs(config: Config, model: ModelFacts, kv_bytes: int, counts: Sequence[in
         for i, (count, experts) in enumerate(zip(counts, by_slot, strict=True))
     ]
     return tuple(needs)
+
+
+def _cores(
+    config: Config, needs: Sequence[Need], nodes: Sequence[NodeSpec], hosts: Mapping[str, HostCores]
+) -> tuple[CoreShare, ...]:
+    """Raises PlanError where a process must have cores of its own and its node has too few."""
+    where = {need.name: need.node for need in needs}
+    shares: list[CoreShare] = []
+    for node in nodes:
+        host = hosts.get(node.name)
+        if host is None and node.cores is not None:
+            host = regular_host(node.cores, node.threads_per_core, node.numa_nodes)
+        if host is not None:
+            if config.ray.address is None:
+                shares += plan_whole_host(config, host).shares
+                continue
+            here = [process for process in compute_processes(config) if where[process.name] == node.name]
+            # On a joined cluster nobody knows at its start who will come to the same host: waiting threads sleep.
+            shares += assign(host, here, may_spin=False)
+    return tuple(shares)
 
 
 def _dtype(asked: str, otherwise: str) -> str:

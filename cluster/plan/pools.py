@@ -26,8 +26,8 @@ def expert_pools(experts: ExpertsConfig) -> tuple[Pool, ...]:
         return (Pool("", range(experts.workers), experts),)
     made, first = [], 0
     for pool in experts.pools:
-        own = {"device": pool.device, "threads": pool.threads, "placement": pool.placement, "spares": pool.spares,
-               "pools": ()}  # fmt: skip
+        own = {"device": pool.device, "threads": pool.threads, "pin_cores": pool.pin_cores,
+               "placement": pool.placement, "spares": pool.spares, "pools": ()}  # fmt: skip
         made.append(Pool(pool.name, range(first, first + pool.workers), experts.model_copy(update=own)))
         first += pool.workers
     return tuple(made)

@@ -34,6 +34,11 @@ def _lines(plan: Plan) -> Iterator[str]:
             f"{f'   on {need.gpus} GPU: {gib(need.gpu_bytes)} each' if need.gpus else ''}"
         )
     yield ""
+    names = {need.name: need.node for need in plan.processes}
+    for position, share in enumerate(plan.cores):
+        yield f"{'' if position else 'cores':<11}{share.name:<17}{names[share.name]:<18}{share}"
+    if plan.cores:
+        yield ""
     yield (
         f"wire       a token meets {wire.workers_per_token:.2f} of {len(plan.workers)} workers per MoE layer "
         f"(expected, uniform routing)"

@@ -15,6 +15,8 @@ from typing import Any, get_args
 
 from cluster.config import AttentionConfig, Config, Dtype
 from cluster.errors import CheckpointError, StartupError
+from cluster.plan.cores import CoreShare, ranges
+from deployments.hosting.process_cores import waiting_environment
 
 # Hidden states leave the process inside these ops, so no CUDA graph may span them.
 REMOTE_OPS = ("deepsplit::dispatch", "deepsplit::collect")
@@ -56,22 +58,28 @@ def engine_args(
     return _merge(args, attention.engine_args)
 
 
-def engine_env(config: Config) -> dict[str, str]:
+def engine_env(config: Config, share: CoreShare | None = None) -> dict[str, str]:
     """Return the environment of the engine's processes, for the few settings that vLLM takes in no other way.
 
-    CPU threads are counted, not pinned: expert workers and the gateway may share the host, and vLLM's own binding
-    leaves all but one thread per physical core idle. They sleep while they wait, for the same reason. Called on the
-    replica's own node, whose cores it counts. Raises StartupError if attention.compile cannot work on it.
+    `share`: the cores of a CPU replica, all its ranks together. vLLM's own choice of cores is never used: it leaves all
+    but one thread per physical core idle and knows nothing of the other processes. Called on the replica's own node,
+    whose cores it counts. Raises StartupError if attention.compile cannot work on it.
     """
     ready = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.ray.start_timeout_s))}
     if config.attention.device != "cpu":
         return ready | {"VLLM_RAY_PER_WORKER_GPUS": str(gpus_per_rank(config))}
     threads = config.attention.threads or len(os.sched_getaffinity(0))
-    return ready | _compiler_env(config.attention) | {
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    if share is not None and share.pinned:
+        ranks = [share.cores[at : at + threads] for at in range(0, len(share.cores), threads)]
+        binding = {
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(ranges, ranks)),  # heeded where ranks have processes of their own
+            # Heeded by OpenMP when the engine loads torch: its threads stay on these cores, those of the loader too.
+            "OMP_PLACES": "{" + ",".join(map(str, share.cores)) + "}",
+            "OMP_PROC_BIND": "true",
+        }
+    waiting = waiting_environment(share is not None and share.spin)
+    return ready | _compiler_env(config.attention) | binding | waiting | {"OMP_NUM_THREADS": str(threads)}
 
 
 def _compiler_env(attention: AttentionConfig) -> dict[str, str]:

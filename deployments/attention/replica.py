@@ -25,6 +25,8 @@ from starlette.types import ASGIApp
 
 from cluster.config import Config
 from cluster.errors import StartupError
+from cluster.plan.compute_processes import attention_process, plan_whole_host
+from cluster.plan.host_cores import this_host
 from deployments.attention.engine import AttentionEngine, openai_app, start_engine
 from deployments.attention.engine_args import engine_args, engine_env
 from deployments.attention.placement_follower import PlacementFollower
@@ -34,6 +36,7 @@ from deployments.attention.settings import RemoteExpertsSettings
 from deployments.attention.vllm_internals import CompilationConfig, Counter, Gauge, get_metrics_snapshot
 from deployments.directory.members import AttentionMember, EngineStats
 from deployments.hosting.autoscaling import DEMAND, OCCUPANCY
+from deployments.hosting.process_cores import ProcessCores, child_pids, cores_folder
 from deployments.hosting.scrape import read_scrape_file, scrape_process
 from deployments.hosting.serve_logs import EngineLogging, start_logging
 from monitoring.exporter import ProcessRegistry
@@ -57,8 +60,16 @@ class AttentionReplica:
         log_file = start_logging(config.logging, "attention")
         tempfile.tempdir = self._scratch.name
         engine_logging = EngineLogging(config.logging, log_file, Path(self._scratch.name) / "logging.json")
+        process = attention_process(config)
+        host = this_host()
+        planned = plan_whole_host(config, host).shares if config.ray.address is None else None
+        if process is not None:
+            # The engine's processes compute; this one runs where there is room.
+            self._cores = ProcessCores(process, host, cores_folder(), planned, child_pids)
+            self._cores.start()
+        share = self._cores.share if process is not None else None
         # Inherited by the engine's processes.
-        os.environ.update(engine_env(config) | engine_logging.environment | {"TMPDIR": self._scratch.name})
+        os.environ.update(engine_env(config, share) | engine_logging.environment | {"TMPDIR": self._scratch.name})
         self._drain_timeout_s = config.gateway.drain_timeout_s
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._max_num_seqs = config.attention.max_num_seqs
@@ -72,8 +83,9 @@ class AttentionReplica:
         self._scrape = scrape_process(registry, "attention", self._replica_id, node, config)
         registry.before_scrape(self._measure)
         self._member = AttentionMember(
-            self._replica_id, os.getpid(), node, "starting", scrape=(self._scrape.target,)
-        )
+            self._replica_id, os.getpid(), node, "starting", scrape=(self._scrape.target,),
+            cores="" if share is None else str(share),
+        )  # fmt: skip
         check_installed()
         settings = RemoteExpertsSettings(
             placement_file=Path(self._scratch.name) / "placement.json",
@@ -178,6 +190,8 @@ class AttentionReplica:
             found = [read_scrape_file(file) for file in self._rank_scrape_files]
             ranks = (target for target in found if target is not None)
             self._member = replace(self._member, scrape=(self._scrape.target, *ranks))
+        if hasattr(self, "_cores"):
+            self._member = replace(self._member, cores=str(self._cores.share))
         return self._member
 
     async def __del__(self) -> None:
@@ -189,6 +203,8 @@ class AttentionReplica:
             follower.stop()
         if (engine := getattr(self, "_engine", None)) is not None:
             engine.shutdown()
+        if (cores := getattr(self, "_cores", None)) is not None:
+            cores.close()
         self._scratch.cleanup()
         if (scrape := getattr(self, "_scrape", None)) is not None:
             scrape.stop()

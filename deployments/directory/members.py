@@ -44,6 +44,7 @@ class AttentionMember:
     url: str = ""
     token: str = field(default="", repr=False)
     scrape: tuple[ScrapeTarget, ...] = ()  # its own, and its engine's once that listens
+    cores: str = ""  # where its threads run, in words; empty where a GPU computes
 
 
 @dataclass(frozen=True)

@@ -140,12 +140,13 @@ class Directory:
                 "model": self._model,
                 "placement_epoch": table.epoch if table else 0,
                 "attention": [
-                    {"id": m.replica_id, "pid": m.pid, "node": m.node, "state": m.state}
+                    {"id": m.replica_id, "pid": m.pid, "node": m.node, "state": m.state, "cores": m.cores}
                     for m in self._registry.replicas()
                 ],
                 "experts": [
                     {
                         "id": m.worker_id, "pid": m.pid, "node": m.node, "address": m.address, "state": m.state,
+                        "cores": m.cores,
                         "experts": {str(layer): ids for layer, ids in self._shares[m.slot].items()},
                     }
                     for m in self._membership.members()

@@ -23,9 +23,13 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Config
+from cluster.plan.compute_processes import expert_process, plan_whole_host
+from cluster.plan.cores import CoreShare
+from cluster.plan.host_cores import this_host
 from cluster.plan.pools import Pool, expert_pools, spare_pools
 from deployments.directory.members import Assignment, HeartbeatReply
 from deployments.hosting.autoscaling import BUSY, spare_autoscaling
+from deployments.hosting.process_cores import ProcessCores, cores_folder
 from deployments.hosting.scrape import scrape_process
 from deployments.hosting.serve_logs import start_logging
 from monitoring.expert_meter import ExpertMeter
@@ -63,14 +67,16 @@ class ExpertWorker:
 
     # Serve awaits an async constructor.
     async def __init__(  # type: ignore[misc]
-        self, config_json: str, directory: DeploymentHandle, slots: range
+        self,
+        config_json: str,
+        directory: DeploymentHandle,
+        slots: range,
+        planned: tuple[CoreShare, ...] | None = None,
     ) -> None:
-        """`slots`: the slots of the worker's pool; the directory gives it one of them."""
+        """`slots`: the slots of the worker's pool; the directory gives it one of them. `planned`: cores of
+        all compute processes of this host, if they are known.
+        """
         config = Config.model_validate_json(config_json)
-        # Waiting OpenMP threads sleep: spinning ones steal the cores of other workers on the host. Read by torch's
-        # OpenMP runtime when it is loaded, so before the import below.
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ["OMP_NUM_THREADS"] = str(config.experts.threads)
         started = time.monotonic()
         self._directory = directory
         self._heartbeat_interval_s = config.experts.heartbeat_interval_s
@@ -84,9 +90,15 @@ class ExpertWorker:
         registry = ProcessRegistry()
         meter = ExpertMeter(ExpertMetrics(registry))
         self._scrape = scrape_process(registry, "experts", worker_id, node, config)
+        process = expert_process(Pool("", slots, config.experts), assignment.slot)
+        self._cores = None if process is None else ProcessCores(process, this_host(), cores_folder(), planned)
+        if self._cores is not None:
+            os.environ.update(self._cores.environment())  # read when torch is loaded: below, not yet here
+            self._cores.start()  # so that the threads that load have the same cores, and memory of their NUMA node
         self._member = WorkerMember(
-            worker_id, assignment.slot, os.getpid(), node, "", "loading", scrape=self._scrape.target
-        )
+            worker_id, assignment.slot, os.getpid(), node, "", "loading", scrape=self._scrape.target,
+            cores=self._cores_now(),
+        )  # fmt: skip
         with contextlib.suppress(*DIRECTORY_AWAY):
             await self._register()
         self._beating = asyncio.create_task(self._beat())
@@ -112,9 +124,13 @@ class ExpertWorker:
             await asyncio.sleep(JOIN_RETRY_S)
 
     async def _register(self) -> None:
+        self._member = dataclasses.replace(self._member, cores=self._cores_now())
         answer = self._directory.register_worker.remote(self._member, self._seen_epoch)
         if not await asyncio.wait_for(answer, CALL_TIMEOUT_S):
             self._failure = f"slot {self._member.slot} was given to another worker while this one sent no heartbeats"
+
+    def _cores_now(self) -> str:
+        return "" if self._cores is None else str(self._cores.share)
 
     async def _beat(self) -> None:
         busy = BusyFraction(time.monotonic())
@@ -127,7 +143,7 @@ class ExpertWorker:
                 reply: HeartbeatReply = await asyncio.wait_for(answer, CALL_TIMEOUT_S)
                 self._seen_epoch = max(self._seen_epoch, reply.epoch)
                 self._plane_busy = reply.plane_busy
-                if not reply.known:
+                if not reply.known or self._member.cores != self._cores_now():
                     await self._register()
             except DIRECTORY_AWAY as error:
                 logger.warning("the directory is away (%s); serving goes on", type(error).__name__)
@@ -153,6 +169,8 @@ class ExpertWorker:
         host = getattr(self, "_host", None)
         if host is not None:
             await asyncio.to_thread(host.stop, 1.0)
+        if (cores := getattr(self, "_cores", None)) is not None:
+            cores.close()
         scrape = getattr(self, "_scrape", None)
         if scrape is not None:
             scrape.stop()
@@ -204,4 +222,6 @@ def _deployment(
         graceful_shutdown_wait_loop_s=0.1,
         max_constructor_retry_count=2 * len(pool.slots),  # Serve counts over all replicas
     )
-    return deployment.bind(config.model_copy(update={"experts": experts}).model_dump_json(), directory, pool.slots)
+    own = config.model_copy(update={"experts": experts}).model_dump_json()
+    planned = plan_whole_host(config, this_host()).shares if config.ray.address is None else None
+    return deployment.bind(own, directory, pool.slots, planned)

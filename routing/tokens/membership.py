@@ -31,6 +31,7 @@ class WorkerMember:
     last_heartbeat_s: float = 0.0  # set by the directory, on its own clock
     scrape: ScrapeTarget | None = None  # None: not told yet
     busy: float | None = None  # fraction of its time that it computes; None before its first heartbeat
+    cores: str = ""  # where its threads run, in words; empty where a GPU computes
 
 
 class Membership:

@@ -55,6 +55,32 @@ def test_does_not_fit(tmp_path: Path) -> None:
     assert json.loads(to_json(made))["fits"] is False
 
 
+CORES = "- {name: n, memory_gib: 100, cores: 8, threads_per_core: 2, numa_nodes: 2}"
+
+
+def test_cores_of_each_process_where_a_nodes_cores_are_told(tmp_path: Path) -> None:
+    made = plan(tmp_path, CORES, attention={"threads": 3}, experts={"workers": 2, "threads": 2})
+    lines = [line.split(maxsplit=2) for line in plan_text(made).splitlines() if "of NUMA node" in line]
+    assert [" ".join(" ".join(line).split()) for line in lines] == [
+        "cores attention-0 n cores 1-3 of NUMA node 0, 3 threads, pinned, waiting threads spin briefly",
+        "experts-0 n cores 4-5 of NUMA node 1, 2 threads, pinned, waiting threads spin briefly",
+        "experts-1 n cores 6-7 of NUMA node 1, 2 threads, pinned, waiting threads spin briefly",
+    ]
+    assert json.loads(to_json(made))["cores"][1]["cores"] == [4, 5]
+
+
+def test_cores_on_a_joined_cluster_do_not_spin_and_unknown_ones_are_not_planned(tmp_path: Path) -> None:
+    joined = {"ray": {"address": "auto"}, "attention": {"threads": 1}}
+    assert [share.spin for share in plan(tmp_path, CORES, **joined).cores] == [False] * 3
+    assert [share.spin for share in plan(tmp_path, CORES, attention={"threads": 1}).cores] == [True] * 3
+    assert not plan(tmp_path, **joined).cores
+
+
+def test_always_pinned_without_enough_cores(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="experts-0: pin_cores is always, but 16 core"):
+        plan(tmp_path, CORES, experts={"workers": 1, "threads": 16, "pin_cores": "always"})
+
+
 def test_more_workers_than_experts(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=f"5 expert workers for {EXPERTS} copies"):
         plan(tmp_path, experts={"workers": 5})

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import pytest
 
 from cluster.config import Config
 from cluster.errors import CheckpointError, StartupError
+from cluster.plan.cores import ComputeProcess, pinned_share, regular_host, unpinned_share
 from deployments.attention.engine_args import REMOTE_OPS, engine_args, engine_env
 
 MLA = {"kv_lora_rank": 512, "dtype": "bfloat16"}
@@ -117,6 +121,39 @@ def test_ranks_are_ray_actors_on_gpus_and_child_processes_on_cpu(tmp_path: Path)
     assert engine_env(cuda)["VLLM_RAY_PER_WORKER_GPUS"] == "0.5"
     cpu = make(tmp_path, MLA, tensor_parallel_size=2)
     assert engine_args(cpu, {}, "deepsplit", ())["distributed_executor_backend"] == "mp"
+
+
+def test_cores_of_a_pinned_replica_go_to_its_ranks(tmp_path: Path) -> None:
+    process, host = ComputeProcess("attention-0", 4), regular_host(8)
+    config = make(tmp_path, MLA, threads=2, tensor_parallel_size=2)
+    env = engine_env(config, pinned_share(host, process, (2, 3, 4, 6), spin=False))
+    assert env["VLLM_CPU_OMP_THREADS_BIND"] == "2-3|4,6"
+    assert (env["OMP_PLACES"], env["OMP_PROC_BIND"]) == ("{2,3,4,6}", "true")
+    assert (env["OMP_NUM_THREADS"], env["OMP_WAIT_POLICY"]) == ("2", "PASSIVE")
+    assert "GOMP_SPINCOUNT" in engine_env(config, pinned_share(host, process, (2, 3, 4, 6), spin=True))
+
+
+def test_a_replica_that_is_not_pinned_counts_threads_and_lets_them_sleep(tmp_path: Path) -> None:
+    for share in (None, unpinned_share(regular_host(8), ComputeProcess("attention-0", 3))):
+        env = engine_env(make(tmp_path, MLA, threads=3), share)
+        assert env["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+        assert (env["OMP_NUM_THREADS"], env["OMP_WAIT_POLICY"]) == ("3", "PASSIVE")
+        assert not {"OMP_PLACES", "OMP_PROC_BIND", "GOMP_SPINCOUNT"} & set(env)
+
+
+def test_openmp_keeps_the_engines_threads_on_the_cores_that_it_is_told(tmp_path: Path) -> None:
+    core = max(os.sched_getaffinity(0))
+    share = pinned_share(regular_host(core + 1), ComputeProcess("attention-0", 1), (core,), spin=False)
+    env = os.environ | engine_env(make(tmp_path, MLA, threads=1), share)
+    # The child's first thread starts on all cores, as the engine's does; another one is started later.
+    script = (
+        "import os, threading, torch\n"
+        "said = [os.sched_getaffinity(0)]\n"
+        "later = threading.Thread(target=lambda: said.append(os.sched_getaffinity(0)))\n"
+        "later.start(); later.join(); print(*map(sorted, said))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == f"[{core}] [{core}]", done.stderr
 
 
 def test_vllm_waits_for_its_engine_as_long_as_we_do(tmp_path: Path) -> None:
