@@ -174,7 +174,9 @@ class FrameServer:
         self._max_streams = max_streams
         self._streams: set[Stream] = set()
         self._queue: Any = None
-        self._server: Any = None
+        self._server: Any = None  # none before it listens and after it has ended
+        self._shut_down = False
+        self._ending = threading.Lock()  # of the server's shutdown and its end
         self.ended = threading.Event()  # set by `poll` once the server is shut down and every stream is gone
 
     def listen(self, target: str, credentials: grpc.ServerCredentials | None) -> int:
@@ -211,11 +213,16 @@ class FrameServer:
 
     def shut_down(self) -> None:
         """Take no new stream. `ended` is set when those that there are have ended."""
-        self._server.shutdown(self._queue, self._on_shutdown)
+        with self._ending:
+            if self._server is not None and not self._shut_down:
+                self._shut_down = True
+                self._server.shutdown(self._queue, self._on_shutdown)
 
     def cut(self) -> None:
-        """Break all streams. After `shut_down` only."""
-        self._server.cancel_all_calls()
+        """Break all streams that are left after `shut_down`."""
+        with self._ending:
+            if self._shut_down and self._server is not None:
+                self._server.cancel_all_calls()
 
     def _request_call(self) -> None:
         self._server.request_call(self._queue, self._queue, self._on_call)
@@ -248,5 +255,7 @@ class FrameServer:
         return self._handler.admit(dict(event.invocation_metadata), identity)
 
     def _on_shutdown(self, event: Any) -> None:
-        self._server.destroy()
+        with self._ending:  # gRPC may still be inside of what caused this event
+            self._server.destroy()
+            self._server = None
         self.ended.set()
