@@ -17,6 +17,7 @@ from monitoring.expert_meter import ExpertMeter
 from routing.tokens.batcher import Batcher, QueuedRequest
 from routing.tokens.channel import METHOD_PATH, MODEL_KEY, channel_options
 from routing.tokens.frame_server import FrameServer, Refusal, Stream
+from routing.tokens.kept_memory import keep_freed_memory
 from routing.tokens.turn_runner import ComputeExperts, TurnRunner
 from routing.tokens.turn_threads import TurnThreads
 from routing.tokens.wire import (
@@ -57,7 +58,10 @@ class ExpertServer:
         self._started = False
 
     def start(self, host: str, port: int = 0) -> str:
-        """Listen; returns host:port. Port 0 takes a free one. Raises StartupError."""
+        """Listen; returns host:port. Port 0 takes a free one. Raises StartupError.
+
+        Sets the C library's allocator, for the whole process, to keep what is freed.
+        """
         target = bracketed(host)
         credentials = None if self._tls is None else expert_server_credentials(self._tls)
         try:
@@ -65,6 +69,7 @@ class ExpertServer:
         except RuntimeError as error:
             raise StartupError(f"expert worker cannot listen on {target}:{port}: {error}; see experts.host") from None
         self._started = True
+        keep_freed_memory()
         self._threads.start()
         return f"{target}:{bound}"
 
