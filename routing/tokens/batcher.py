@@ -75,11 +75,7 @@ class Turn:
 
     slices: list[Slice] = field(default_factory=list)
     expired: list[QueuedRequest] = field(default_factory=list)
-
-    @property
-    def rows(self) -> int:
-        """Rows to compute."""
-        return sum(part.last - part.first for part in self.slices)
+    rows: int = 0  # of the slices
 
 
 class Batcher:
@@ -141,8 +137,8 @@ class Batcher:
         return None
 
     def _fill(self, turn: Turn, key: GroupKey, queue: dict[QueuedRequest, None], now: float) -> None:
-        room = self._max_rows - turn.rows
         for work in [work for work in queue if work.key == key]:
+            room = self._max_rows - turn.rows
             if room <= 0:
                 return
             if now > work.expires:
@@ -154,6 +150,6 @@ class Batcher:
             if first == 0:
                 work.started = now
             turn.slices.append(Slice(work, first, work.taken))
-            room -= work.taken - first
+            turn.rows += work.taken - first
             if work.taken == work.rows:
                 del queue[work]

@@ -42,24 +42,26 @@ class TurnRunner:
             self._finish(work, DispatchTimeout("the caller's deadline passed before the experts were free"))
         if not turn.slices:
             return
-        error = self._compute(turn.slices)
+        error = self._compute(turn.slices, turn.rows)
         if error is None:
             return
         for part in turn.slices:
             # One bad request must not fail those that shared its batch.
-            failed = self._compute([part]) if len(turn.slices) > 1 else error
+            failed = self._compute([part], part.last - part.first) if len(turn.slices) > 1 else error
             if failed is not None:
                 self._finish(part.work, failed)
 
-    def _compute(self, slices: list[Slice]) -> DeepsplitError | None:
-        layer = slices[0].work.request.layer
+    def _compute(self, slices: list[Slice], rows: int) -> DeepsplitError | None:
+        first = slices[0].work.request
+        layer, shape = first.layer, (rows, first.hidden_TH.shape[1])
         started = self._clock()
         try:
             if len(slices) == 1:
                 output_TH = self._experts(layer, *_inputs(slices[0]))
             else:
                 output_TH = self._experts(layer, *map(torch.cat, zip(*map(_inputs, slices), strict=True)))
-            _check_rows(output_TH, sum(part.last - part.first for part in slices))
+            if output_TH.shape != shape:
+                raise ValueError(f"the experts returned {list(output_TH.shape)} for {list(shape)}")
         except DeepsplitError as error:
             return error
         except Exception as error:  # the worker lives on, whatever a kernel raises
@@ -70,14 +72,12 @@ class TurnRunner:
         self.busy_s += took_s
         if self._meter is not None:
             queued = tuple(part.work.started - part.work.arrived for part in slices if part.ends)
-            self._meter.batch(BatchSample(len(output_TH), took_s, queued))
+            self._meter.batch(BatchSample(rows, took_s, queued))
         if logger.isEnabledFor(logging.DEBUG):
             _log_batch(layer, slices, took_s)
-        at = 0
-        for part in slices:
-            rows = part.last - part.first
-            self._take(part, output_TH if rows == len(output_TH) else output_TH[at : at + rows], took_s)
-            at += rows
+        pieces = [output_TH] if len(slices) == 1 else output_TH.split([part.last - part.first for part in slices])
+        for part, piece_TH in zip(slices, pieces, strict=True):
+            self._take(part, piece_TH, took_s)
         return None
 
     def _take(self, part: Slice, piece_TH: torch.Tensor, took_s: float) -> None:
@@ -91,11 +91,6 @@ class TurnRunner:
         work.output_TH[part.first : part.last] = piece_TH
         if part.ends:
             self._finish(work, work.output_TH)
-
-
-def _check_rows(output_TH: torch.Tensor, rows: int) -> None:
-    if len(output_TH) != rows:
-        raise ValueError(f"the experts returned {len(output_TH)} rows for {rows}")
 
 
 def _inputs(part: Slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ frames are read and clients that left are noticed. It hands the polling back whe
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from enum import Enum
 
 from routing.tokens.batcher import Batcher, Owner, QueuedRequest, Turn
 from routing.tokens.frame_server import FrameServer
+
+logger = logging.getLogger(__name__)
 
 _LONG_S = 0.002  # a turn that is expected to take longer gets the helper from its start: some 50 us of wake-ups
 _TICK_S = 0.005  # how often the helper looks whether it is still needed
@@ -82,7 +85,10 @@ class TurnThreads:
         while not ended.is_set():
             turn = self._next_turn()
             if turn is not None:
-                self._run(turn)
+                try:
+                    self._run(turn)
+                except Exception:  # its callers wait in vain, but the others are served
+                    logger.exception("a turn of the experts was not finished")
                 if self._turn_ends(turn):
                     while poll(0):
                         pass

@@ -169,9 +169,10 @@ def test_a_slice_that_fails_ends_its_request_and_no_other() -> None:
     torch.testing.assert_close(turns.ended(good).result, request(2, rows=128).hidden_TH * 2)
 
 
-def test_experts_that_return_another_number_of_rows_are_an_error() -> None:
+@pytest.mark.parametrize("part", [(slice(0, 1), slice(None)), (slice(None), slice(0, 1))])
+def test_experts_that_return_another_shape_are_an_error(part: tuple[slice, slice]) -> None:
     turns = Turns(per_row)
-    turns.runner._experts = lambda layer, hidden_TH, ids_TK, weights_TK: hidden_TH[:1]
+    turns.runner._experts = lambda layer, hidden_TH, ids_TK, weights_TK: hidden_TH[part]
     work = turns.add(request(1))
     turns.turn()
     assert isinstance(turns.ended(work).result, WorkerLost)
