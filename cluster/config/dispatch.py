@@ -18,6 +18,8 @@ class DispatchConfig(Section):
         "auto", description="Dtype of expert outputs on their way back; `auto` takes the model's.")
     max_message_mib: int = Field(64, ge=1, le=1024, description="Largest message on the expert plane, in MiB; "
                                                                 "longer batches are sent in pieces.")
+    batch_rows: int = Field(1024, ge=8, description="Most rows that a worker computes in one turn; longer requests are "
+                                                    "computed in slices, between those of others.")
     connect_timeout_s: float = Field(5.0, gt=0, description="Longest wait for a connection to a worker.")
     call_timeout_s: float = Field(30.0, gt=0, description="Longest wait for one worker's reply before its rows are "
                                                           "sent to another holder.")

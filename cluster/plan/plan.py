@@ -89,7 +89,7 @@ def make_plan(
     model = model_facts(config, spec)
     held = split_shares(spec.num_experts, config.experts.worker_shares(), config.experts.replicas_per_expert)
     kv_bytes = 0 if config.attention.device == "cuda" else int(config.attention.kv_cache_gib * GIB)
-    needs = _needs(config, model, kv_bytes, [len(ids) for ids in held])
+    needs = _needs(config, model, kv_bytes, [len(ids) for ids in held], turn_bytes(config, spec))
     shortfalls: tuple[str, ...] = ()
     if nodes:
         needs, shortfalls = place(needs, nodes)
@@ -135,7 +135,18 @@ def model_facts(config: Config, spec: ModelSpec) -> ModelFacts:
     )
 
 
-def _needs(config: Config, model: ModelFacts, kv_bytes: int, counts: Sequence[int]) -> tuple[Need, ...]:
+def turn_bytes(config: Config, spec: ModelSpec) -> int:
+    """What a worker needs besides its weights to compute `dispatch.batch_rows` rows at once: the rows and their sums,
+    and for each pair of row and expert a row, its gate and up halves, their product and an output.
+    """
+    size = max(2, DTYPE_BYTES[_dtype(config.experts.dtype, _dtype(config.model.dtype, spec.dtype))])
+    pairs_per_row = spec.top_k * (2 * spec.hidden_size + 3 * spec.moe_intermediate_size)
+    return config.dispatch.batch_rows * (spec.hidden_size * (size + 4) + pairs_per_row * size)
+
+
+def _needs(
+    config: Config, model: ModelFacts, kv_bytes: int, counts: Sequence[int], expert_turn_bytes: int
+) -> tuple[Need, ...]:
     attention = config.attention
     by_slot = [pool.experts for pool in expert_pools(config.experts) for _ in pool.slots]
     needs = [Need("gateway, directory and Ray", "services", 0, 0, _SERVICES_OVERHEAD)]
@@ -158,7 +169,7 @@ def _needs(config: Config, model: ModelFacts, kv_bytes: int, counts: Sequence[in
             "experts",
             model.expert_bytes_in_memory * count * model.moe_layers,
             0,
-            _EXPERT_OVERHEAD,
+            _EXPERT_OVERHEAD + expert_turn_bytes,
             gpus=max(1, math.ceil(experts.placement.num_gpus or 1)) if experts.device == "cuda" else 0,
             labels=experts.placement.labels,
             resources=experts.placement.resources,

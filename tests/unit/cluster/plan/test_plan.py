@@ -43,6 +43,16 @@ def test_experts_in_another_dtype(tmp_path: Path) -> None:
     assert plan(tmp_path, experts={"dtype": "bfloat16"}).model.expert_bytes_in_memory == 3 * HIDDEN * INNER * 2
 
 
+def test_rows_that_a_worker_computes_at_once_take_memory(tmp_path: Path) -> None:
+    def overhead_bytes(rows: int) -> int:
+        made = plan(tmp_path / str(rows), dispatch={"batch_rows": rows})
+        return next(need.overhead_bytes for need in made.processes if need.role == "experts")
+
+    top_k, size = 2, 4
+    per_row = HIDDEN * (size + 4) + top_k * size * (2 * HIDDEN + 3 * INNER)
+    assert overhead_bytes(4096) - overhead_bytes(1024) == 3072 * per_row
+
+
 def test_does_not_fit(tmp_path: Path) -> None:
     made = plan(tmp_path, "- {name: small, memory_gib: 8}", attention={"kv_cache_gib": 20})
     with pytest.raises(PlanError) as caught:
