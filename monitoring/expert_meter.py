@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
+
 from monitoring.deferred import Deferred
 from monitoring.metrics import ExpertMetrics
 
@@ -31,8 +33,8 @@ class ExpertMeter:
         """Record a batch that was computed."""
         self._batches.record(sample)
 
-    def gemms(self, rows_N: list[int]) -> None:
-        """Record the rows of each held expert [N] in one batch; 0 for those that nobody asked for."""
+    def gemms(self, rows_N: np.ndarray) -> None:
+        """Record the rows of each held expert, int64 [N], in one batch; 0 for those that nobody asked for."""
         self._gemms.record(rows_N)
 
     def failed(self, outcome: str) -> None:
@@ -53,8 +55,9 @@ class ExpertMeter:
         metrics.requests.labels("ok").inc(sum(len(sample.queue_s) for sample in samples))
         metrics.queue.observe([seconds for sample in samples for seconds in sample.queue_s])
 
-    def _add_gemms(self, batches: list[list[int]]) -> None:
-        self.metrics.gemm_rows.observe([rows for rows_N in batches for rows in rows_N if rows])
+    def _add_gemms(self, batches: list[np.ndarray]) -> None:
+        rows = np.concatenate(batches)
+        self.metrics.gemm_rows.observe(rows[rows > 0].tolist())
 
     def _add_failures(self, outcomes: list[str]) -> None:
         for outcome, count in Counter(outcomes).items():

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from cluster.config.section import AutoDtype, NodeSelector, PinCores, Section, conflict
+from cluster.config.section import NodeSelector, PinCores, Section, conflict
 
 
 class ExpertSpares(Section):
@@ -40,8 +40,10 @@ class ExpertsConfig(Section):
     shares: tuple[float, ...] | None = Field(
         None, description="Relative share of the experts per worker, such as [3, 1]; equal shares if not set.")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where experts compute.")
-    dtype: AutoDtype = Field(
-        "auto", description="Dtype that experts compute in; `auto` takes the model's.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        "auto", description="How workers hold and compute the experts. `auto`: as stored, so FP8 stays FP8 on CPU "
+                            "(on CUDA it becomes bfloat16), anything else takes the model's dtype. `int8` (CPU): "
+                            "quantised when loaded, one scale per row: half of bfloat16's memory, and faster.")
     threads: int = Field(1, ge=1, description="Compute threads of one CPU worker.")
     pin_cores: PinCores = Field(
         "auto", description="Whether each CPU worker gets cores of its own: `auto` where its host has one for each "
@@ -95,6 +97,13 @@ class ExpertsConfig(Section):
             raise conflict("pools", f"have {total} workers, but experts.workers is {self.workers}: make them equal")
         if len(names) != len(self.pools):
             raise conflict("pools", "two have the same name: give each its own")
+        return self
+
+    @model_validator(mode="after")
+    def _dtype_of_the_device(self) -> Self:
+        devices = {pool.device for pool in self.pools} or {self.device}
+        if self.dtype == "int8" and "cuda" in devices:
+            raise conflict("dtype", "int8 runs on CPU workers only: set bfloat16, or move all experts to CPU workers")
         return self
 
     def worker_shares(self) -> tuple[float, ...]:

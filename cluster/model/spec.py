@@ -67,7 +67,9 @@ class ModelSpec:
         return 3 * self.hidden_size * self.moe_intermediate_size
 
     def expert_bytes(self, dtype: str) -> int:
-        """Bytes of one routed expert as `dtype`: float32, bfloat16, float16 or fp8 (with its scales)."""
+        """Bytes of one routed expert as `dtype`: float32, bfloat16, float16, or with its scales int8 or fp8."""
+        if dtype == "int8":  # packed: a float32 scale per row, and four bytes more behind each packed row
+            return self.expert_params + 8 * (2 * self.moe_intermediate_size + self.hidden_size)
         if dtype != "fp8":
             return self.expert_params * DTYPE_BYTES[dtype]
         rows, columns = self.expert_quant.block_shape if self.expert_quant else (128, 128)

@@ -30,7 +30,7 @@ _FIXES = {
     "attention": "lower attention.kv_cache_gib or attention.replicas, raise attention.tensor_parallel_size on GPUs, "
     "or add nodes",
     "experts": "add nodes, raise experts.workers so that each holds less, lower experts.replicas_per_expert, or set "
-    "experts.dtype: bfloat16",
+    "experts.dtype: int8",
 }
 
 
@@ -46,7 +46,8 @@ class ModelFacts:
     top_k: int
     checkpoint_bytes: int
     expert_bytes_on_disk: int  # one routed expert
-    expert_bytes_in_memory: int  # one routed expert in the workers' dtype
+    expert_form: str  # in which the workers hold them: a dtype, int8 or fp8
+    expert_bytes_in_memory: int  # one routed expert in that form
     attention_weight_bytes: int  # everything but the routed experts, in memory
     kv_bytes_per_token: int
 
@@ -118,6 +119,7 @@ def model_facts(config: Config, spec: ModelSpec) -> ModelFacts:
     dtype = _dtype(config.model.dtype, spec.dtype)
     drafting = bool(config.attention.speculative_tokens and spec.num_mtp_layers)
     on_disk = spec.expert_bytes("fp8" if spec.expert_quant else spec.dtype)
+    form = _expert_form(config, spec, dtype)
     kv_layers = spec.num_hidden_layers + (spec.num_mtp_layers if drafting else 0)
     return ModelFacts(
         name=config.model.served_name,
@@ -129,17 +131,30 @@ def model_facts(config: Config, spec: ModelSpec) -> ModelFacts:
         checkpoint_bytes=_attention_bytes(spec, spec.dtype, drafting=bool(spec.num_mtp_layers))
         + on_disk * spec.num_experts * len(spec.moe_layers),
         expert_bytes_on_disk=on_disk,
-        expert_bytes_in_memory=spec.expert_bytes(_dtype(config.experts.dtype, dtype)),
+        expert_form=form,
+        expert_bytes_in_memory=spec.expert_bytes(form),
         attention_weight_bytes=_attention_bytes(spec, dtype, drafting),
         kv_bytes_per_token=_kv_values_per_layer(spec) * kv_layers * DTYPE_BYTES[dtype],
     )
+
+
+def _expert_form(config: Config, spec: ModelSpec, dtype: str) -> str:
+    """As deployments.experts.forms chooses on a host that has vLLM's packed kernel; the largest form of all pools."""
+    if config.experts.dtype != "auto":
+        return config.experts.dtype
+    if spec.expert_quant is None:
+        return dtype
+    devices = {pool.experts.device for pool in expert_pools(config.experts)}
+    blocks = all(size % 128 == 0 for size in (spec.hidden_size, spec.moe_intermediate_size))
+    return "fp8" if devices == {"cpu"} and blocks else "bfloat16"
 
 
 def turn_bytes(config: Config, spec: ModelSpec) -> int:
     """What a worker needs besides its weights to compute `dispatch.batch_rows` rows at once: the rows and their sums,
     and for each pair of row and expert a row, its gate and up halves, their product and an output.
     """
-    size = max(2, DTYPE_BYTES[_dtype(config.experts.dtype, _dtype(config.model.dtype, spec.dtype))])
+    form = _expert_form(config, spec, _dtype(config.model.dtype, spec.dtype))
+    size = DTYPE_BYTES.get(form, 2)  # INT8 and FP8 compute on bfloat16 rows
     pairs_per_row = spec.top_k * (2 * spec.hidden_size + 3 * spec.moe_intermediate_size)
     return config.dispatch.batch_rows * (spec.hidden_size * (size + 4) + pairs_per_row * size)
 

@@ -18,7 +18,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"model      {model.name}: {model.architecture}, {gib(model.checkpoint_bytes)} of weights, {model.dtype}"
     yield (
         f"           {model.moe_layers} MoE layers x {model.experts_per_layer} experts, top-{model.top_k}; one expert "
-        f"{gib(model.expert_bytes_on_disk)} on disk, {gib(model.expert_bytes_in_memory)} in a worker"
+        f"{gib(model.expert_bytes_on_disk)} on disk, {gib(model.expert_bytes_in_memory)} in a worker, as "
+        f"{model.expert_form}"
     )
     yield f"           KV cache {model.kv_bytes_per_token} bytes per token" + (
         "" if plan.kv_cache_tokens is None else f", {plan.kv_cache_tokens} tokens per attention replica"

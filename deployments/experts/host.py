@@ -10,6 +10,7 @@ from cluster.config import Config
 from cluster.model.spec import load_checkpoint_index, load_model_spec
 from cluster.tls.certificates import load_internal
 from deployments.experts.compute import ExpertCompute
+from deployments.experts.forms import choose_form
 from deployments.experts.weights import load_experts
 from monitoring.expert_meter import ExpertMeter
 from routing.tokens.channel import model_id
@@ -40,15 +41,16 @@ class ExpertHost:
         if config.internal_tls is not None:
             load_internal(config.internal_tls, time.time())  # before a load of minutes
         spec = load_model_spec(config.model.path)
-        chosen = (config.experts.dtype, config.model.dtype, spec.dtype)
-        dtype = next(name for name in chosen if name != "auto")
+        form = choose_form(config.experts.dtype, config.model.dtype, spec, config.experts.device)
         index = load_checkpoint_index(config.model.path)
         began_s = time.monotonic()
-        weights = load_experts(index, spec, experts, dtype, config.experts.device, _Progress())
+        weights = load_experts(index, spec, experts, form, config.experts.device, _Progress())
         meter.metrics.load.set(time.monotonic() - began_s)
         meter.metrics.weights.set(weights.nbytes)
         meter.metrics.held.set(sum(map(len, experts.values())))
         self.bytes_read = weights.bytes_read
+        self.form = form.value
+        logger.info("experts: %s", self.form)
         self._meter = meter
         self._server = ExpertServer(
             ExpertCompute(weights, config.experts.threads, on_rows=meter.gemms).forward,

@@ -1,127 +1,99 @@
-"""The kernels of an expert worker: torch's GEMMs per expert, grouped on GPUs, and on CPU vLLM's fused MoE kernel.
+"""The kernels of an expert worker: GEMMs per expert, grouped GEMMs on GPUs, and on CPU vLLM's fused experts.
 
-Measured by benchmarks/expert_kernels.py: on the experts of a small model, where calls cost more than arithmetic, vLLM's
-kernel is 6-18x faster. On experts of DeepSeek-V3's size it gains up to 1.5x with one or two rows (`vec`), nothing with
-AMX, and loses with many. It needs weights in a layout of its own.
-
-Legend: T tokens, P rows (pairs of token and expert), N held experts, H hidden size, I intermediate size.
+Legend: T tokens, P pairs of token and expert, N held experts, H hidden size, I intermediate size.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional
 
+from deployments.experts.forms import Form
 from deployments.experts.weights import LayerExperts
 
 # Row counts from which MKL's float32 GEMM gives a row the same bits whatever the rows beside it (one thread).
 _STABLE_ROWS = 16
-_ALIGNMENT = 32  # hidden and intermediate sizes must be multiples of it
+_METHOD = {Form.PACKED_BFLOAT16: 0, Form.PACKED_INT8: 1, Form.PACKED_FP8: 2}  # of `fused_experts_cpu`
+_BLOCK = [128, 128]
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Pairs of token and expert, in order of expert, so that each expert's rows are one run."""
+class Pairs:
+    """Which token meets which held expert, in order of token."""
 
-    tokens_P: torch.Tensor  # int64: row of hidden_TH
-    local_P: torch.Tensor  # int64: index of the expert among the held ones, ascending
-    scale_P: torch.Tensor  # float32
-    counts_N: list[int]  # rows of each held expert
-
-    @property
-    def per_expert(self) -> float:
-        """Return the mean number of rows of the experts that have any."""
-        return len(self.tokens_P) / max(1, sum(count > 0 for count in self.counts_N))
+    tokens_P: np.ndarray  # int64: row of hidden_TH, ascending
+    local_P: np.ndarray  # integer: index of the expert among the held ones
+    scale_P: np.ndarray  # float32
 
 
-def add_torch(experts: LayerExperts, hidden_TH: torch.Tensor, rows: Rows, output_TH: torch.Tensor) -> None:
-    """Add scale x expert(hidden) to output (float32): two GEMMs for each expert with rows.
+def fused_experts(experts: LayerExperts, hidden_TH: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """sum over pairs of scale x expert(hidden), in one call of vLLM's kernel. Returns bfloat16 or float32 [T, H].
+
+    `hidden_TH` bfloat16. The kernel sees each pair as a token with one expert, so that nothing is computed for experts
+    of other workers; with one token it sums by itself.
+    """
+    if len(hidden_TH) == 1:
+        out_1H = torch.empty_like(hidden_TH)
+        _run(experts, out_1H, hidden_TH, pairs.scale_P[None], pairs.local_P[None])
+        return out_1H
+    tokens_P = torch.from_numpy(pairs.tokens_P)
+    hidden_PH = hidden_TH[tokens_P]
+    out_PH = torch.empty_like(hidden_PH)
+    _run(experts, out_PH, hidden_PH, pairs.scale_P[:, None], pairs.local_P[:, None])
+    output_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32)
+    return output_TH.index_add_(0, tokens_P, out_PH.float())
+
+
+def _run(experts: LayerExperts, out: torch.Tensor, hidden: torch.Tensor, scale: np.ndarray, local: np.ndarray) -> None:
+    weights, ids = torch.from_numpy(scale), torch.from_numpy(local.astype(np.int32))
+    if experts.form is Form.VECTOR_BFLOAT16:
+        torch.ops._C.cpu_fused_moe(
+            out, hidden, experts.gate_up, experts.down, None, None, weights, ids, False, "silu", "vec"
+        )
+        return
+    block = _BLOCK if experts.form is Form.PACKED_FP8 else None
+    torch.ops._C.fused_experts_cpu(
+        out, hidden, experts.gate_up, experts.down, weights, ids, _METHOD[experts.form], experts.gate_up_scale,
+        experts.down_scale, None, None, None, block, None, None, None, None, True,
+    )  # fmt: skip
+
+
+def gemm_per_expert(experts: LayerExperts, hidden_TH: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """Do the same with two GEMMs for each expert that has pairs. Returns float32 [T, H].
 
     On one CPU thread a token's float32 result does not depend on its batch: small groups are padded to _STABLE_ROWS.
     """
-    start = 0
-    for local, count in enumerate(rows.counts_N):
-        if count == 0:
-            continue
-        tokens = rows.tokens_P[start : start + count]
+    device, output_TH = hidden_TH.device, torch.zeros(hidden_TH.shape, dtype=torch.float32, device=hidden_TH.device)
+    order = np.argsort(pairs.local_P, kind="stable")
+    local_P, starts = np.unique(pairs.local_P[order], return_index=True)
+    tokens_P, scale_P = (torch.from_numpy(x[order]).to(device) for x in (pairs.tokens_P, pairs.scale_P))
+    for local, start, end in zip(local_P.tolist(), starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
+        tokens, count = tokens_P[start:end], end - start
         x_PH = hidden_TH[tokens]
-        if count < _STABLE_ROWS and x_PH.dtype is torch.float32 and x_PH.device.type == "cpu":
+        if count < _STABLE_ROWS and x_PH.dtype is torch.float32 and device.type == "cpu":
             x_PH = functional.pad(x_PH, (0, 0, 0, _STABLE_ROWS - count))
-        gate_PI, up_PI = functional.linear(x_PH, experts.gate_up_N2IH[local]).chunk(2, dim=-1)
-        out_PH = functional.linear(functional.silu(gate_PI) * up_PI, experts.down_NHI[local])[:count]
-        output_TH.index_add_(0, tokens, out_PH.float() * rows.scale_P[start : start + count, None])
-        start += count
+        gate_PI, up_PI = functional.linear(x_PH, experts.gate_up[local]).chunk(2, dim=-1)
+        out_PH = functional.linear(functional.silu(gate_PI) * up_PI, experts.down[local])[:count]
+        output_TH.index_add_(0, tokens, out_PH.float() * scale_P[start:end, None])
+    return output_TH
 
 
-def add_grouped(experts: LayerExperts, hidden_TH: torch.Tensor, rows: Rows, output_TH: torch.Tensor) -> None:
-    """Do the same in two grouped GEMMs over all experts: bfloat16 on GPUs, where a call per expert costs too much."""
-    ends_N = torch.tensor(rows.counts_N).cumsum(0).to(output_TH.device, torch.int32)
-    x_PH = hidden_TH[rows.tokens_P]
-    gate_PI, up_PI = functional.grouped_mm(x_PH, experts.gate_up_N2IH.transpose(1, 2), offs=ends_N).chunk(2, dim=-1)
-    out_PH = functional.grouped_mm(functional.silu(gate_PI) * up_PI, experts.down_NHI.transpose(1, 2), offs=ends_N)
-    output_TH.index_add_(0, rows.tokens_P, out_PH.float() * rows.scale_P[:, None])
+def grouped_gemm(experts: LayerExperts, hidden_TH: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """Do the same in two grouped GEMMs over all experts: bfloat16 on GPUs, where a call per expert costs too much.
 
-
-def add_vllm(packed: LayerExperts, hidden_TH: torch.Tensor, rows: Rows, output_TH: torch.Tensor) -> None:
-    """Do the same in one call of vLLM's kernel, which sees each row as a token with one expert of weight 1."""
-    hidden_PH = hidden_TH[rows.tokens_P]
-    out_PH = torch.empty_like(hidden_PH)
-    ones_P1 = torch.ones(len(hidden_PH), 1)
-    local_P1 = rows.local_P[:, None].to(torch.int32)
-    torch.ops._C.cpu_fused_moe(
-        out_PH, hidden_PH, packed.gate_up_N2IH, packed.down_NHI, None, None, ones_P1, local_P1, False, "silu", _isa()
-    )
-    output_TH.index_add_(0, rows.tokens_P, out_PH.float() * rows.scale_P[:, None])
-
-
-def vllm_fits(experts: LayerExperts) -> bool:
-    """Return whether vLLM's kernel can run these experts here. Loads its operator library; False without vLLM."""
-    down_NHI = experts.down_NHI
-    return (
-        down_NHI.dtype is torch.bfloat16
-        and down_NHI.device.type == "cpu"
-        and all(size % _ALIGNMENT == 0 for size in down_NHI.shape[1:])
-        and load_vllm_operators()
-    )
-
-
-def pack(experts: LayerExperts) -> LayerExperts:
-    """Return a copy of the weights in the layout of `add_vllm`."""
-    packed = LayerExperts(experts.ids, torch.empty_like(experts.gate_up_N2IH), torch.empty_like(experts.down_NHI))
-    isa = _isa()
-    torch.ops._C.prepack_moe_weight(experts.gate_up_N2IH, packed.gate_up_N2IH, isa)
-    torch.ops._C.prepack_moe_weight(experts.down_NHI, packed.down_NHI, isa)
-    return packed
-
-
-def _isa() -> str:
-    """Return the name of vLLM's kernel for this processor; also asks the operating system for the use of AMX tiles."""
-    return "amx" if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() else "vec"
-
-
-def load_vllm_operators() -> bool:
-    """Register vLLM's CPU operators from its own library; never imports vllm, which takes many seconds."""
-    if hasattr(torch.ops._C, "cpu_fused_moe"):
-        return True
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or spec.origin is None:
-        return False
-    # Which of its libraries fits the processor: as vllm/platforms/cpu.py chooses.
-    if not torch.cpu._is_avx2_supported():
-        return False
-    if not torch.cpu._is_avx512_supported():
-        name = "_C_AVX2"
-    else:
-        name = "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512"
-    library = Path(spec.origin).parent / f"{name}.abi3.so"
-    if not library.exists():
-        return False
-    try:
-        torch.ops.load_library(str(library))
-    except OSError:
-        return False
-    return hasattr(torch.ops._C, "cpu_fused_moe")
+    Sums in the order of a token's pairs, without atomic adds, so a repeat gives the same bits. Returns float32 [T, H].
+    """
+    device = hidden_TH.device
+    order = np.argsort(pairs.local_P, kind="stable")
+    ends_N = np.bincount(pairs.local_P, minlength=len(experts.ids)).cumsum()
+    ends = torch.from_numpy(ends_N).to(device, torch.int32)
+    x_PH = hidden_TH[torch.from_numpy(pairs.tokens_P[order]).to(device)]
+    gate_PI, up_PI = functional.grouped_mm(x_PH, experts.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+    out_PH = functional.grouped_mm(functional.silu(gate_PI) * up_PI, experts.down.transpose(1, 2), offs=ends)
+    back_P, scale_P = (torch.from_numpy(x).to(device) for x in (np.argsort(order), pairs.scale_P))
+    scaled_PH = out_PH[back_P].float() * scale_P[:, None]
+    lengths_T = torch.from_numpy(np.bincount(pairs.tokens_P, minlength=len(hidden_TH))).to(device)
+    return torch.segment_reduce(scaled_PH, "sum", lengths=lengths_T, axis=0, initial=0.0)

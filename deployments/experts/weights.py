@@ -1,6 +1,8 @@
-"""Reads a worker's share of the routed experts from safetensors shards into stacked tensors, and nothing else.
+"""Reads a worker's share of the routed experts from safetensors shards, and brings it into the form that computes.
 
-Each tensor's byte range is read straight into its place (`preadv`): memory peaks at the final weights plus one tensor.
+Several threads take one expert at a time: its byte ranges are read (`preadv`) straight into place where the form is the
+stored one, else into a buffer of one expert, from which it is packed or converted. Memory peaks at the final weights
+plus one expert per thread.
 
 Legend of shape suffixes: N held experts of a layer, H hidden size, I intermediate size of one expert.
 """
@@ -8,7 +10,9 @@ Legend of shape suffixes: N held experts of a layer, H hidden size, I intermedia
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +21,20 @@ import torch
 from cluster.errors import CheckpointError
 from cluster.model.checkpoint import CheckpointIndex, ExpertTensor, TensorEntry, read_entries
 from cluster.model.spec import ModelSpec
+from deployments.experts.forms import Form
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FILE_DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
+# What an expert is brought to before it is packed, if it is.
+_DTYPES = {
+    Form.FLOAT32: torch.float32, Form.FLOAT16: torch.float16, Form.BFLOAT16: torch.bfloat16,
+    Form.GROUPED_BFLOAT16: torch.bfloat16, Form.VECTOR_BFLOAT16: torch.bfloat16, Form.PACKED_BFLOAT16: torch.bfloat16,
+    Form.PACKED_INT8: torch.float32, Form.PACKED_FP8: torch.float8_e4m3fn,
+}  # fmt: skip
+_PACKED = (Form.VECTOR_BFLOAT16, Form.PACKED_BFLOAT16, Form.PACKED_INT8, Form.PACKED_FP8)
+_INT8_MAX, _LEAST_ABS = 127, 1e-30  # a row of zeros has a scale too
+_THREADS = 4  # of a load: more wait for the same disk or memory
 
 _SIGN_AND_LOW_BITS = ~0x4000  # of a float16 made from a sign-extended E4M3
 _NAN_CODE = 0x7F
@@ -31,11 +44,31 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class LayerExperts:
-    """The held experts of one layer, stacked: index n is expert `ids[n]`."""
+    """The held experts of one layer, stacked: index n is expert `ids[n]`.
+
+    Plain forms: `gate_up` [N, 2I, H] (gate rows, then up rows) and `down` [N, H, I], as `torch.nn.functional.linear`
+    takes them. Packed forms: the same rows in an order, and for INT8 with a compensation, that only the kernel knows.
+    Scales: INT8 float32 [N, 2I] and [N, H], one per row; FP8 float32 [N, 2I/128, H/128] and [N, H/128, I/128].
+    """
 
     ids: tuple[int, ...]  # global ids, ascending
-    gate_up_N2IH: torch.Tensor  # [N, 2I, H]: gate rows, then up rows
-    down_NHI: torch.Tensor  # [N, H, I]
+    form: Form
+    hidden_size: int
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_scale: torch.Tensor | None = None
+    down_scale: torch.Tensor | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Return the dtype in which the kernel takes hidden states."""
+        return torch.bfloat16 if self.form in _PACKED else self.gate_up.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size in memory."""
+        tensors = (self.gate_up, self.down, self.gate_up_scale, self.down_scale)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 @dataclass(frozen=True)
@@ -49,35 +82,64 @@ class ExpertWeights:
     @property
     def nbytes(self) -> int:
         """Return the size in memory."""
-        return sum(layer.gate_up_N2IH.nbytes + layer.down_NHI.nbytes for layer in self.layers.values())
+        return sum(layer.nbytes for layer in self.layers.values())
 
 
 def load_experts(
     index: CheckpointIndex,
     spec: ModelSpec,
     assignment: Mapping[int, Sequence[int]],
-    dtype: str | torch.dtype,
+    form: Form,
     device: str = "cpu",
     on_progress: OnProgress | None = None,
 ) -> ExpertWeights:
-    """Return the experts of `assignment` (global ids by layer) as `dtype`; FP8 is dequantised.
+    """Return the experts of `assignment` (global ids by layer) in `form`, which `choose_form` has found possible.
 
-    `on_progress(done_bytes, total_bytes)` is called after each tensor. Opens only the shards that it needs.
-    Raises CheckpointError if a tensor is missing or of a wrong shape or dtype, or a shard is missing or truncated.
+    `on_progress(done_bytes, total_bytes)` is called after each tensor, by one thread at a time. Opens only the shards
+    that it needs. Raises CheckpointError if a tensor is missing or of a wrong shape or dtype, or a shard is missing or
+    truncated.
     """
-    compute_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    inner, hidden = spec.moe_intermediate_size, spec.hidden_size
-    layers = {
-        layer: LayerExperts(
-            tuple(ids := sorted(assignment[layer])),
-            torch.empty(len(ids), 2 * inner, hidden, dtype=compute_dtype, device=device),
-            torch.empty(len(ids), hidden, inner, dtype=compute_dtype, device=device),
-        )
-        for layer in sorted(assignment)
-    }
+    layers = {layer: empty_layer(spec, tuple(sorted(assignment[layer])), form, device) for layer in sorted(assignment)}
     reader = _Reader(index, spec, on_progress)
     reader.read(layers)
     return ExpertWeights(layers, spec.num_experts, reader.bytes_read)
+
+
+def empty_layer(spec: ModelSpec, ids: tuple[int, ...], form: Form, device: str = "cpu") -> LayerExperts:
+    """Return a layer with room for `ids` and nothing in it."""
+    held, inner, hidden = len(ids), spec.moe_intermediate_size, spec.hidden_size
+    dtype, extra = _DTYPES[form], 0
+    up_scale = down_scale = None
+    if form is Form.PACKED_INT8:
+        dtype, extra = torch.int8, 4  # a float32 or int32 per row, behind it
+        up_scale, down_scale = torch.empty(held, 2 * inner), torch.empty(held, hidden)
+    elif form is Form.PACKED_FP8:
+        up_scale = torch.empty(held, 2 * inner // 128, hidden // 128)
+        down_scale = torch.empty(held, hidden // 128, inner // 128)
+    return LayerExperts(
+        ids, form, hidden, torch.empty(held, 2 * inner, hidden + extra, dtype=dtype, device=device),
+        torch.empty(held, hidden, inner + extra, dtype=dtype, device=device), up_scale, down_scale,
+    )  # fmt: skip
+
+
+def store(layer: LayerExperts, local: int, gate_up_2IH: torch.Tensor, down_HI: torch.Tensor) -> None:
+    """Put one expert into its place: packed or quantised first, if the layer's form says so. FP8's scales are stored
+    apart.
+    """
+    for stack, scales, weight in (
+        (layer.gate_up, layer.gate_up_scale, gate_up_2IH), (layer.down, layer.down_scale, down_HI)
+    ):  # fmt: skip
+        if layer.form is Form.PACKED_INT8:
+            assert scales is not None
+            scale = weight.abs().amax(1).clamp_(min=_LEAST_ABS).div_(_INT8_MAX)
+            scales[local] = scale
+            weight = (weight / scale[:, None]).round_().to(torch.int8)
+        if layer.form is Form.VECTOR_BFLOAT16:
+            torch.ops._C.prepack_moe_weight(weight[None], stack[local : local + 1], "vec")
+        elif layer.form in _PACKED:
+            stack[local] = torch.ops._C.convert_weight_packed(weight[None])[0]
+        elif weight.data_ptr() != stack[local].data_ptr():
+            stack[local] = weight
 
 
 def dequantise(weight_RC: torch.Tensor, scale_inv: torch.Tensor, block: tuple[int, int], out_RC: torch.Tensor) -> None:
@@ -105,13 +167,25 @@ def dequantise(weight_RC: torch.Tensor, scale_inv: torch.Tensor, block: tuple[in
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One projection of one expert and the slice of the stacked tensor that it fills."""
+class _Tensor:
+    """One tensor of a projection, and where it is in its shard."""
 
-    weight: ExpertTensor
+    name: ExpertTensor
     entry: TensorEntry
-    scale: ExpertTensor | None
-    out: torch.Tensor
+    scale: tuple[ExpertTensor, TensorEntry] | None  # of FP8
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.end - entry.begin for entry in (self.entry, *(self.scale[1:] if self.scale else ())))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One expert: its place, and its projections gate, up, down."""
+
+    layer: LayerExperts
+    local: int
+    tensors: tuple[_Tensor, _Tensor, _Tensor]
 
 
 class _Reader:
@@ -119,45 +193,58 @@ class _Reader:
         self._index, self._spec, self._on_progress = index, spec, on_progress
         self._headers: dict[str, dict[str, TensorEntry]] = {}
         self._files: dict[str, int] = {}
+        self._counting = threading.Lock()
+        self._buffers = threading.local()
         self.bytes_read = self._total = 0
 
     def read(self, layers: Mapping[int, LayerExperts]) -> None:
-        jobs = [job for layer, weights in layers.items() for job in self._jobs(layer, weights)]
-        self._total = sum(job.entry.end - job.entry.begin for job in jobs)
-        self._total += sum(e.end - e.begin for job in jobs if job.scale for e in [self._entry(job.scale)])
-        jobs.sort(key=lambda job: (job.weight.shard, job.entry.begin))  # front to back, as disks like it
+        jobs = [
+            self._job(layer, number, local) for number, layer in layers.items() for local in range(len(layer.ids))
+        ]
+        self._total = sum(tensor.nbytes for job in jobs for tensor in job.tensors)
+        jobs.sort(key=lambda job: (job.tensors[0].name.shard, job.tensors[0].entry.begin))  # as disks like it
         try:
-            for job in jobs:
-                self._load(job)
+            for shard in self._headers:
+                self._files[shard] = os.open(self._index.path / shard, os.O_RDONLY)
+            with ThreadPoolExecutor(min(_THREADS, len(os.sched_getaffinity(0))), "load") as pool:
+                for done in [pool.submit(self._load, job) for job in jobs]:
+                    try:
+                        done.result()
+                    except BaseException:
+                        pool.shutdown(wait=True, cancel_futures=True)
+                        raise
         finally:
             for fd in self._files.values():
                 os.close(fd)
 
-    def _jobs(self, layer: int, weights: LayerExperts) -> list[_Job]:
-        inner, jobs = self._spec.moe_intermediate_size, []
-        for local, expert in enumerate(weights.ids):
-            found: dict[tuple[str, str], ExpertTensor]
-            found = {(t.proj, t.kind): t for t in self._index.expert_tensors.get((layer, expert), ())}
-            places = {
-                "gate": weights.gate_up_N2IH[local, :inner],
-                "up": weights.gate_up_N2IH[local, inner:],
-                "down": weights.down_NHI[local],
-            }
-            for proj, out in places.items():
-                tensor = found.get((proj, "weight"))
-                if tensor is None:
-                    raise CheckpointError(
-                        f"{self._index.path}: layer {layer}, expert {expert} has no {proj} projection in the checkpoint"
-                        f"'s index: download the checkpoint again"
-                    )
-                jobs.append(self._job(tensor, found.get((proj, "scale")), out))
-        return jobs
+    def _job(self, layer: LayerExperts, number: int, local: int) -> _Job:
+        inner, hidden, expert = self._spec.moe_intermediate_size, self._spec.hidden_size, layer.ids[local]
+        found: dict[tuple[str, str], ExpertTensor]
+        found = {(t.proj, t.kind): t for t in self._index.expert_tensors.get((number, expert), ())}
+        tensors = []
+        for proj, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
+            tensor = found.get((proj, "weight"))
+            if tensor is None:
+                raise CheckpointError(
+                    f"{self._index.path}: layer {number}, expert {expert} has no {proj} projection in the checkpoint's "
+                    f"index: download the checkpoint again"
+                )
+            tensors.append(self._tensor(tensor, found.get((proj, "scale")), shape, layer.form))
+        gate, up, down = tensors
+        return _Job(layer, local, (gate, up, down))
 
-    def _job(self, tensor: ExpertTensor, scale: ExpertTensor | None, out: torch.Tensor) -> _Job:
+    def _tensor(
+        self, tensor: ExpertTensor, scale: ExpertTensor | None, wanted: tuple[int, int], form: Form
+    ) -> _Tensor:
         entry = self._entry(tensor)
-        self._check(tensor, entry, tuple(out.shape), set(_FILE_DTYPES))
+        self._check(tensor, entry, wanted, set(_FILE_DTYPES))
         if entry.dtype != "F8_E4M3":
-            return _Job(tensor, entry, None, out)
+            if form is Form.PACKED_FP8:
+                raise CheckpointError(
+                    f"tensor {tensor.name} in {self._index.path / tensor.shard} is {entry.dtype}, where config.json "
+                    f"says FP8: set experts.dtype: bfloat16"
+                )
+            return _Tensor(tensor, entry, None)
         if self._spec.expert_quant is None or scale is None:
             raise CheckpointError(
                 f"tensor {tensor.name} in {self._index.path / tensor.shard} is FP8 without "
@@ -165,9 +252,8 @@ class _Reader:
                 f"download the checkpoint again"
             )
         rows, columns = self._spec.expert_quant.block_shape
-        shape = (-(-out.shape[0] // rows), -(-out.shape[1] // columns))
-        self._check(scale, self._entry(scale), shape, {"F32"})
-        return _Job(tensor, entry, scale, out)
+        self._check(scale, self._entry(scale), (-(-wanted[0] // rows), -(-wanted[1] // columns)), {"F32"})
+        return _Tensor(tensor, entry, (scale, self._entry(scale)))
 
     def _check(self, tensor: ExpertTensor, entry: TensorEntry, shape: tuple[int, ...], dtypes: set[str]) -> None:
         where = f"tensor {tensor.name} in {self._index.path / tensor.shard}"
@@ -191,35 +277,73 @@ class _Reader:
         return entry
 
     def _load(self, job: _Job) -> None:
-        dtype, shape = _FILE_DTYPES[job.entry.dtype], job.entry.shape
-        if job.out.dtype == dtype and job.out.device.type == "cpu":
-            self._fill(job.weight, job.entry, job.out)
+        gate_up, down = self._places(job)
+        inner = self._spec.moe_intermediate_size
+        places = (gate_up[:inner], gate_up[inner:], down)
+        for number, (tensor, out) in enumerate(zip(job.tensors, places, strict=True)):
+            scale = self._scale(job, number)
+            self._read_as(tensor, out, scale)
+            self._count(tensor.nbytes)
+        store(job.layer, job.local, gate_up, down)
+
+    def _places(self, job: _Job) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where an expert is read to: its place in the stack, or this thread's buffer."""
+        layer = job.layer
+        if layer.form not in _PACKED and layer.down.device.type == "cpu":
+            return layer.gate_up[job.local], layer.down[job.local]
+        if not hasattr(self._buffers, "places"):
+            inner, hidden = self._spec.moe_intermediate_size, self._spec.hidden_size
+            dtype = _DTYPES[layer.form]
+            self._buffers.places = (
+                torch.empty(2 * inner, hidden, dtype=dtype), torch.empty(hidden, inner, dtype=dtype),
+            )  # fmt: skip
+        places: tuple[torch.Tensor, torch.Tensor] = self._buffers.places
+        return places
+
+    def _scale(self, job: _Job, number: int) -> torch.Tensor | None:
+        """Read the scales of projection `number`: into their place if the form keeps them. None without scales."""
+        tensor, layer = job.tensors[number], job.layer
+        if tensor.scale is None:
+            return None
+        name, entry = tensor.scale
+        if layer.form is Form.PACKED_FP8:
+            assert layer.gate_up_scale is not None
+            assert layer.down_scale is not None
+            half = len(layer.gate_up_scale[job.local]) // 2
+            up = layer.gate_up_scale[job.local]
+            scale = (up[:half], up[half:], layer.down_scale[job.local])[number]
         else:
-            stored = torch.empty(shape, dtype=dtype)
-            self._fill(job.weight, job.entry, stored)
-            if job.scale is None:
-                job.out.copy_(stored)
-            else:
-                assert self._spec.expert_quant is not None
-                entry = self._entry(job.scale)
-                scale = torch.empty(entry.shape, dtype=torch.float32)
-                self._fill(job.scale, entry, scale)
-                dequantise(stored, scale, self._spec.expert_quant.block_shape, job.out)
-        if self._on_progress is not None:
-            self._on_progress(self.bytes_read, self._total)
+            scale = torch.empty(entry.shape, dtype=torch.float32)
+        self._fill(name, entry, scale)
+        return scale
+
+    def _read_as(self, tensor: _Tensor, out: torch.Tensor, scale: torch.Tensor | None) -> None:
+        dtype = _FILE_DTYPES[tensor.entry.dtype]
+        if out.dtype == dtype:
+            self._fill(tensor.name, tensor.entry, out)
+            return
+        stored = torch.empty(tensor.entry.shape, dtype=dtype)
+        self._fill(tensor.name, tensor.entry, stored)
+        if scale is None:
+            out.copy_(stored)
+        else:
+            assert self._spec.expert_quant is not None
+            dequantise(stored, scale, self._spec.expert_quant.block_shape, out)
 
     def _fill(self, tensor: ExpertTensor, entry: TensorEntry, out: torch.Tensor) -> None:
         """Read the tensor's bytes into `out`, which is contiguous and on the CPU."""
-        shard = self._index.path / tensor.shard
-        if tensor.shard not in self._files:
-            self._files[tensor.shard] = os.open(shard, os.O_RDONLY)
         buffer, done = memoryview(out.view(torch.uint8).reshape(-1).numpy()), 0  # type: ignore[arg-type]
         while done < len(buffer):
             got = os.preadv(self._files[tensor.shard], [buffer[done:]], entry.begin + done)
             if got == 0:
-                raise _cut_off(shard, entry.begin + done, entry.end)
+                raise _cut_off(self._index.path / tensor.shard, entry.begin + done, entry.end)
             done += got
-        self.bytes_read += done
+
+    def _count(self, nbytes: int) -> None:
+        with self._counting:
+            self.bytes_read += nbytes
+            if self._on_progress is not None:
+                self._on_progress(self.bytes_read, self._total)
 
 
 def _cut_off(shard: Path, size: int, expected: int) -> CheckpointError:

