@@ -5,8 +5,8 @@ Legend: T rows (tokens), R rows of one part, H hidden size, K experts per token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +18,7 @@ from routing.tokens.split_combine import Part, RowSum
 from routing.tokens.wire import NO_EXPERT, WireRows
 
 
-@dataclass(frozen=True, slots=True)
-class SentPart:
+class SentPart(NamedTuple):
     """One worker's part of a dispatch, sent in as many frames as the message bound asks for."""
 
     part: Part

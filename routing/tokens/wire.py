@@ -8,7 +8,6 @@ is ever unpickled. Every length follows from the header, so a frame of any other
 
 from __future__ import annotations
 
-import math
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
@@ -37,6 +36,7 @@ class Kind(IntEnum):
     ERROR = 3
 
 
+_REQUEST, _REPLY, _ERROR = (int(kind) for kind in Kind)  # an enum's members cost a look-up each time
 _DTYPES = {0: torch.float32, 1: torch.bfloat16, 2: torch.float16}
 FLOAT8 = torch.float8_e4m3fn
 _ROW_DTYPES = {**_DTYPES, 3: FLOAT8}  # of hidden states on their way to the experts
@@ -147,7 +147,7 @@ def pack_request(
     assert len(request_ids) <= MAX_REQUEST_IDS_BYTES, "join_request_ids bounds it"
     length, top_k = expert_ids_TK.shape
     header = _HEADER.pack(
-        MAGIC, 1, _CODES[rows.dtype], _CODES[reply_dtype], len(request_ids), frame_id, epoch, layer, length,
+        MAGIC, _REQUEST, _CODES[rows.dtype], _CODES[reply_dtype], len(request_ids), frame_id, epoch, layer, length,
         rows.hidden, top_k, deadline_ms,
     )  # fmt: skip
     scales = b"" if rows.scales_TB is None else rows.scales_TB
@@ -188,20 +188,20 @@ def encode_error(frame_id: int, error: DeepsplitError) -> bytes:
     return _HEADER.pack(MAGIC, Kind.ERROR, 0, 0, code, frame_id, 0, 0, len(message), 0, 0, 0) + message
 
 
-def _tensor(frame: bytes, offset: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    count = math.prod(shape)
-    if count == 0:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(frame, dtype=dtype, count=count, offset=offset).view(*shape)
+def _tensor(frame: bytes, offset: int, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+    if not rows * columns:
+        return torch.empty(rows, columns, dtype=dtype)
+    return torch.frombuffer(frame, dtype=dtype, count=rows * columns, offset=offset).view(rows, columns)
 
 
 def _unpack(frame: bytes) -> tuple[int, ...]:
     if len(frame) < HEADER_BYTES:
         raise FrameError(f"frame of {len(frame)} bytes is shorter than the {HEADER_BYTES}-byte header")
-    magic, *fields = _HEADER.unpack_from(frame)
-    if magic != MAGIC:
-        raise FrameError(f"frame starts with {magic!r}, not {MAGIC!r}: the peer is no deepsplit of this wire version")
-    return tuple(fields)
+    fields: tuple[int, ...] = _HEADER.unpack_from(frame)
+    if not frame.startswith(MAGIC):
+        theirs = frame[:4]
+        raise FrameError(f"frame starts with {theirs!r}, not {MAGIC!r}: the peer is no deepsplit of this wire version")
+    return fields[1:]
 
 
 def _dtype(code: int, known: dict[int, torch.dtype] = _DTYPES) -> torch.dtype:
@@ -281,11 +281,11 @@ def decode_request(frame: bytes, hidden_size: int) -> DispatchRequest:
 def decode_reply(frame: bytes) -> DispatchReply | ErrorReply:
     """Raises FrameError for anything but a well-formed reply or error. Tensors are views of `frame`."""
     kind, dtype_code, _, error_code, frame_id, epoch, layer, rows, hidden, queue_us, compute_us = _unpack(frame)
-    if kind == Kind.ERROR:
+    if kind == _ERROR:
         _check_length(frame, HEADER_BYTES + rows, "error reply")
         message = frame[HEADER_BYTES:].decode(errors="replace")
         return ErrorReply(frame_id, _ERRORS.get(error_code, FrameError)(message))
-    if kind != Kind.REPLY:
+    if kind != _REPLY:
         raise FrameError(f"expected a reply, got kind {kind}")
     dtype = _dtype(dtype_code)
     _check_length(frame, HEADER_BYTES + rows * hidden * dtype.itemsize, "reply")

@@ -45,16 +45,13 @@ class Sender:
             worker = table.workers[part.worker]
             link = self._links.of(worker)
             rows_R, ids_RK = part.rows_R, part.expert_ids_RK
-            length = len(rows_R)
             part_rows, weights_RK = rows, weights_TK
-            if length != len(weights_TK):
+            if len(rows_R) != len(weights_TK):
                 part_rows, weights_RK = rows.take(rows_R), weights_TK.take(rows_R, axis=0)
-            frame_ids = [next(self._ids) for _ in range(0, length, most)]
-            frames = [(frame_id, min(most, length - at * most)) for at, frame_id in enumerate(frame_ids)]
-            dispatch.sent.append(SentPart(part, worker.worker_id, link, tuple(frames)))
-            for frame_id, (piece, ids, weights) in zip(
-                frame_ids, _pieces(part_rows, ids_RK, weights_RK, most), strict=True
-            ):
+            pieces = _pieces(part_rows, ids_RK, weights_RK, most)
+            frames = tuple((next(self._ids), len(ids)) for _, ids, _ in pieces)
+            dispatch.sent.append(SentPart(part, worker.worker_id, link, frames))
+            for (frame_id, _), (piece, ids, weights) in zip(frames, pieces, strict=True):
                 frame = pack_request(
                     frame_id, table.epoch, dispatch.layer, self._deadline_ms, piece, ids, weights,
                     self._combine_dtype, request_ids,
