@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 _ENTRY_BYTES = 6  # float32 weight + int16 expert id
 _HEADER_BYTES = 40
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+_SCALE_BYTES, _SCALE_BLOCK = 4, 128  # FP8 rows have a float32 scale per block of values
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def wire_traffic(
     """Traffic of a token that goes to each worker as `hidden` values and `top_k` entries (weight, expert id), and comes
     back as `hidden` values.
     """
-    dispatch = workers_per_token * (hidden * DTYPE_BYTES[dispatch_dtype] + top_k * _ENTRY_BYTES)
+    scales = -(-hidden // _SCALE_BLOCK) * _SCALE_BYTES if dispatch_dtype == "float8_e4m3fn" else 0
+    dispatch = workers_per_token * (hidden * DTYPE_BYTES[dispatch_dtype] + scales + top_k * _ENTRY_BYTES)
     combine = workers_per_token * hidden * DTYPE_BYTES[combine_dtype]
     return WireTraffic(
         dispatch_dtype=dispatch_dtype,

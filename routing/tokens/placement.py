@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-UNCOVERED = -1
+from routing.tokens.dispatching.routes import UNCOVERED, Routes
+
+__all__ = ["UNCOVERED", "PlacementFile", "PlacementTable", "WorkerEndpoint"]
 
 
 @dataclass(frozen=True)
@@ -50,33 +52,22 @@ class PlacementTable:
 
     def route(self, layer: int, num_experts: int, excluded: frozenset[str] = frozenset()) -> np.ndarray:
         """Return the worker's index for each expert of `layer`: int16[num_experts], UNCOVERED where no usable worker
-        holds it.
-
-        Where several workers hold an expert, the one with the fewest experts of this layer so far gets it, so the
-        load of an excluded worker spreads over the other holders.
+        holds it. For several layers take `routes`.
         """
-        holders: list[list[int]] = [[] for _ in range(num_experts)]
-        for index, worker in enumerate(self.workers):
-            if worker.worker_id not in excluded:
-                for expert in worker.experts.get(layer, ()):
-                    holders[expert].append(index)
-        route_E = np.full(num_experts, UNCOVERED, dtype=np.int16)
-        load = [0] * len(self.workers)
-        # Experts with the least choice go first.
-        for expert in sorted(range(num_experts), key=lambda e: (len(holders[e]), e)):
-            if holders[expert]:
-                chosen = min(holders[expert], key=lambda w: (load[w], w))
-                route_E[expert] = chosen
-                load[chosen] += 1
-        return route_E
+        return self.routes(num_experts, (layer,)).layer(layer, excluded)[:-1]
+
+    def routes(self, num_experts: int, layers: Sequence[int] | None = None) -> Routes:
+        """Return which worker computes which expert; of all layers unless some are named."""
+        ids = [worker.worker_id for worker in self.workers]
+        return Routes(ids, [worker.experts for worker in self.workers], num_experts, layers)
 
 
 @dataclass
 class PlacementFile:
     """The table as a small file that the attention replica replaces atomically and its engine processes read.
 
-    The engine's worker is a child process without a connection to Ray. It asks for the file's modification time before
-    each dispatch, which takes about 1 us.
+    The engine's worker is a child process without a connection to Ray. It asks for the file's modification time a few
+    times a second (`routing.tokens.dispatching.placement_watch`). Not thread-safe.
     """
 
     path: Path

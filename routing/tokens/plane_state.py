@@ -6,7 +6,10 @@ the other way.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,3 +68,28 @@ class ExpertPlaneFile:
             return ExpertPlaneState(float(queue_s), degraded == "1")
         except FileNotFoundError:
             return ExpertPlaneState()
+
+
+class PlaneReport:
+    """Writes the state that dispatches add up to into a file. Thread-safe."""
+
+    def __init__(self, file: ExpertPlaneFile | None, degraded_at: Callable[[float], bool]) -> None:
+        """`degraded_at`: whether rows were computed without some of their experts shortly before a monotonic time."""
+        self._file = file
+        self._degraded_at = degraded_at
+        self._adding = threading.Lock()
+        self._queue = StepQueueTime()
+        self._written_steps = 0
+
+    def add(self, layer: int, queue_s: float, now_s: float) -> None:
+        """Record that the rows of one layer waited `queue_s` at the workers. `now_s`: monotonic."""
+        with self._adding:
+            self._queue.add(layer, queue_s, now_s)
+
+    def write(self, now_s: float) -> None:
+        """Write the file if a step was finished since the last time."""
+        if self._file is None or self._queue.steps == self._written_steps:
+            return
+        self._written_steps = self._queue.steps
+        with contextlib.suppress(OSError):  # advice for admission; dispatches do not depend on it
+            self._file.write(ExpertPlaneState(self._queue.mean_s, self._degraded_at(now_s)))

@@ -1,21 +1,29 @@
-"""Splits rows by worker and combines what comes back. Pure functions; the client does the sending.
+"""Splits rows by worker and sums what comes back. No I/O; the client does the sending.
 
-Legend: T rows (tokens), R rows of one part, H hidden size, K experts per token, E experts of the layer.
+Legend: T rows (tokens), R rows of one part, N rows of all parts, H hidden size, K experts per token, E experts of the
+layer.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from routing.tokens.placement import UNCOVERED
+from routing.tokens.dispatching.routes import NOBODY, UNCOVERED
 from routing.tokens.wire import NO_EXPERT
 
+# Replies up to this size are summed in one pass at the end, larger ones as they come (benchmarks/client_scale.py:
+# 64 replies of 8 rows, 1 pass 50 us against 366; above it, memory for all replies at once costs more than passes save).
+_ONE_PASS_BYTES = 16 << 20
+_FEW_WORKERS = 3  # up to so many, a pass per worker (7 us for two) is cheaper than sorting the pairs (20 us)
 
-@dataclass(frozen=True)
-class Part:
+_FIRST_ROW = np.zeros(1, dtype=np.int64)
+_FIRST_ROW.flags.writeable = False  # parts share it
+
+
+class Part(NamedTuple):
     """The rows that one worker gets: each row once, however many of its experts that worker holds."""
 
     worker: int  # index in the placement table
@@ -23,37 +31,141 @@ class Part:
     expert_ids_RK: np.ndarray  # int16, global; NO_EXPERT where the expert is another worker's
 
 
-@dataclass(frozen=True)
-class Split:
-    """The result of `split`, which `combine` reads."""
+class Split(NamedTuple):
+    """The result of `split`: what each worker gets."""
 
     parts: tuple[Part, ...]
     uncovered: tuple[int, ...]  # experts that are needed and that no usable worker holds
 
 
 def split(expert_ids_TK: np.ndarray, route_E: np.ndarray) -> Split:
-    """Divide the (row, expert) pairs by the worker that `route_E` names.
+    """Divide the (row, expert) pairs by the worker that `route_E` (see `Routes.layer`) names.
 
-    `expert_ids_TK` is integer with NO_EXPERT for pairs that need nothing (any more). Pairs of uncovered experts are in
+    `expert_ids_TK` is int16 with NO_EXPERT for pairs that need nothing (any more). Pairs of uncovered experts are in
     no part.
     """
-    owner_TK = np.where(expert_ids_TK >= 0, route_E[expert_ids_TK], np.int16(UNCOVERED))
-    missing_TK = (owner_TK == UNCOVERED) & (expert_ids_TK >= 0)
-    uncovered = tuple(np.unique(expert_ids_TK[missing_TK]).tolist()) if missing_TK.any() else ()
+    owner_TK = route_E.take(expert_ids_TK)
+    if len(owner_TK) == 1:
+        return _split_row(expert_ids_TK, owner_TK)
+    workers = int(route_E[:-1].max(initial=UNCOVERED)) + 1
+    uncovered: tuple[int, ...] = ()
+    if owner_TK.min(initial=0) == UNCOVERED:
+        uncovered = tuple(np.unique(expert_ids_TK[owner_TK == UNCOVERED]).tolist())
+    if workers <= _FEW_WORKERS:
+        return Split(_parts_by_pass(expert_ids_TK, owner_TK, workers), uncovered)
+    return Split(_parts_by_sorting(expert_ids_TK, owner_TK), uncovered)
+
+
+def _split_row(expert_ids_1K: np.ndarray, owner_1K: np.ndarray) -> Split:
+    """A single row, the decode step of one sequence, is quickest in plain Python."""
+    ids, owners = expert_ids_1K.tolist()[0], owner_1K.tolist()[0]
     parts = []
-    for worker in np.unique(owner_TK).tolist():
-        if worker == UNCOVERED:
-            continue
-        mine_TK = owner_TK == worker
-        rows_R = np.flatnonzero(mine_TK.any(axis=1))
-        ids_RK = np.where(mine_TK[rows_R], expert_ids_TK[rows_R], NO_EXPERT).astype(np.int16)
-        parts.append(Part(worker, rows_R, ids_RK))
-    return Split(tuple(parts), uncovered)
+    for worker in sorted(set(owners) - {UNCOVERED, NOBODY}):
+        ids_1K = [[expert if owner == worker else NO_EXPERT for expert, owner in zip(ids, owners, strict=True)]]
+        parts.append(Part(worker, _FIRST_ROW, np.array(ids_1K, dtype=np.int16)))
+    uncovered = {expert for expert, owner in zip(ids, owners, strict=True) if owner == UNCOVERED}
+    return Split(tuple(parts), tuple(sorted(uncovered)))
 
 
-def combine(output_TH: torch.Tensor, part: Part, reply_RH: torch.Tensor) -> None:
-    """Add one part's reply to `output_TH` (float32) in place."""
-    if len(part.rows_R) == len(output_TH):
-        output_TH += reply_RH
-    else:
-        output_TH.index_add_(0, torch.from_numpy(part.rows_R), reply_RH.to(output_TH.dtype))
+def _parts_by_pass(expert_ids_TK: np.ndarray, owner_TK: np.ndarray, workers: int) -> tuple[Part, ...]:
+    parts = []
+    for worker in range(workers):
+        others_TK = owner_TK != worker
+        none_T = np.logical_and.reduce(others_TK, axis=1)
+        ids_TK = expert_ids_TK.copy()
+        ids_TK[others_TK] = NO_EXPERT
+        if not np.logical_or.reduce(none_T):
+            parts.append(Part(worker, np.arange(len(ids_TK)), ids_TK))
+        elif len(rows_R := (~none_T).nonzero()[0]):
+            parts.append(Part(worker, rows_R, ids_TK[rows_R]))
+    return tuple(parts)
+
+
+def _parts_by_sorting(expert_ids_TK: np.ndarray, owner_TK: np.ndarray) -> tuple[Part, ...]:
+    """The pairs are sorted by owner once, so the cost hardly depends on the number of workers."""
+    top_k = expert_ids_TK.shape[1]
+    owner_P = owner_TK.ravel()
+    order_P = owner_P.argsort(kind="stable")  # by worker, then by row
+    owner_P = owner_P[order_P]
+    begin, end = owner_P.searchsorted((0, NOBODY)).tolist()
+    if begin == end:
+        return ()
+    owner_P, order_P = owner_P[begin:end], order_P[begin:end]
+    row_P = order_P // top_k
+    # A new row of a part begins where the row or the worker changes.
+    new_P = np.empty(len(row_P), dtype=bool)
+    new_P[0] = True
+    np.not_equal(row_P[1:], row_P[:-1], out=new_P[1:])
+    new_P[1:] |= owner_P[1:] != owner_P[:-1]
+    slot_P = new_P.cumsum()
+    slot_P -= 1
+    rows_N, owner_N = row_P[new_P], owner_P[new_P]
+    ids_NK = np.full((len(rows_N), top_k), NO_EXPERT, dtype=np.int16)
+    ids_NK[slot_P, order_P - row_P * top_k] = expert_ids_TK.ravel()[order_P]
+    cuts = [0, *((owner_N[1:] != owner_N[:-1]).nonzero()[0] + 1).tolist(), len(owner_N)]
+    workers = owner_N[cuts[:-1]].tolist()
+    return tuple(
+        Part(worker, rows_N[at:end], ids_NK[at:end])
+        for worker, at, end in zip(workers, cuts[:-1], cuts[1:], strict=True)
+    )
+
+
+class RowSum:
+    """The sum over replies, in float32, rounded once. Replies may come in any order; the sum is over them in the order
+    of `add`.
+    """
+
+    def __init__(self, rows: int, hidden: int) -> None:
+        self._shape = (rows, hidden)
+        self._replies: list[tuple[np.ndarray, torch.Tensor]] = []
+        self._held_bytes = 0
+        self._sum_TH: torch.Tensor | None = None  # float32, of replies that are no longer kept
+
+    def add(self, rows_R: np.ndarray, reply_RH: torch.Tensor) -> None:
+        """Add one worker's reply to the rows `rows_R` (ascending). The tensor must not change afterwards."""
+        self._replies.append((rows_R, reply_RH))
+        self._held_bytes += reply_RH.nbytes
+        if self._held_bytes > _ONE_PASS_BYTES:
+            self._fold()
+
+    def total(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the sum in `dtype` [T, H], nought where no reply had the row; memory of its own."""
+        if self._sum_TH is not None:
+            return self._fold().to(dtype)
+        replies = [reply_RH for _, reply_RH in self._replies]
+        if not replies:
+            return torch.zeros(self._shape, dtype=dtype)
+        if len(replies) <= 2 and all(len(rows_R) == self._shape[0] for rows_R, _ in self._replies):
+            if len(replies) == 1:
+                return replies[0].to(dtype, copy=True)
+            if replies[0].dtype == replies[1].dtype == dtype:
+                return torch.add(*replies)  # adds in float32 and rounds once
+        return self._one_pass(replies, dtype)
+
+    def _one_pass(self, replies: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """Row by row: `embedding_bag` sums 16-bit rows in float32 registers and rounds the sum once."""
+        rows_N = np.concatenate([rows_R for rows_R, _ in self._replies])
+        order_N = rows_N.argsort(kind="stable")
+        begin_T = rows_N[order_N].searchsorted(np.arange(self._shape[0]))
+        reply_NH = torch.cat(replies)
+        if reply_NH.dtype != dtype:
+            reply_NH = reply_NH.to(torch.float32)
+        sum_TH: torch.Tensor = torch.embedding_bag(reply_NH, torch.from_numpy(order_N), torch.from_numpy(begin_T))[0]
+        return sum_TH.to(dtype)
+
+    def _fold(self) -> torch.Tensor:
+        for rows_R, reply_RH in self._replies:
+            whole = len(rows_R) == self._shape[0]
+            if self._sum_TH is None and whole:
+                self._sum_TH = reply_RH.to(torch.float32, copy=True)
+                continue
+            if self._sum_TH is None:
+                self._sum_TH = torch.zeros(self._shape, dtype=torch.float32)
+            if whole:
+                self._sum_TH += reply_RH
+            else:
+                self._sum_TH.index_add_(0, torch.from_numpy(rows_R), reply_RH.to(torch.float32))
+        self._replies.clear()
+        self._held_bytes = 0
+        assert self._sum_TH is not None
+        return self._sum_TH

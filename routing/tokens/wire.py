@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from cluster.errors import DeepsplitError, DispatchTimeout, FrameError, StalePlacement, WorkerLost
+from routing.tokens import float8
 from routing.tokens.request_ids import MAX_BYTES as MAX_REQUEST_IDS_BYTES
 
 MAGIC = b"DSX1"
@@ -35,16 +36,22 @@ class Kind(IntEnum):
     ERROR = 3
 
 
+_REQUEST, _REPLY, _ERROR = (int(kind) for kind in Kind)  # an enum's members cost a look-up each time
 _DTYPES = {0: torch.float32, 1: torch.bfloat16, 2: torch.float16}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+FLOAT8 = torch.float8_e4m3fn
+_ROW_DTYPES = {**_DTYPES, 3: FLOAT8}  # of hidden states on their way to the experts
+_CODES = {dtype: code for code, dtype in _ROW_DTYPES.items()}
 _ERRORS: dict[int, type[DeepsplitError]] = {1: FrameError, 2: StalePlacement, 3: DispatchTimeout, 4: WorkerLost}
 _ERROR_CODES = {error: code for code, error in _ERRORS.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DispatchRequest:
     """Rows of one layer for one worker: `expert_ids_TK` int16, global, NO_EXPERT where an expert is another worker's;
-    `weights_TK` float32."""
+    `weights_TK` float32.
+
+    A decoded request has its hidden states in a dtype to compute with: rows that travelled as FP8 have the reply's.
+    """
 
     frame_id: int
     epoch: int
@@ -57,7 +64,7 @@ class DispatchRequest:
     request_ids: str = ""  # of the clients' requests whose rows these are, as `join_request_ids` writes them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DispatchReply:
     """`output_TH` = per row, the weighted sum over the experts that this worker was asked for."""
 
@@ -69,7 +76,7 @@ class DispatchReply:
     output_TH: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ErrorReply:
     """A worker's refusal of one request."""
 
@@ -81,23 +88,86 @@ def _raw(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().contiguous().view(torch.uint8).reshape(-1).numpy())  # type: ignore[arg-type]
 
 
+def row_bytes(hidden: int, dtype: torch.dtype) -> int:
+    """Size in bytes of one row's hidden states, with their scales if they travel as FP8."""
+    return hidden * dtype.itemsize + (float8.blocks(hidden) * 4 if dtype == FLOAT8 else 0)
+
+
 def request_bytes(rows: int, hidden: int, top_k: int, dtype: torch.dtype, request_ids_bytes: int = 0) -> int:
-    """Size in bytes of a request frame: header + T*H activations + T*K (float32 weight + int16 id) + request ids."""
-    return HEADER_BYTES + rows * (hidden * dtype.itemsize + top_k * 6) + request_ids_bytes
+    """Size in bytes of a request frame: header + T rows + T*K (float32 weight + int16 id) + request ids."""
+    return HEADER_BYTES + rows * (row_bytes(hidden, dtype) + top_k * 6) + request_ids_bytes
 
 
-def encode_request(request: DispatchRequest) -> bytes:
-    """Header, weights_TK (float32), hidden_TH (its dtype), expert_ids_TK (int16), request ids (UTF-8)."""
-    rows, hidden = request.hidden_TH.shape
-    request_ids = request.request_ids.encode()
+@dataclass(frozen=True, slots=True)
+class WireRows:
+    """Hidden states as they travel, in whatever dtype: numpy gathers rows of them ten times faster than torch."""
+
+    dtype: torch.dtype
+    hidden: int
+    values_TH: np.ndarray  # the dtype's bits as integers
+    scales_TB: np.ndarray | None = None  # float32, with FP8
+
+    @classmethod
+    def of(cls, hidden_TH: torch.Tensor, dtype: torch.dtype) -> WireRows:
+        """Convert `hidden_TH` [T, H], which must not change afterwards: it may be used where it lies."""
+        hidden = hidden_TH.shape[1]
+        if dtype == FLOAT8:
+            values_TH, scales_TB = float8.quantise(hidden_TH)
+            return cls(dtype, hidden, values_TH.view(torch.uint8).numpy(), scales_TB.numpy())
+        if hidden_TH.dtype != dtype:
+            hidden_TH = hidden_TH.to(dtype)
+        bits = torch.int32 if dtype == torch.float32 else torch.int16
+        return cls(dtype, hidden, hidden_TH.contiguous().view(bits).numpy())
+
+    def take(self, rows_R: np.ndarray | slice) -> WireRows:
+        """Return some of the rows."""
+        scales_TB = self.scales_TB
+        if isinstance(rows_R, slice):
+            return WireRows(
+                self.dtype, self.hidden, self.values_TH[rows_R], None if scales_TB is None else scales_TB[rows_R]
+            )
+        scales_RB = None if scales_TB is None else scales_TB.take(rows_R, axis=0)
+        return WireRows(self.dtype, self.hidden, self.values_TH.take(rows_R, axis=0), scales_RB)
+
+
+def pack_request(
+    frame_id: int,
+    epoch: int,
+    layer: int,
+    deadline_ms: int,
+    rows: WireRows,
+    expert_ids_TK: np.ndarray,
+    weights_TK: np.ndarray,
+    reply_dtype: torch.dtype,
+    request_ids: bytes = b"",
+) -> bytes:
+    """Header, weights_TK (float32), with FP8 scales_TB (float32), hidden_TH (its dtype), expert_ids_TK (int16), request
+    ids (UTF-8). Arrays are contiguous; each byte is copied once.
+    """
     assert len(request_ids) <= MAX_REQUEST_IDS_BYTES, "join_request_ids bounds it"
+    length, top_k = expert_ids_TK.shape
     header = _HEADER.pack(
-        MAGIC, Kind.REQUEST, _CODES[request.hidden_TH.dtype], _CODES[request.reply_dtype], len(request_ids),
-        request.frame_id, request.epoch, request.layer, rows, hidden, request.expert_ids_TK.shape[1],
-        request.deadline_ms,
+        MAGIC, _REQUEST, _CODES[rows.dtype], _CODES[reply_dtype], len(request_ids), frame_id, epoch, layer, length,
+        rows.hidden, top_k, deadline_ms,
     )  # fmt: skip
-    sections = (_raw(request.weights_TK), _raw(request.hidden_TH), _raw(request.expert_ids_TK), request_ids)
-    return b"".join((header, *sections))
+    scales = b"" if rows.scales_TB is None else rows.scales_TB
+    sections: tuple[bytes | np.ndarray, ...] = (header, weights_TK, scales, rows.values_TH, expert_ids_TK, request_ids)
+    return b"".join(sections)  # type: ignore[arg-type]  # numpy's stubs do not say that an array is a buffer
+
+
+def encode_request(request: DispatchRequest, dtype: torch.dtype | None = None) -> bytes:
+    """Return the frame of a request; hidden states travel as `dtype`, or as they are."""
+    return pack_request(
+        request.frame_id,
+        request.epoch,
+        request.layer,
+        request.deadline_ms,
+        WireRows.of(request.hidden_TH, dtype or request.hidden_TH.dtype),
+        request.expert_ids_TK.contiguous().numpy(),
+        request.weights_TK.contiguous().numpy(),
+        request.reply_dtype,
+        request.request_ids.encode(),
+    )
 
 
 def encode_reply(reply: DispatchReply) -> bytes:
@@ -118,26 +188,35 @@ def encode_error(frame_id: int, error: DeepsplitError) -> bytes:
     return _HEADER.pack(MAGIC, Kind.ERROR, 0, 0, code, frame_id, 0, 0, len(message), 0, 0, 0) + message
 
 
-def _tensor(frame: bytes, offset: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    count = int(np.prod(shape))
-    if count == 0:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(frame, dtype=dtype, count=count, offset=offset).view(*shape)
+def _tensor(frame: bytes, offset: int, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+    if not rows * columns:
+        return torch.empty(rows, columns, dtype=dtype)
+    return torch.frombuffer(frame, dtype=dtype, count=rows * columns, offset=offset).view(rows, columns)
 
 
 def _unpack(frame: bytes) -> tuple[int, ...]:
     if len(frame) < HEADER_BYTES:
         raise FrameError(f"frame of {len(frame)} bytes is shorter than the {HEADER_BYTES}-byte header")
-    magic, *fields = _HEADER.unpack_from(frame)
-    if magic != MAGIC:
-        raise FrameError(f"frame starts with {magic!r}, not {MAGIC!r}: the peer is no deepsplit of this wire version")
-    return tuple(fields)
+    fields: tuple[int, ...] = _HEADER.unpack_from(frame)
+    if not frame.startswith(MAGIC):
+        theirs = frame[:4]
+        raise FrameError(f"frame starts with {theirs!r}, not {MAGIC!r}: the peer is no deepsplit of this wire version")
+    return fields[1:]
 
 
-def _dtype(code: int) -> torch.dtype:
-    if code not in _DTYPES:
-        raise FrameError(f"unknown dtype code {code}; known are {sorted(_DTYPES)}")
-    return _DTYPES[code]
+def _dtype(code: int, known: dict[int, torch.dtype] = _DTYPES) -> torch.dtype:
+    if code not in known:
+        raise FrameError(f"unknown dtype code {code}; known are {sorted(known)}: is the peer of a newer version?")
+    return known[code]
+
+
+def _float8_rows(frame: bytes, at: int, rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
+    blocks = float8.blocks(hidden)
+    scales_TB = np.frombuffer(frame, np.float32, rows * blocks, at).reshape(rows, blocks)
+    if not (np.isfinite(scales_TB) & (scales_TB > 0)).all():
+        raise FrameError("a scale of FP8 rows is not a positive finite number")
+    values_TH = np.frombuffer(frame, np.uint8, rows * hidden, at + scales_TB.nbytes).reshape(rows, hidden)
+    return float8.dequantise(values_TH, scales_TB, dtype)
 
 
 def _check_length(frame: bytes, expected: int, what: str) -> None:
@@ -171,20 +250,28 @@ def _request_ids(frame: bytes, at: int) -> str:
 
 
 def decode_request(frame: bytes, hidden_size: int) -> DispatchRequest:
-    """Raises FrameError for anything but a well-formed request of `hidden_size`. Tensors are views of `frame`."""
+    """Raises FrameError for anything but a well-formed request of `hidden_size`. Tensors are views of `frame`, except
+    hidden states that travelled as FP8: they come in the reply's dtype, each value times its scale.
+    """
     kind, dtype_code, reply_code, ids_bytes, frame_id, epoch, layer, rows, hidden, top_k, deadline_ms = _unpack(frame)
     if kind != Kind.REQUEST:
         raise FrameError(f"expected a request (kind {Kind.REQUEST.value}), got kind {kind}")
-    dtype, reply_dtype = _dtype(dtype_code), _dtype(reply_code)
+    dtype, reply_dtype = _dtype(dtype_code, _ROW_DTYPES), _dtype(reply_code)
     if hidden != hidden_size:
         raise FrameError(f"hidden size {hidden} does not fit this model's {hidden_size}: different checkpoints?")
     _check_length(frame, request_bytes(rows, hidden, top_k, dtype, ids_bytes), "request")
     hidden_at = HEADER_BYTES + rows * top_k * 4
-    ids_at = hidden_at + rows * hidden * dtype.itemsize
+    ids_at = hidden_at + rows * row_bytes(hidden, dtype)
+    if dtype == FLOAT8:
+        hidden_TH = _float8_rows(frame, hidden_at, rows, hidden, reply_dtype)
+        # Where both H and T are odd, the ids begin between two bytes of a word.
+        ids_TK = np.frombuffer(frame, np.int16, rows * top_k, ids_at).reshape(rows, top_k).copy()
+        expert_ids_TK = torch.from_numpy(ids_TK)
+    else:
+        hidden_TH = _tensor(frame, hidden_at, dtype, rows, hidden)
+        expert_ids_TK = _tensor(frame, ids_at, torch.int16, rows, top_k)
     return DispatchRequest(
-        frame_id, epoch, layer, deadline_ms,
-        hidden_TH=_tensor(frame, hidden_at, dtype, rows, hidden),
-        expert_ids_TK=_tensor(frame, ids_at, torch.int16, rows, top_k),
+        frame_id, epoch, layer, deadline_ms, hidden_TH, expert_ids_TK,
         weights_TK=_tensor(frame, HEADER_BYTES, torch.float32, rows, top_k),
         reply_dtype=reply_dtype,
         request_ids=_request_ids(frame, len(frame) - ids_bytes),
@@ -194,11 +281,11 @@ def decode_request(frame: bytes, hidden_size: int) -> DispatchRequest:
 def decode_reply(frame: bytes) -> DispatchReply | ErrorReply:
     """Raises FrameError for anything but a well-formed reply or error. Tensors are views of `frame`."""
     kind, dtype_code, _, error_code, frame_id, epoch, layer, rows, hidden, queue_us, compute_us = _unpack(frame)
-    if kind == Kind.ERROR:
+    if kind == _ERROR:
         _check_length(frame, HEADER_BYTES + rows, "error reply")
         message = frame[HEADER_BYTES:].decode(errors="replace")
         return ErrorReply(frame_id, _ERRORS.get(error_code, FrameError)(message))
-    if kind != Kind.REPLY:
+    if kind != _REPLY:
         raise FrameError(f"expected a reply, got kind {kind}")
     dtype = _dtype(dtype_code)
     _check_length(frame, HEADER_BYTES + rows * hidden * dtype.itemsize, "reply")

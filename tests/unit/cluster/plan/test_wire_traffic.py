@@ -28,10 +28,12 @@ def test_copies_share_the_work() -> None:
     assert expected_workers([8, 8], 8, 2, replicas=2) == pytest.approx(expected_workers([4, 4], 8, 2, replicas=1))
 
 
-def test_bytes_are_those_of_real_frames() -> None:
-    tokens, hidden, slots = 3, 16, 4
-    traffic = wire_traffic(1.0, 1, hidden, slots, 1, "bfloat16", "float32")
-    request = wire.request_bytes(tokens, hidden, slots, torch.bfloat16)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("hidden", [16, 300])
+def test_bytes_are_those_of_real_frames(dtype: str, hidden: int) -> None:
+    tokens, slots = 3, 4
+    traffic = wire_traffic(1.0, 1, hidden, slots, 1, dtype, "float32")
+    request = wire.request_bytes(tokens, hidden, slots, getattr(torch, dtype))
     reply = wire.encode_reply(wire.DispatchReply(1, 1, 0, 0, 0, torch.zeros(tokens, hidden)))
     headers = 2 * wire.HEADER_BYTES
     payload = tokens * (traffic.dispatch_bytes_per_layer + traffic.combine_bytes_per_layer)

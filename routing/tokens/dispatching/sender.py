@@ -1,0 +1,74 @@
+"""Packs the parts of a dispatch into frames and hands them to the workers' links.
+
+Legend: R rows of one part, K experts per token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import count
+
+import numpy as np
+import torch
+
+from cluster.config import DispatchConfig
+from routing.tokens.dispatching.links import Links
+from routing.tokens.in_flight import Dispatch, SentPart
+from routing.tokens.placement import PlacementTable
+from routing.tokens.split_combine import Part
+from routing.tokens.wire import HEADER_BYTES, MAX_REQUEST_IDS_BYTES, WireRows, pack_request, row_bytes
+
+
+class Sender:
+    """Thread-safe."""
+
+    def __init__(
+        self, settings: DispatchConfig, links: Links, hidden_size: int, dispatch_dtype: torch.dtype,
+        combine_dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self._links = links
+        self._combine_dtype = combine_dtype
+        self._deadline_ms = int(settings.call_timeout_s * 1000)
+        self._ids = count(1)
+        # Request and reply both stay under the message bound.
+        self._row_bytes = max(row_bytes(hidden_size, dtype) for dtype in (dispatch_dtype, combine_dtype))
+        self._rows_bytes = (settings.max_message_mib << 20) - HEADER_BYTES - MAX_REQUEST_IDS_BYTES
+
+    def send(self, dispatch: Dispatch, parts: Sequence[Part], table: PlacementTable) -> None:
+        """Send all parts; each is in `dispatch.sent` as soon as its first frame may have left."""
+        sample, rows, weights_TK = dispatch.stopwatch.sample, dispatch.rows, dispatch.weights_TK
+        request_ids = dispatch.request_ids.encode()
+        most = max(1, self._rows_bytes // (self._row_bytes + 6 * weights_TK.shape[1]))
+        for part in parts:
+            began = time.monotonic()
+            worker = table.workers[part.worker]
+            link = self._links.of(worker)
+            rows_R, ids_RK = part.rows_R, part.expert_ids_RK
+            part_rows, weights_RK = rows, weights_TK
+            if len(rows_R) != len(weights_TK):
+                part_rows, weights_RK = rows.take(rows_R), weights_TK.take(rows_R, axis=0)
+            pieces = _pieces(part_rows, ids_RK, weights_RK, most)
+            frames = tuple((next(self._ids), len(ids)) for _, ids, _ in pieces)
+            dispatch.sent.append(SentPart(part, worker.worker_id, link, frames))
+            for (frame_id, _), (piece, ids, weights) in zip(frames, pieces, strict=True):
+                frame = pack_request(
+                    frame_id, table.epoch, dispatch.layer, self._deadline_ms, piece, ids, weights,
+                    self._combine_dtype, request_ids,
+                )  # fmt: skip
+                packed = time.monotonic()
+                link.send(frame)
+                sample.bytes_out += len(frame)
+                sample.pack_s += packed - began
+                began = time.monotonic()
+                sample.send_s += began - packed
+
+
+def _pieces(
+    rows: WireRows, ids_RK: np.ndarray, weights_RK: np.ndarray, most: int
+) -> list[tuple[WireRows, np.ndarray, np.ndarray]]:
+    """Cut a part into pieces of at most `most` rows."""
+    if len(ids_RK) <= most:
+        return [(rows, ids_RK, weights_RK)]
+    cuts = [slice(at, at + most) for at in range(0, len(ids_RK), most)]
+    return [(rows.take(cut), ids_RK[cut], weights_RK[cut]) for cut in cuts]
