@@ -17,7 +17,8 @@ import threading
 import torch
 
 from deployments.attention.vllm_internals import get_forward_context
-from routing.tokens.client import BegunDispatch, ExpertClient
+from routing.tokens.client import ExpertClient
+from routing.tokens.in_flight import Dispatch
 
 _LIBRARY = torch.library.Library("deepsplit", "DEF")  # ops live as long as their library object
 
@@ -57,7 +58,7 @@ class _Begun(threading.local):
     """What is between its two operators on this thread."""
 
     def __init__(self) -> None:
-        self.dispatch: BegunDispatch | None = None
+        self.dispatch: Dispatch | None = None
         self.rows = slice(0, 0)
 
 
