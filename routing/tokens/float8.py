@@ -27,8 +27,8 @@ def quantise(hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return values float8_e4m3fn [T, H] and scales float32 [T, B]; hidden is about value * scale of its block.
 
     Scales are powers of two, so that bfloat16 holds every product exactly. With m the largest |x| of x's block, the
-    error is at most max(|x| / 16, m / 2**17). A block with an infinity or a not-a-number has scale 1 and keeps those
-    as not-a-numbers.
+    error is at most max(|x| / 16, m / 2**17). A block with an infinity or a not-a-number has scale 1; both arrive as
+    not-a-numbers.
     """
     rows, hidden = hidden_TH.shape
     blocks_B = blocks(hidden)
@@ -41,8 +41,11 @@ def quantise(hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     mantissa_TB, exponent_TB = torch.frexp(most_TB / _MAX)
     exponent_TB = (exponent_TB - (mantissa_TB == 0.5).to(torch.int32)).clamp_(min=_LEAST_EXPONENT)
     scales_TB = torch.ldexp(torch.ones_like(most_TB), exponent_TB)
-    scales_TB = torch.where(torch.isfinite(most_TB) & (most_TB > 0), scales_TB, 1.0)
-    values_TH = (blocks_TB128 / scales_TB.unsqueeze(-1)).view(rows, -1)[:, :hidden]
+    finite_TB = torch.isfinite(most_TB)
+    scales_TB = torch.where(finite_TB & (most_TB > 0), scales_TB, 1.0)
+    if not finite_TB.all():
+        blocks_TB128 = blocks_TB128 + 0 * blocks_TB128  # FP8 has no infinity, and converting takes 448 for it
+    values_TH = (blocks_TB128 / scales_TB.unsqueeze(-1)).view(rows, blocks_B * BLOCK)[:, :hidden]
     return values_TH.to(torch.float8_e4m3fn).contiguous(), scales_TB
 
 

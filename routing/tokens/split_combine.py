@@ -45,11 +45,13 @@ def split(expert_ids_TK: np.ndarray, route_E: np.ndarray) -> Split:
     no part.
     """
     owner_TK = route_E.take(expert_ids_TK)
+    if not owner_TK.size:
+        return Split((), ())
     if len(owner_TK) == 1:
         return _split_row(expert_ids_TK, owner_TK)
     workers = int(route_E[:-1].max(initial=UNCOVERED)) + 1
     uncovered: tuple[int, ...] = ()
-    if owner_TK.min(initial=0) == UNCOVERED:
+    if owner_TK.min() == UNCOVERED:
         uncovered = tuple(np.unique(expert_ids_TK[owner_TK == UNCOVERED]).tolist())
     if workers <= _FEW_WORKERS:
         return Split(_parts_by_pass(expert_ids_TK, owner_TK, workers), uncovered)

@@ -212,7 +212,7 @@ def _dtype(code: int, known: dict[int, torch.dtype] = _DTYPES) -> torch.dtype:
 
 def _float8_rows(frame: bytes, at: int, rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
     blocks = float8.blocks(hidden)
-    scales_TB = np.frombuffer(frame, np.float32, rows * blocks, at).reshape(rows, blocks)
+    scales_TB = np.frombuffer(frame, np.float32, rows * blocks, at).reshape(rows, blocks).copy()
     if not (np.isfinite(scales_TB) & (scales_TB > 0)).all():
         raise FrameError("a scale of FP8 rows is not a positive finite number")
     values_TH = np.frombuffer(frame, np.uint8, rows * hidden, at + scales_TB.nbytes).reshape(rows, hidden)

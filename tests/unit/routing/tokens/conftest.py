@@ -54,7 +54,8 @@ class Cluster:
             {"keepalive_interval_s": 1.0, "keepalive_timeout_s": 1.0, "uncovered_timeout_s": 10} | settings
         )
         shape = ExpertShape(MODEL, HIDDEN, EXPERTS)
-        client = ExpertClient(config, shape, self.placement, torch.float32, torch.float32, tls, plane_file)
+        dtype = getattr(torch, config.dispatch_dtype, torch.float32)
+        client = ExpertClient(config, shape, self.placement, dtype, torch.float32, tls, plane_file)
         self._clients.append(client)
         return client
 

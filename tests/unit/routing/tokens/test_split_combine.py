@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from routing.tokens import split_combine
+from routing.tokens.dispatching.routes import NOBODY
 from routing.tokens.placement import PlacementTable, WorkerEndpoint
-from routing.tokens.split_combine import combine, split
+from routing.tokens.split_combine import RowSum, split
 from routing.tokens.wire import NO_EXPERT
 
 EXPERTS, TOP_K = 16, 4
@@ -16,14 +21,21 @@ CHOICES = st.lists(st.one_of(st.just(NO_EXPERT), st.integers(0, EXPERTS - 1)), m
                    unique_by=lambda expert: object() if expert == NO_EXPERT else expert)  # fmt: skip
 
 
+def route(*owners: int) -> np.ndarray:
+    return np.array([*owners, NOBODY], dtype=np.int16)
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.lists(CHOICES, min_size=1, max_size=20), st.lists(st.integers(0, 6), min_size=EXPERTS, max_size=EXPERTS))
-def test_every_pair_goes_to_its_owner_exactly_once(chosen: list[list[int]], owners: list[int]) -> None:
-    ids_TK, route_E = np.array(chosen, dtype=np.int16), np.array(owners, dtype=np.int16)
+@given(st.lists(CHOICES, min_size=1, max_size=20), st.integers(0, 6), st.data())
+def test_every_pair_goes_to_its_owner_exactly_once(chosen: list[list[int]], most: int, data: st.DataObject) -> None:
+    owners = data.draw(st.lists(st.integers(0, most), min_size=EXPERTS, max_size=EXPERTS))
+    ids_TK, route_E = np.array(chosen, dtype=np.int16), route(*owners)
     planned = split(ids_TK, route_E)
     assert planned.uncovered == ()
+    assert [part.worker for part in planned.parts] == sorted({part.worker for part in planned.parts})
     seen = np.full(ids_TK.shape, NO_EXPERT, dtype=np.int16)
     for part in planned.parts:
+        assert np.array_equal(part.rows_R, np.unique(part.rows_R))
         for row, ids_K in zip(part.rows_R, part.expert_ids_RK, strict=True):
             assert (ids_K >= 0).any()  # no row travels for nothing
             for k in np.flatnonzero(ids_K >= 0):
@@ -33,18 +45,55 @@ def test_every_pair_goes_to_its_owner_exactly_once(chosen: list[list[int]], owne
     assert np.array_equal(seen, ids_TK)
 
 
-def test_uncovered_experts_are_listed_and_sent_to_nobody() -> None:
-    planned = split(np.array([[0, 1], [2, NO_EXPERT]], dtype=np.int16), np.array([0, -1, -1], dtype=np.int16))
+@pytest.mark.parametrize("workers", [1, 6])  # by a pass per worker, and by sorting
+@pytest.mark.parametrize("rows", [1, 2])
+def test_uncovered_experts_are_listed_and_sent_to_nobody(rows: int, workers: int) -> None:
+    ids_TK = np.array([[0, 2, 1], [2, NO_EXPERT, NO_EXPERT]], dtype=np.int16)[:rows]
+    planned = split(ids_TK, route(0, -1, -1, *range(workers)))
     assert planned.uncovered == (1, 2)
     assert [(part.worker, part.rows_R.tolist()) for part in planned.parts] == [(0, [0])]
 
 
-def test_combine_adds_rows_in_place() -> None:
-    planned = split(np.array([[0], [1], [0]], dtype=np.int16), np.array([0, 1], dtype=np.int16))
-    output = torch.zeros(3, 2)
-    for part in planned.parts:
-        combine(output, part, torch.full((len(part.rows_R), 2), part.worker + 1.0))
-    assert output[:, 0].tolist() == [1.0, 2.0, 1.0]
+@pytest.mark.parametrize("workers", [1, 6])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_rows_that_need_nothing_go_nowhere(rows: int, workers: int) -> None:
+    assert split(np.full((rows, 2), NO_EXPERT, dtype=np.int16), route(*range(workers))) == ((), ())
+    assert split(np.zeros((rows, 0), dtype=np.int16), route(*range(workers))) == ((), ())
+
+
+def test_a_layer_without_any_worker_is_all_uncovered() -> None:
+    assert split(np.array([[1, 0], [1, NO_EXPERT]], dtype=np.int16), route(-1, -1)) == ((), (0, 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 12), st.integers(1, 7), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.booleans(), st.integers(0, 2**31),
+)  # fmt: skip
+def test_the_sum_is_exact_up_to_one_rounding(
+    rows: int, replies: int, sent: torch.dtype, wanted: torch.dtype, large: bool, seed: int
+) -> None:
+    hidden, random = 24, Random(seed)
+    exact, got = torch.zeros(rows, hidden, dtype=torch.float64), RowSum(rows, hidden)
+    with pytest.MonkeyPatch.context() as patch:
+        if large:
+            patch.setattr(split_combine, "_ONE_PASS_BYTES", 100)
+        for _ in range(replies):
+            rows_R = np.array(sorted(random.sample(range(rows), random.choice([rows, random.randint(0, rows)]))), int)
+            reply_RH = torch.tensor([[random.gauss(0, 1) for _ in range(hidden)] for _ in rows_R]).to(sent)
+            got.add(rows_R, reply_RH.view(-1, hidden))
+            exact[rows_R] += reply_RH.view(-1, hidden)
+        total = got.total(wanted)
+    assert total.dtype == wanted
+    half_a_place = torch.finfo(wanted).eps / 2
+    torch.testing.assert_close(total.double(), exact, rtol=half_a_place * 1.01, atol=2e-6)
+
+
+def test_the_sum_is_memory_of_its_own() -> None:
+    reply, total = torch.ones(2, 3), RowSum(2, 3)
+    total.add(np.arange(2), reply)
+    total.total(torch.float32).zero_()
+    assert reply.sum() == 6
 
 
 def table(*held: tuple[int, ...]) -> PlacementTable:
