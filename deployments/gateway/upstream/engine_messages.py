@@ -17,7 +17,6 @@ _KEYS = {
 PHRASES = {
     b"with speculative decoding.": b"with speculative decoding (attention.speculative_tokens).",
     b"does not support speculative tokens": b"does not work with attention.speculative_tokens",
-    b"See --logits-processor-pattern engine argument for more information.": b"",
 }
 
 

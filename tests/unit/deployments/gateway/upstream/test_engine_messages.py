@@ -77,6 +77,7 @@ _ANSWERED = ("entrypoints", "renderers", "inputs", "multimodal", "parser", "reas
 # Errors of the start, of other tasks than generation, or of vLLM's own command line.
 _NOT_ANSWERED = ("entrypoints/cli", "entrypoints/launchers", "entrypoints/pooling", "entrypoints/grpc_server.py",
                  "entrypoints/llm.py", "parser/parser_manager.py", "entrypoints/offline_utils.py")  # fmt: skip
+_NOT_SAID = {"--skip-tokenizer-init"}  # only where it is set, and `deepsplit validate` refuses it
 
 
 def sources() -> Iterator[Path]:
@@ -109,6 +110,8 @@ def test_every_flag_in_an_error_of_this_vllm_has_a_key() -> None:
     said = {flag: (path.name, text) for path in sources() for text in errors(path) for flag in _FLAG.findall(text)}
     assert {"--enable-auto-tool-choice", "--tool-call-parser", "--reasoning-parser"} <= said.keys()
     for flag, (where, text) in said.items():
+        if flag in _NOT_SAID:
+            continue
         words = in_our_words(text.encode()).decode()
         assert not re.search(rf"{flag}(?![a-z-])", words), f"{where}: {text}"
 
