@@ -11,6 +11,7 @@ set of workers to the next by another `publish`.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import uuid
@@ -83,6 +84,7 @@ class ExpertPlane:
             process = subprocess.Popen(
                 [*command, json.dumps(assignment), str(int(metered))],
                 cwd=_REPOSITORY,
+                env={**os.environ, "THP_MEM_ALLOC_ENABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"},  # as ExpertWorker
                 text=True,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
