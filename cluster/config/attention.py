@@ -42,7 +42,8 @@ class AttentionConfig(Section):
     max_num_seqs: int = Field(64, ge=1, description="Most sequences in one engine step.")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of one CPU replica, in GiB. "
                                                        "CUDA: gpu_memory_utilization in engine_args.")
-    threads: int | None = Field(None, ge=1, description="Compute threads of one CPU replica; all cores if not set.")
+    threads: int | None = Field(None, ge=1, description="Compute threads of one CPU replica; one per core, "
+                                                       "within a CPU quota, if not set.")
     pin_cores: PinCores = Field(
         "auto", description="Whether each CPU replica gets cores of its own: `auto` where its host has one for each "
                             "compute thread and one more, `always` (it does not start without), or `never`. Needs "
