@@ -43,7 +43,8 @@ class AttentionConfig(Section):
     max_num_seqs: int = Field(64, ge=1, description="Most sequences in one engine step.")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of one CPU replica, in GiB. "
                                                        "CUDA: gpu_memory_utilization in engine_args.")
-    threads: int | None = Field(None, ge=1, description="Compute threads of one CPU replica; all cores if not set.")
+    threads: int | None = Field(None, ge=1, description="Compute threads of one CPU replica; one per core, "
+                                                       "within a CPU quota, if not set.")
     compile: bool = Field(False, description="Compile a CPU replica's attention half with torch.compile: faster steps, "
                                              "and a minute more for the first start with a model, which fills "
                                              "compile_cache. Needs a C++ compiler (g++). On CUDA vLLM always compiles.")

@@ -48,6 +48,11 @@ class HostCores:
         return self.quota is None or self.quota >= len(self.cores)
 
     @property
+    def worth(self) -> int:
+        """How many threads can run at once: the cores, or the whole ones of a quota."""
+        return len(self.cores) if self.quota is None else max(1, min(len(self.cores), int(self.quota)))
+
+    @property
     def divisible(self) -> tuple[int, ...]:
         """The cores that compute processes may get for themselves: all but the first, or none."""
         return self.all[LIGHT_CORES:] if self.exclusive else ()
@@ -63,7 +68,7 @@ class ComputeProcess:
     """One process with compute threads, as the configuration wants it."""
 
     name: str
-    threads: int | None  # None: as many as there are cores
+    threads: int | None  # None: as many as can run at once
     pin: PinCores = "auto"
 
 
@@ -136,7 +141,7 @@ def pinned_share(host: HostCores, process: ComputeProcess, cores: tuple[int, ...
 
 def unpinned_share(host: HostCores, process: ComputeProcess, spin: bool = False) -> CoreShare:
     """The share of a process that runs where the kernel puts it."""
-    threads = process.threads or len(host.cores)
+    threads = process.threads or host.worth
     return CoreShare(process.name, host.all, host.nodes_of(host.all), threads, pinned=False, spin=spin)
 
 

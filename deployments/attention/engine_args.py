@@ -16,6 +16,7 @@ from typing import Any, get_args
 from cluster.config import AttentionConfig, Config, Dtype
 from cluster.errors import CheckpointError, StartupError
 from cluster.plan.cores import CoreShare, ranges
+from cluster.plan.host_cores import this_host
 from deployments.hosting.process_cores import waiting_environment
 
 # Hidden states leave the process inside these ops, so no CUDA graph may span them.
@@ -68,7 +69,7 @@ def engine_env(config: Config, share: CoreShare | None = None) -> dict[str, str]
     ready = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.ray.start_timeout_s))}
     if config.attention.device != "cpu":
         return ready | {"VLLM_RAY_PER_WORKER_GPUS": str(gpus_per_rank(config))}
-    threads = config.attention.threads or len(os.sched_getaffinity(0))
+    threads = config.attention.threads or (this_host().worth if share is None else share.threads)
     binding = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     if share is not None and share.pinned:
         ranks = [share.cores[at : at + threads] for at in range(0, len(share.cores), threads)]

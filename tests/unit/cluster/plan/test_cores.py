@@ -96,6 +96,12 @@ def test_cores_under_a_quota_are_not_divided() -> None:
     assert cores_of(assign(HostCores(host.cores, quota=8.0), processes(2, 1))) == ["1-2", "3"]
 
 
+@pytest.mark.parametrize(("quota", "threads"), [(None, 8), (4.0, 4), (2.5, 2), (0.5, 1), (64.0, 8)])
+def test_threads_that_are_not_set_stay_within_the_quota(quota: float | None, threads: int) -> None:
+    (share,) = assign(HostCores(regular_host(8).cores, quota), processes(None))
+    assert share.threads == threads
+
+
 def test_a_process_with_threads_for_all_cores_leaves_nobody_pinned() -> None:
     host = regular_host(8)
     shares = assign(host, processes(None, 1))
@@ -141,7 +147,7 @@ def test_what_holds_on_every_host(host: HostCores, threads: list[int | None]) ->
     assert len({share.pinned for share in shares}) == 1  # all or none
     for share, count in zip(shares, threads, strict=True):
         assert set(share.cores) <= set(host.all)
-        assert share.threads == (count or len(host.cores))
+        assert share.threads == (count or host.worth)
         assert share.threads == len(share.cores) or not share.pinned
         assert share.pinned or not share.spin
     pinned = [share for share in shares if share.pinned]
