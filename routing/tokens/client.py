@@ -23,10 +23,11 @@ from routing.tokens.dispatching.loss_book import LossBook
 from routing.tokens.dispatching.placement_watch import PlacementWatch, Plane
 from routing.tokens.dispatching.receiver import Receiver
 from routing.tokens.dispatching.sender import Sender
-from routing.tokens.dispatching.shared_link import SharedLink
 from routing.tokens.dispatching.stopwatch import Stopwatch
 from routing.tokens.dispatching.watchdog import Watchdog
 from routing.tokens.in_flight import Dispatch, SentPart
+from routing.tokens.link import WorkerLink
+from routing.tokens.link_poller import LinkPoller
 from routing.tokens.placement import PlacementFile, PlacementTable, WorkerEndpoint
 from routing.tokens.plane_state import FRESH_S, ExpertPlaneFile, PlaneReport
 from routing.tokens.request_ids import STEP_REQUEST_IDS
@@ -61,7 +62,7 @@ class ExpertClient:
         tls: InternalTlsConfig | None = None,
         plane_file: ExpertPlaneFile | None = None,
         meter: DispatchMeter | None = None,
-        link_class: type[SharedLink] = SharedLink,
+        link_class: type[WorkerLink] = WorkerLink,
     ) -> None:
         """`dispatch_dtype`: float32, bfloat16, float16 or float8_e4m3fn, in which hidden states travel; sums come back
         in `combine_dtype`, one of the first three. `tls`: mutual TLS with the workers; plain TCP without. The client
@@ -71,8 +72,8 @@ class ExpertClient:
         """
         channels = None if tls is None else ExpertChannels(tls)
 
-        def open_link(worker: WorkerEndpoint) -> SharedLink:
-            return link_class(worker.address, shape.model_id, settings, channels)
+        def open_link(worker: WorkerEndpoint) -> WorkerLink:
+            return link_class(worker.address, shape.model_id, settings, channels, self._poller)
 
         self.meter = meter
         self._settings = settings
@@ -80,6 +81,7 @@ class ExpertClient:
         self._dispatch_dtype = dispatch_dtype
         self._abandoned: SimpleQueue[SentPart] = SimpleQueue()
         self._losses = LossBook()
+        self._poller = LinkPoller()
         self._degraded = DegradedLately(FRESH_S)
         self._report = PlaneReport(plane_file, self._degraded.at)
         self._links = Links(open_link, settings.call_timeout_s)
@@ -182,6 +184,7 @@ class ExpertClient:
         """End all streams."""
         self._watchdog.stop()
         self._links.close()
+        self._poller.stop()
 
     def _send_remaining(self, dispatch: Dispatch, plane: Plane) -> None:
         began = time.monotonic()

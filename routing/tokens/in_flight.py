@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from routing.tokens.dispatching.degrade import Degradation
-from routing.tokens.dispatching.shared_link import SharedLink
 from routing.tokens.dispatching.stopwatch import Stopwatch
+from routing.tokens.link import WorkerLink
 from routing.tokens.split_combine import Part, RowSum
 from routing.tokens.wire import NO_EXPERT, WireRows
 
@@ -23,7 +23,7 @@ class SentPart(NamedTuple):
 
     part: Part
     worker_id: str
-    link: SharedLink  # the one that it was sent on; by now the worker may have another
+    link: WorkerLink  # the one that it was sent on; by now the worker may have another
     frames: tuple[tuple[int, int], ...]  # (frame id, number of rows), in the order of the part's rows
 
     def forget(self) -> None:

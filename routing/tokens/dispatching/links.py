@@ -6,23 +6,23 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Set
 
-from routing.tokens.dispatching.shared_link import SharedLink
+from routing.tokens.link import WorkerLink
 from routing.tokens.placement import WorkerEndpoint
 
 
 class Links:
     """Thread-safe. A link that broke is discarded, and the next use of its worker opens another."""
 
-    def __init__(self, open_link: Callable[[WorkerEndpoint], SharedLink], reply_timeout_s: float) -> None:
+    def __init__(self, open_link: Callable[[WorkerEndpoint], WorkerLink], reply_timeout_s: float) -> None:
         """`reply_timeout_s`: nobody waits for one reply for longer."""
         self._open = open_link
         self._reply_timeout_s = reply_timeout_s
         self._changing = threading.Lock()
-        self._live: dict[str, SharedLink] = {}  # worker_id -> link
-        self._retired: list[tuple[float, SharedLink]] = []  # monotonic seconds since when, of workers that left
+        self._live: dict[str, WorkerLink] = {}  # worker_id -> link
+        self._retired: list[tuple[float, WorkerLink]] = []  # monotonic seconds since when, of workers that left
         self._closed = False
 
-    def of(self, worker: WorkerEndpoint) -> SharedLink:
+    def of(self, worker: WorkerEndpoint) -> WorkerLink:
         """Return a worker's link; opening one does not wait for the connection."""
         link = self._live.get(worker.worker_id)
         if link is None:
@@ -33,7 +33,7 @@ class Links:
                     link = self._live[worker.worker_id] = self._open(worker)
         return link
 
-    def discard(self, worker_id: str, link: SharedLink) -> bool:
+    def discard(self, worker_id: str, link: WorkerLink) -> bool:
         """Close a link that broke. Returns whether it was the worker's current one."""
         with self._changing:
             current = self._live.get(worker_id) is link
@@ -58,7 +58,7 @@ class Links:
         """Break the wait of receivers whose deadline has passed, and close retired links."""
         now = time.monotonic()
         for link in list(self._live.values()):
-            link.expire(now)
+            link.tend(now)
         if not self._retired:
             return
         with self._changing:
@@ -68,7 +68,7 @@ class Links:
         for link in over:
             link.close()
         for link in waiting:
-            link.expire(now)
+            link.tend(now)
 
     def close(self) -> None:
         """Close all, for good."""
