@@ -37,27 +37,29 @@ class Sender:
 
     def send(self, dispatch: Dispatch, parts: Sequence[Part], table: PlacementTable) -> None:
         """Send all parts; each is in `dispatch.sent` as soon as its first frame may have left."""
-        sample, rows, weights_TK = dispatch.stopwatch.sample, dispatch.rows, dispatch.weights_TK
-        request_ids = dispatch.request_ids.encode()
+        weights_TK, request_ids = dispatch.weights_TK, dispatch.request_ids.encode()
         most = max(1, self._rows_bytes // (self._row_bytes + 6 * weights_TK.shape[1]))
+        pack_s = send_s = 0.0
+        bytes_out = 0
+        began = time.monotonic()
         for part in parts:
-            began = time.monotonic()
             worker = table.workers[part.worker]
             link = self._links.of(worker)
             pieces = _pieces(part, weights_TK, most)
-            frames = tuple((next(self._ids), len(ids)) for _, ids, _ in pieces)
+            frames = [(next(self._ids), len(ids_RK)) for _, ids_RK, _ in pieces]
             dispatch.sent.append(SentPart(part, worker.worker_id, link, frames))
             for (frame_id, _), (rows_R, ids_RK, weights_RK) in zip(frames, pieces, strict=True):
                 frame = pack_request(
-                    frame_id, table.epoch, dispatch.layer, self._deadline_ms, rows, rows_R, ids_RK, weights_RK,
+                    frame_id, table.epoch, dispatch.layer, self._deadline_ms, dispatch.rows, rows_R, ids_RK, weights_RK,
                     self._combine_dtype, request_ids,
                 )  # fmt: skip
+                bytes_out += len(frame)
                 packed = time.monotonic()
                 link.send(frame)
-                sample.bytes_out += len(frame)
-                sample.pack_s += packed - began
+                pack_s += packed - began
                 began = time.monotonic()
-                sample.send_s += began - packed
+                send_s += began - packed
+        dispatch.stopwatch.sent(pack_s, send_s, bytes_out)
 
 
 def _pieces(
