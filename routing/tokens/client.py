@@ -200,7 +200,6 @@ class ExpertClient:
             plane = self._placement.refresh()
         dispatch.stopwatch.sample.pack_s += time.monotonic() - began
         self._sender.send(dispatch, planned.parts, plane.table)
-        dispatch.stopwatch.sent()
 
     def _split(self, dispatch: Dispatch, plane: Plane) -> Split:
         excluded = self._losses.within(self._settings.lost_worker_pause_s)

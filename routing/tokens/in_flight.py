@@ -5,6 +5,7 @@ Legend: T rows (tokens), R rows of one part, H hidden size, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ class SentPart(NamedTuple):
     part: Part
     worker_id: str
     link: WorkerLink  # the one that it was sent on; by now the worker may have another
-    frames: tuple[tuple[int, int], ...]  # (frame id, number of rows), in the order of the part's rows
+    frames: Sequence[tuple[int, int]]  # (frame id, number of rows), in the order of the part's rows
 
     def forget(self) -> None:
         """Have replies that nobody will take thrown away when they come."""

@@ -14,9 +14,8 @@ import torch
 from routing.tokens.dispatching.routes import NOBODY, UNCOVERED
 from routing.tokens.wire import NO_EXPERT
 
-# Replies up to this size are summed in one pass at the end, larger ones as they come (benchmarks/client_scale.py:
-# 64 replies of 8 rows, 1 pass 50 us against 366; above it, memory for all replies at once costs more than passes save).
-_ONE_PASS_BYTES = 16 << 20
+# Replies are summed so many bytes at a time: the copy that lays a row's replies side by side stays in the cache.
+_PASS_BYTES = 8 << 20
 _FEW_WORKERS = 3  # up to so many, a pass per worker (7 us for two) is cheaper than sorting the pairs (20 us)
 
 _FIRST_ROW = np.zeros(1, dtype=np.int64)
@@ -113,61 +112,46 @@ def _parts_by_sorting(expert_ids_TK: np.ndarray, owner_TK: np.ndarray) -> tuple[
 
 
 class RowSum:
-    """The sum over replies, in float32, rounded once. Replies may come in any order; the sum is over them in the order
-    of `add`.
-    """
+    """The sum over replies, in float32, rounded once; over them in the order of `add`."""
 
     def __init__(self, rows: int, hidden: int) -> None:
         self._shape = (rows, hidden)
         self._replies: list[tuple[np.ndarray, torch.Tensor]] = []
-        self._held_bytes = 0
-        self._sum_TH: torch.Tensor | None = None  # float32, of replies that are no longer kept
 
     def add(self, rows_R: np.ndarray, reply_RH: torch.Tensor) -> None:
         """Add one worker's reply to the rows `rows_R` (ascending). The tensor must not change afterwards."""
         self._replies.append((rows_R, reply_RH))
-        self._held_bytes += reply_RH.nbytes
-        if self._held_bytes > _ONE_PASS_BYTES:
-            self._fold()
 
     def total(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the sum in `dtype` [T, H], nought where no reply had the row; memory of its own."""
-        if self._sum_TH is not None:
-            return self._fold().to(dtype)
-        replies = [reply_RH for _, reply_RH in self._replies]
-        if not replies:
-            return torch.zeros(self._shape, dtype=dtype)
-        if len(replies) <= 2 and all(len(rows_R) == self._shape[0] for rows_R, _ in self._replies):
+        replies, (rows, _) = self._replies, self._shape
+        if len(replies) <= 2 and all(len(rows_R) == rows for rows_R, _ in replies):
+            if not replies:
+                return torch.zeros(self._shape, dtype=dtype)
             if len(replies) == 1:
-                return replies[0].to(dtype, copy=True)
-            if replies[0].dtype == replies[1].dtype == dtype:
-                return torch.add(*replies)  # adds in float32 and rounds once
-        return self._one_pass(replies, dtype)
+                return replies[0][1].to(dtype, copy=True)
+            if replies[0][1].dtype == replies[1][1].dtype == dtype:
+                return torch.add(replies[0][1], replies[1][1])  # adds in float32 and rounds once
+        passes = -(-sum(reply_RH.nbytes for _, reply_RH in replies) // _PASS_BYTES)
+        if passes <= 1:
+            return _sum_of(replies, rows, dtype)
+        total_TH = torch.empty(self._shape, dtype=dtype)
+        step = -(-rows // passes)
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            cuts = [(rows_R, reply_RH, *rows_R.searchsorted((begin, end)).tolist()) for rows_R, reply_RH in replies]
+            some = [(rows_R[at:to] - begin, reply_RH[at:to]) for rows_R, reply_RH, at, to in cuts]
+            total_TH[begin:end] = _sum_of(some, end - begin, dtype)
+        return total_TH
 
-    def _one_pass(self, replies: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """Row by row: `embedding_bag` sums 16-bit rows in float32 registers and rounds the sum once."""
-        rows_N = np.concatenate([rows_R for rows_R, _ in self._replies])
-        order_N = rows_N.argsort(kind="stable")
-        begin_T = rows_N[order_N].searchsorted(np.arange(self._shape[0]))
-        reply_NH = torch.cat(replies)
-        if reply_NH.dtype != dtype:
-            reply_NH = reply_NH.to(torch.float32)
-        sum_TH: torch.Tensor = torch.embedding_bag(reply_NH, torch.from_numpy(order_N), torch.from_numpy(begin_T))[0]
-        return sum_TH.to(dtype)
 
-    def _fold(self) -> torch.Tensor:
-        for rows_R, reply_RH in self._replies:
-            whole = len(rows_R) == self._shape[0]
-            if self._sum_TH is None and whole:
-                self._sum_TH = reply_RH.to(torch.float32, copy=True)
-                continue
-            if self._sum_TH is None:
-                self._sum_TH = torch.zeros(self._shape, dtype=torch.float32)
-            if whole:
-                self._sum_TH += reply_RH
-            else:
-                self._sum_TH.index_add_(0, torch.from_numpy(rows_R), reply_RH.to(torch.float32))
-        self._replies.clear()
-        self._held_bytes = 0
-        assert self._sum_TH is not None
-        return self._sum_TH
+def _sum_of(replies: list[tuple[np.ndarray, torch.Tensor]], rows: int, dtype: torch.dtype) -> torch.Tensor:
+    """Row by row: `embedding_bag` sums 16-bit rows in float32 registers and rounds the sum once."""
+    rows_N = np.concatenate([rows_R for rows_R, _ in replies])
+    order_N = rows_N.argsort(kind="stable")
+    begin_T = rows_N[order_N].searchsorted(np.arange(rows))
+    reply_NH = torch.cat([reply_RH for _, reply_RH in replies])
+    if reply_NH.dtype != dtype:
+        reply_NH = reply_NH.to(torch.float32)
+    sum_TH: torch.Tensor = torch.embedding_bag(reply_NH, torch.from_numpy(order_N), torch.from_numpy(begin_T))[0]
+    return sum_TH.to(dtype)

@@ -17,7 +17,7 @@ from routing.tokens.dispatching.links import Links
 from routing.tokens.in_flight import Dispatch, SentPart
 from routing.tokens.placement import PlacementTable
 from routing.tokens.split_combine import Part
-from routing.tokens.wire import HEADER_BYTES, MAX_REQUEST_IDS_BYTES, WireRows, pack_request, row_bytes
+from routing.tokens.wire import HEADER_BYTES, MAX_REQUEST_IDS_BYTES, pack_request, row_bytes
 
 
 class Sender:
@@ -37,38 +37,39 @@ class Sender:
 
     def send(self, dispatch: Dispatch, parts: Sequence[Part], table: PlacementTable) -> None:
         """Send all parts; each is in `dispatch.sent` as soon as its first frame may have left."""
-        sample, rows, weights_TK = dispatch.stopwatch.sample, dispatch.rows, dispatch.weights_TK
-        request_ids = dispatch.request_ids.encode()
+        weights_TK, request_ids = dispatch.weights_TK, dispatch.request_ids.encode()
         most = max(1, self._rows_bytes // (self._row_bytes + 6 * weights_TK.shape[1]))
+        pack_s = send_s = 0.0
+        bytes_out = 0
+        began = time.monotonic()
         for part in parts:
-            began = time.monotonic()
             worker = table.workers[part.worker]
             link = self._links.of(worker)
-            rows_R, ids_RK = part.rows_R, part.expert_ids_RK
-            part_rows, weights_RK = rows, weights_TK
-            if len(rows_R) != len(weights_TK):
-                part_rows, weights_RK = rows.take(rows_R), weights_TK.take(rows_R, axis=0)
-            pieces = _pieces(part_rows, ids_RK, weights_RK, most)
-            frames = tuple((next(self._ids), len(ids)) for _, ids, _ in pieces)
+            pieces = _pieces(part, weights_TK, most)
+            frames = [(next(self._ids), len(ids_RK)) for _, ids_RK, _ in pieces]
             dispatch.sent.append(SentPart(part, worker.worker_id, link, frames))
-            for (frame_id, _), (piece, ids, weights) in zip(frames, pieces, strict=True):
+            for (frame_id, _), (rows_R, ids_RK, weights_RK) in zip(frames, pieces, strict=True):
                 frame = pack_request(
-                    frame_id, table.epoch, dispatch.layer, self._deadline_ms, piece, ids, weights,
+                    frame_id, table.epoch, dispatch.layer, self._deadline_ms, dispatch.rows, rows_R, ids_RK, weights_RK,
                     self._combine_dtype, request_ids,
                 )  # fmt: skip
+                bytes_out += len(frame)
                 packed = time.monotonic()
                 link.send(frame)
-                sample.bytes_out += len(frame)
-                sample.pack_s += packed - began
+                pack_s += packed - began
                 began = time.monotonic()
-                sample.send_s += began - packed
+                send_s += began - packed
+        dispatch.stopwatch.sent(pack_s, send_s, bytes_out)
 
 
 def _pieces(
-    rows: WireRows, ids_RK: np.ndarray, weights_RK: np.ndarray, most: int
-) -> list[tuple[WireRows, np.ndarray, np.ndarray]]:
-    """Cut a part into pieces of at most `most` rows."""
-    if len(ids_RK) <= most:
-        return [(rows, ids_RK, weights_RK)]
-    cuts = [slice(at, at + most) for at in range(0, len(ids_RK), most)]
-    return [(rows.take(cut), ids_RK[cut], weights_RK[cut]) for cut in cuts]
+    part: Part, weights_TK: np.ndarray, most: int
+) -> list[tuple[np.ndarray | None, np.ndarray, np.ndarray]]:
+    """Cut a part into pieces of at most `most` rows: (rows or None for all, their expert ids, their weights)."""
+    rows_R, ids_RK = part.rows_R, part.expert_ids_RK
+    whole = len(rows_R) == len(weights_TK)
+    weights_RK = weights_TK if whole else weights_TK.take(rows_R, axis=0)
+    if len(rows_R) <= most:
+        return [(None if whole else rows_R, ids_RK, weights_RK)]
+    cuts = [slice(at, at + most) for at in range(0, len(rows_R), most)]
+    return [(rows_R[cut], ids_RK[cut], weights_RK[cut]) for cut in cuts]

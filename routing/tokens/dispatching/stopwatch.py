@@ -21,9 +21,12 @@ class Stopwatch:
         self._slowest: tuple[float, float, float] | None = None  # total, queue and compute seconds of a worker
         self._last_s = 0.0  # when the last reply came
 
-    def sent(self) -> None:
+    def sent(self, pack_s: float, send_s: float, nbytes: int) -> None:
         """All frames of this attempt are with gRPC."""
         self._sent_at = time.monotonic()
+        self.sample.pack_s += pack_s
+        self.sample.send_s += send_s
+        self.sample.bytes_out += nbytes
 
     def meanwhile_done(self) -> None:
         """The shared expert, which runs while rows are away, is done."""

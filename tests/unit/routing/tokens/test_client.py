@@ -32,9 +32,11 @@ def test_any_division_gives_the_same_sum(cluster: Cluster, shares: list[list[int
     torch.testing.assert_close(got, expected)
 
 
-def test_batches_over_the_message_bound_travel_in_pieces(cluster: Cluster) -> None:
-    cluster.start("a", ALL)
-    cluster.publish("a")
+@pytest.mark.parametrize("shares", [[ALL], [ALL[:1], ALL[1:]]])
+def test_batches_over_the_message_bound_travel_in_pieces(cluster: Cluster, shares: list[list[int]]) -> None:
+    for index, held in enumerate(shares):
+        cluster.start(f"w{index}", held)
+    cluster.publish(*cluster.endpoints)
     client = cluster.client(max_message_mib=1)
     got, expected = dispatch(client, 20_000)  # 20,000 rows x (128 + 18) bytes: three frames
     torch.testing.assert_close(got, expected)

@@ -77,7 +77,7 @@ def test_the_sum_is_exact_up_to_one_rounding(
     exact, got = torch.zeros(rows, hidden, dtype=torch.float64), RowSum(rows, hidden)
     with pytest.MonkeyPatch.context() as patch:
         if large:
-            patch.setattr(split_combine, "_ONE_PASS_BYTES", 100)
+            patch.setattr(split_combine, "_PASS_BYTES", 200)
         for _ in range(replies):
             rows_R = np.array(sorted(random.sample(range(rows), random.choice([rows, random.randint(0, rows)]))), int)
             reply_RH = torch.tensor([[random.gauss(0, 1) for _ in range(hidden)] for _ in rows_R]).to(sent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,15 +13,18 @@ from hypothesis import strategies as st
 from cluster.errors import DeepsplitError, FrameError, StalePlacement
 from routing.tokens.request_ids import join_request_ids
 from routing.tokens.wire import (
+    FLOAT8,
     HEADER_BYTES,
     DispatchReply,
     DispatchRequest,
     ErrorReply,
+    WireRows,
     decode_reply,
     decode_request,
     encode_error,
     encode_reply,
     encode_request,
+    pack_request,
     peek_request_ids,
     request_bytes,
 )  # fmt: skip
@@ -66,6 +70,23 @@ def test_request_round_trip(
     assert got.reply_dtype == torch.bfloat16
     for name in ("hidden_TH", "expert_ids_TK", "weights_TK"):
         assert same_bits(getattr(got, name), getattr(sent, name))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sets(st.integers(0, 5)), st.sampled_from([8, 130, 5000]),
+    st.sampled_from([torch.bfloat16, torch.float32, FLOAT8]),
+)  # fmt: skip
+def test_some_rows_of_a_batch_make_the_frame_of_these_rows(some: set[int], hidden: int, dtype: torch.dtype) -> None:
+    hidden_TH, ids_TK = torch.randn(6, hidden), torch.arange(12, dtype=torch.int16).view(6, 2)
+    rows_R = np.array(sorted(some), dtype=np.int64)
+    weights_RK = torch.rand(len(some), 2)
+    frame = pack_request(
+        7, 3, 60, 1500, WireRows.of(hidden_TH, dtype), rows_R, ids_TK[rows_R].numpy(), weights_RK.numpy(),
+        torch.bfloat16,
+    )  # fmt: skip
+    alone = DispatchRequest(7, 3, 60, 1500, hidden_TH[rows_R], ids_TK[rows_R], weights_RK, torch.bfloat16)
+    assert frame == encode_request(alone, dtype)
 
 
 @given(st.data(), st.integers(0, 9), st.integers(1, 40), DTYPES)
