@@ -45,7 +45,9 @@ def quantise(hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales_TB = torch.where(finite_TB & (most_TB > 0), scales_TB, 1.0)
     if not finite_TB.all():
         blocks_TB128 = blocks_TB128 + 0 * blocks_TB128  # FP8 has no infinity, and converting takes 448 for it
-    values_TH = (blocks_TB128 / scales_TB.unsqueeze(-1)).view(rows, blocks_B * BLOCK)[:, :hidden]
+    # In one dtype and in place, where torch is fastest. 1 / scale is exact.
+    scaled_TB128 = blocks_TB128.to(torch.float32, copy=True).mul_(scales_TB.reciprocal().unsqueeze(-1))
+    values_TH = scaled_TB128.view(rows, blocks_B * BLOCK)[:, :hidden]
     return values_TH.to(torch.float8_e4m3fn).contiguous(), scales_TB
 
 
