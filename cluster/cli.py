@@ -146,8 +146,7 @@ def _table(report: dict[str, object]) -> str:
             lines.append(
                 f"{role:<10} {process['id']}  pid {process['pid']}  node {process['node']}  {process['state']}  {span}"
             )
-            if process.get("cores"):
-                lines.append(f"{'':<10} {process['cores']}")
+            lines += [f"{'':<10} {process[said]}" for said in ("cores", "form") if process.get(said)]
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -146,7 +146,7 @@ class Directory:
                 "experts": [
                     {
                         "id": m.worker_id, "pid": m.pid, "node": m.node, "address": m.address, "state": m.state,
-                        "cores": m.cores,
+                        "cores": m.cores, "form": m.form,
                         "experts": {str(layer): ids for layer, ids in self._shares[m.slot].items()},
                     }
                     for m in self._membership.members()

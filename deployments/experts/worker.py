@@ -108,7 +108,7 @@ class ExpertWorker:
         self._host = await asyncio.to_thread(_load, config, assignment.experts, meter)
         registry.before_scrape(self._host.measure)
         address = self._host.start(config.experts.host or config.own_host(node))
-        self._member = dataclasses.replace(self._member, address=address, state="ready")
+        self._member = dataclasses.replace(self._member, address=address, state="ready", form=self._host.form)
         with contextlib.suppress(*DIRECTORY_AWAY):  # the next heartbeat will register it
             await self._register()
         logger.info(

@@ -32,6 +32,7 @@ class WorkerMember:
     scrape: ScrapeTarget | None = None  # None: not told yet
     busy: float | None = None  # fraction of its time that it computes; None before its first heartbeat
     cores: str = ""  # where its threads run, in words; empty where a GPU computes
+    form: str = ""  # in which it holds and computes experts, in words; empty while loading
 
 
 class Membership:

@@ -13,7 +13,7 @@ def test_each_process_with_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     report = {
         "model": "m", "state": "ready", "placement_epoch": 3,
         "attention": [{"id": "a", "pid": 1, "node": "n", "state": "ready", "cores": "cores 1-2 of NUMA node 0"}],
-        "experts": [worker | {"cores": ""}],
+        "experts": [worker | {"cores": "", "form": "int8, vLLM's packed kernel"}],
     }  # fmt: skip
     monkeypatch.setattr(cli, "status", lambda folder: report)
     assert CliRunner().invoke(cli.cli, ["status"]).stdout.splitlines() == [
@@ -22,4 +22,5 @@ def test_each_process_with_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         "attention  a  pid 1  node n  ready",
         "           cores 1-2 of NUMA node 0",
         "experts    w  pid 2  node n  ready  2 experts in 1 layers, n:1",
+        "           int8, vLLM's packed kernel",
     ]
