@@ -70,10 +70,11 @@ def _expect_split(
     experts_from: Path | None = None,
     engine_args: Mapping[str, Any] | None = None,
     compiled: bool = False,
+    form: str = "auto",
 ) -> int:
     """Every worker set in turn behind one engine; returns how many drafted tokens were accepted."""
     with ExpertPlane(experts_from or checkpoint, folder) as plane:
-        sets = [plane.start(of_set) for of_set in shares]
+        sets = [plane.start(of_set, form=form) for of_set in shares]
         plane.publish(sets[0])
         args = {**plane.engine_args, **(engine_args or {})}
         with Engine(checkpoint, engine_args=args, eager=not compiled, environment=NO_AOT) as engine:
@@ -127,10 +128,18 @@ def test_two_ranks_give_the_tokens_of_one(random_checkpoint: Checkpoint, tmp_pat
 
 def test_fp8_experts_equal_their_dequantised_selves(random_checkpoint: Checkpoint, tmp_path: Path) -> None:
     checkpoint, prompts = random_checkpoint("fp8"), make_prompts(PROMPTS, VOCAB_SIZE)
-    reference = _reference(dequantised(checkpoint, tmp_path / "plain"), prompts)
+    twin = dequantised(checkpoint, tmp_path / "plain")
+    reference = _reference(twin, prompts)
     # vLLM refuses float32 for a checkpoint with FP8 tensors; the attention half of this one has none.
     plain = {"hf_overrides": {"quantization_config": None}}
-    _expect_split(reference, checkpoint, tmp_path, prompts, SHARES[1:2], engine_args=plain)
+    _expect_split(reference, checkpoint, tmp_path, prompts, SHARES[1:2], engine_args=plain, form="float32")
+    # Held as FP8 they are multiplied with bfloat16 rows.
+    sequences = [prompt + ids for prompt, ids in zip(prompts, reference.token_ids, strict=True)]
+    with ExpertPlane(checkpoint, tmp_path) as plane:
+        plane.publish(plane.start(SHARES[1]))
+        with Engine(checkpoint, engine_args={**plane.engine_args, **plain}) as engine:
+            held_as_fp8 = engine.score(sequences)
+    assert 0 < _mean_difference(held_as_fp8, score_reference(twin, sequences)) < 0.03
 
 
 class TestDemoModel:
@@ -168,9 +177,12 @@ class TestDemoModel:
             plane.publish(plane.start(SHARES[1]))
             with Engine(demo_model, dtype="bfloat16", engine_args=plane.engine_args) as engine:
                 split = engine.score(sequences)
+                plane.publish(plane.start(SHARES[1], form="int8"))
+                int8 = engine.score(sequences)
         assert _mean_difference(split, whole) < 0.03
         # The split is no further from the truth than bfloat16 itself is.
         assert _mean_difference(split, exact) < 1.2 * _mean_difference(whole, exact)
+        assert 0 < _mean_difference(int8, exact) < 0.06
 
     def test_rows_in_fp8_within_their_bound(
         self, demo_model: Path, case: tuple[Prompts, Reference], tmp_path: Path
