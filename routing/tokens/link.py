@@ -136,7 +136,7 @@ class WorkerLink:
         finally:
             with self._lock:
                 self._attended -= 1
-                if not self._polled and not self._closed:
+                if not self._polled and not self._closed and self._broken is None:  # or there is no event to come
                     self._stream.wake()  # comes after all that is done already
                     while not isinstance(event := self._stream.next(), Nothing):
                         self._handle(event)
