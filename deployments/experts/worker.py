@@ -29,7 +29,7 @@ from cluster.plan.host_cores import this_host
 from cluster.plan.pools import Pool, expert_pools, spare_pools
 from deployments.directory.members import Assignment, HeartbeatReply
 from deployments.hosting.autoscaling import BUSY, spare_autoscaling
-from deployments.hosting.process_cores import ProcessCores, cores_folder
+from deployments.hosting.process_cores import ProcessCores, cores_folder, waiting_environment
 from deployments.hosting.scrape import scrape_process
 from deployments.hosting.serve_logs import start_logging
 from monitoring.expert_meter import ExpertMeter
@@ -94,8 +94,10 @@ class ExpertWorker:
         os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
         process = expert_process(Pool("", slots, config.experts), assignment.slot)
         self._cores = None if process is None else ProcessCores(process, this_host(), cores_folder(), planned)
+        threads = {"OMP_NUM_THREADS": str(config.experts.threads), **waiting_environment(spin=False)}
+        # Read when torch is loaded: below, not yet here.
+        os.environ.update(threads if self._cores is None else self._cores.environment())
         if self._cores is not None:
-            os.environ.update(self._cores.environment())  # read when torch is loaded: below, not yet here
             self._cores.start()  # so that the threads that load have the same cores, and memory of their NUMA node
         self._member = WorkerMember(
             worker_id, assignment.slot, os.getpid(), node, "", "loading", scrape=self._scrape.target,
