@@ -66,6 +66,10 @@ class ExpertHost:
         self._meter.fold()
         self._meter.metrics.waiting.set(self._server.waiting())
 
+    def computing_s(self) -> float:
+        """Return how long the present turn has been computed, 0 between turns. A hung kernel shows here."""
+        return self._server.computing_s()
+
     def busy_s(self) -> float:
         """Return the seconds in which experts were computed, so far."""
         return self._server.busy_s()

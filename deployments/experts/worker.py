@@ -80,6 +80,7 @@ class ExpertWorker:
         started = time.monotonic()
         self._directory = directory
         self._heartbeat_interval_s = config.experts.heartbeat_interval_s
+        self._call_timeout_s = config.dispatch.call_timeout_s
         self._seen_epoch = 0
         self._plane_busy = 0.0
         self._failure: str | None = None
@@ -160,6 +161,12 @@ class ExpertWorker:
         """Raise if this worker must be replaced; Serve does so."""
         if self._failure is None and self._beating.done():
             self._failure = f"heartbeats ended: {self._beating.exception()!r}"
+        host = getattr(self, "_host", None)  # not there while it loads
+        if self._failure is None and host is not None and host.computing_s() > self._call_timeout_s:
+            self._failure = (
+                f"one turn of the experts has been computed for more than dispatch.call_timeout_s "
+                f"({self._call_timeout_s:.0f} s): its callers have given up, and the kernel seems to hang"
+            )
         if self._failure is not None:
             raise RuntimeError(self._failure)
 

@@ -151,6 +151,12 @@ class FrameStream:
         self._channel.close(grpc.StatusCode.CANCELLED.value[0], "closed")
 
     def _operate(self, operations: tuple[Any, ...], tag: object) -> None:
-        if self._call.operate(operations, tag):  # false when the call is over
-            with self._count:
-                self._due += 1
+        with self._count:
+            self._due += 1  # before its event can come
+        started = False  # it stays so when the call is over
+        try:
+            started = self._call.operate(operations, tag)
+        finally:
+            if not started:
+                with self._count:
+                    self._due -= 1

@@ -98,8 +98,12 @@ class WorkerLink:
                 self._waiting -= 1
                 self._unanswered.discard(frame_id)
                 self._replies.pop(frame_id, None)
+                unattended = False
                 if not self._polled:
                     self._changed.notify()
+                    unattended = not self._waiting and bool(self._outbox) and self._broken is None
+        if unattended:  # frames of threads that do other work
+            self._poller.attend(self)
         if isinstance(reply, ErrorReply):
             raise reply.error
         return reply
@@ -119,9 +123,11 @@ class WorkerLink:
         """Let a thread give up whose `receive` has passed its deadline; where no thread waits, answer pings and notice
         a peer that went away. The client's watchdog calls this, more often than gRPC's pings time out.
         """
-        if now > self._poll_until:
-            self._stream.wake()
-        else:
+        with self._lock:
+            late = now > self._poll_until
+            if late and not self._closed:
+                self._stream.wake()
+        if not late:
             self.attend(0.0)
 
     def attend(self, seconds: float) -> bool:

@@ -31,7 +31,7 @@ from routing.tokens.wire import (
 
 logger = logging.getLogger(__name__)
 
-_MAX_STREAMS = 64  # of dispatches, one of each engine; a stream beyond is refused, not queued
+_MAX_STREAMS = 1024  # of dispatches, one of each rank of each engine; a stream beyond is refused, not queued
 _END_S = 2.0  # how long cut streams and the threads may take to end
 
 

@@ -77,7 +77,12 @@ class TurnRunner:
             _log_batch(layer, slices, took_s)
         pieces = [output_TH] if len(slices) == 1 else output_TH.split([part.last - part.first for part in slices])
         for part, piece_TH in zip(slices, pieces, strict=True):
-            self._take(part, piece_TH, took_s)
+            try:
+                self._take(part, piece_TH, took_s)
+            except Exception as error:  # such as no memory for a large reply: the others get theirs
+                failed = WorkerLost(f"a reply could not be made: {error!r}")
+                failed.__cause__ = error
+                self._finish(part.work, failed)
         return None
 
     def _take(self, part: Slice, piece_TH: torch.Tensor, took_s: float) -> None:

@@ -19,6 +19,7 @@ from routing.tokens.frame_server import FrameServer
 logger = logging.getLogger(__name__)
 
 _LONG_S = 0.002  # a turn that is expected to take longer gets the helper from its start: some 50 us of wake-ups
+_MOST_EVENTS = 1024  # between two turns: several for each frame of as many streams as there are engines
 _TICK_S = 0.005  # how often the helper looks whether it is still needed
 
 
@@ -90,13 +91,18 @@ class TurnThreads:
                 except Exception:  # its callers wait in vain, but the others are served
                     logger.exception("a turn of the experts was not finished")
                 if self._turn_ends(turn):
-                    while poll(0):
-                        pass
+                    self._poll_ready()
             elif self._polls is _Polls.COMPUTER and poll(None):
-                while poll(0):  # all that is ready: it may share a turn
-                    pass
+                self._poll_ready()  # what is ready may share a turn
         with self._changed:
             self._changed.notify_all()
+
+    def _poll_ready(self) -> None:
+        """Take what is ready, within a bound: a caller that sends refused frames without end must not stop the turns.
+        """
+        for _ in range(_MOST_EVENTS):
+            if not self._frames.poll(0):
+                return
 
     def _next_turn(self) -> Turn | None:
         """The next turn; None when there is none now, after a wait if the other thread polls."""

@@ -1,0 +1,35 @@
+"""What makes Serve replace an expert worker."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from deployments.experts.worker import ExpertWorker
+
+
+def worker(computing_s: float, loading: bool = False) -> ExpertWorker:
+    """A worker that never went through its constructor, which needs Ray: `check_health` reads these four."""
+    made = object.__new__(ExpertWorker)
+    made._failure = None
+    made._call_timeout_s = 30.0
+    made._beating = SimpleNamespace(done=lambda: False)  # type: ignore[assignment]
+    if not loading:
+        made._host = SimpleNamespace(computing_s=lambda: computing_s)  # type: ignore[assignment]
+    return made
+
+
+@pytest.mark.parametrize("one", [worker(0.0), worker(29.0), worker(0.0, loading=True)])
+def test_a_worker_that_computes_or_loads_is_well(one: ExpertWorker) -> None:
+    asyncio.run(one.check_health())
+
+
+def test_a_worker_whose_kernel_hangs_is_replaced() -> None:
+    hung = worker(31.0)
+    with pytest.raises(RuntimeError, match=r"more than dispatch\.call_timeout_s \(30 s\): .* the kernel seems to hang"):
+        asyncio.run(hung.check_health())
+    hung._host.computing_s = lambda: 0.0  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError):  # Serve asks several times before it acts
+        asyncio.run(hung.check_health())
