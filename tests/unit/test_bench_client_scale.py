@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,7 +11,16 @@ import torch
 
 from benchmarks.client_scale import Measured, growth, measure, slope
 from benchmarks.client_scale_chart import write_chart
+from routing.tokens.request_ids import STEP_REQUEST_IDS
 from routing.tokens.wire import HEADER_BYTES, request_bytes
+
+
+@pytest.fixture(autouse=True)
+def _no_step() -> Iterator[None]:
+    """Frames carry the ids of the step's requests: those of no step, whatever ran before on this thread."""
+    step = STEP_REQUEST_IDS.set("")
+    yield
+    STEP_REQUEST_IDS.reset(step)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])

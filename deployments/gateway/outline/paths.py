@@ -187,7 +187,13 @@ class _Responses(_Rendered):
         return self._generating(fields, self.stream, self.max_output_tokens, 1, truncation)
 
     def _may_have_media(self) -> bool:
-        return has_media(self.input, ("content", "output"))
+        items = self.input if isinstance(self.input, list) else []
+        # The parts of a reasoning item are text, whatever their type.
+        return has_media([one for one in items if not _is_reasoning(one)], ("content", "output"))
+
+
+def _is_reasoning(item: object) -> bool:
+    return isinstance(item, dict) and item.get("type") == "reasoning"
 
 
 class _CountTokens(_Request):
