@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from benchmarks.measuring.bandwidth import bandwidth_gb_per_s
+
 if TYPE_CHECKING:
     from deployments.experts.forms import Form
     from deployments.experts.weights import LayerExperts
@@ -61,7 +63,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(args.threads)
-    bandwidth, matrix_rate = _bandwidth_gb_per_s(), _matrix_gflop_per_s()
+    bandwidth, matrix_rate = bandwidth_gb_per_s(), _matrix_gflop_per_s()
     print(f"{args.experts} experts of {args.hidden} x {args.intermediate}, top-{args.top_k}, {args.threads} threads; "
           f"this machine: {bandwidth:.1f} GB/s, {matrix_rate:.0f} GFLOP/s (bfloat16)", file=out)  # fmt: skip
     print(f"{'rows':>5} {'form':32} {'ms':>8} {'GB/s':>7} {'GFLOP/s':>8} {'bandwidth':>10} {'rate':>6} {'to best':>8}",
@@ -141,14 +143,6 @@ def _seconds(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
-
-
-def _bandwidth_gb_per_s() -> float:
-    """Of reading 1 GiB, best of five."""
-    import torch
-
-    values = torch.ones(1 << 28)
-    return values.nbytes / min(_seconds(values.sum) for _ in range(5)) / 1e9
 
 
 def _matrix_gflop_per_s() -> float:

@@ -17,7 +17,6 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.measuring.bandwidth import bandwidth_gb_per_s
 from tests.checkpoints import Shape, make_checkpoint
 from tests.engines import Engine
 from tests.expert_processes import ExpertPlane
@@ -64,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="layer-") as folder:
         rows = [row for form in args.forms for row in _measure(Path(folder), form, args)]
     out = sys.stderr if args.json else sys.stdout
-    bandwidth = _bandwidth_gb_per_s()
+    bandwidth = bandwidth_gb_per_s()
     print(f"memory bandwidth of this host, all cores reading: {bandwidth:.1f} GB/s", file=out)
     print(f"{'experts':9} {'load':16} {'step, ms':>9} {'reads, GiB':>11} {'GB/s':>6} {'of bandwidth':>13}", file=out)
     for row in rows:
@@ -113,16 +113,6 @@ def _row(form: str, load: str, step_s: float, rows: int, experts: int) -> Row:
     met = experts * (1 - (1 - TOP_K / experts) ** rows)  # expected number of different experts
     read = (ATTENTION_PARAMETERS + EXPERT_PARAMETERS) * 2 + met * EXPERT_PARAMETERS * _BYTES[form]
     return Row(form, load, step_s * 1e3, read / 2**30, read / step_s / 1e9)
-
-
-def _bandwidth_gb_per_s() -> float:
-    """Sum of 1 GiB of float32 with all threads, best of five."""
-    values, best = torch.ones(1 << 28), float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        values.sum()
-        best = min(best, time.perf_counter() - began)
-    return values.nbytes / best / 1e9
 
 
 if __name__ == "__main__":

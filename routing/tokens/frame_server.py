@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import grpc
 from grpc._cython import cygrpc
 
-from cluster.errors import StartupError
+from routing.tokens.grpcio_probe import require
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +39,7 @@ _NEEDED = {
 
 def probe() -> None:
     """Raise StartupError if the installed grpcio lacks what this file uses."""
-    missing = [name for owner, names in _NEEDED.items() for name in names if not hasattr(owner, name)]
-    if missing:
-        raise StartupError(
-            f"grpcio {grpc.__version__} has no {', '.join(missing)} in grpc._cython.cygrpc, which the expert workers' "
-            f"server is built on: install the grpcio that the lock file names"
-        )
+    require(_NEEDED, "the expert workers' server")
 
 
 @dataclass(frozen=True)

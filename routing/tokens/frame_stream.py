@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 from grpc._cython import cygrpc
 
-from cluster.errors import StartupError
+from routing.tokens.grpcio_probe import require
 
 _NEEDED = {
     cygrpc: ("Channel", "ReceiveInitialMetadataOperation", "ReceiveMessageOperation", "ReceiveStatusOnClientOperation",
@@ -31,12 +31,7 @@ _CODES = {member.value[0]: member for member in grpc.StatusCode}
 
 def probe() -> None:
     """Raise StartupError if the installed grpcio lacks what this file uses."""
-    missing = [name for owner, names in _NEEDED.items() for name in names if not hasattr(owner, name)]
-    if missing:
-        raise StartupError(
-            f"grpcio {grpc.__version__} has no {', '.join(missing)} in grpc._cython.cygrpc, which the expert plane's "
-            f"client is built on: install the grpcio that the lock file names"
-        )
+    require(_NEEDED, "the expert plane's client")
 
 
 @dataclass(frozen=True)
