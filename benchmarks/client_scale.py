@@ -30,7 +30,7 @@ from monitoring.expert_load import ExpertLoad
 from monitoring.metrics import DispatchMetrics
 from routing.tokens.client import ExpertClient, ExpertShape
 from routing.tokens.link import WorkerLink
-from routing.tokens.placement import PlacementFile, PlacementTable, WorkerEndpoint
+from routing.tokens.placement import PlacementFile, PlacementTable, Stamp, WorkerEndpoint
 from routing.tokens.wire import DispatchReply, decode_reply, encode_reply, peek_frame_id
 
 LAYERS = 58  # MoE layers of DeepSeek-V3, for the cost of a step
@@ -121,15 +121,15 @@ def _client(
 
     with tempfile.TemporaryDirectory() as folder:
         held = [tuple(range(at * experts // workers, (at + 1) * experts // workers)) for at in range(workers)]
-        placement = PlacementFile(Path(folder) / "placement.json")
+        placement = PlacementFile(Path(folder) / "placement")
         placement.write(
-            PlacementTable(1, tuple(WorkerEndpoint(f"w{at}", f"w{at}:1", {0: ids}) for at, ids in enumerate(held)))
+            PlacementTable.of(
+                Stamp(1, 1), tuple(WorkerEndpoint(f"w{at}", f"w{at}:1", {0: ids}) for at, ids in enumerate(held))
+            )
         )
         meter = DispatchMeter(DispatchMetrics(CollectorRegistry()), ExpertLoad(experts, "top", time.monotonic))
         shape = ExpertShape(str(hidden), hidden, experts)
-        client = ExpertClient(
-            DispatchConfig(), shape, placement, dtype, _REPLY_DTYPE, meter=meter, link_class=Counted
-        )
+        client = ExpertClient(DispatchConfig(), shape, placement, dtype, _REPLY_DTYPE, meter=meter, link_class=Counted)
         try:
             yield client, links
         finally:

@@ -29,7 +29,7 @@ import torch
 from cluster.config import DispatchConfig
 from routing.tokens.channel import channel_options
 from routing.tokens.client import ExpertClient, ExpertShape
-from routing.tokens.placement import PlacementFile, PlacementTable, WorkerEndpoint
+from routing.tokens.placement import PlacementFile, PlacementTable, Stamp, WorkerEndpoint
 from routing.tokens.server import ExpertServer
 
 import grpc  # isort: skip  # after routing, which sets gRPC's endpoint experiments
@@ -158,16 +158,14 @@ def _process(serve: Callable[[Connection], None]) -> Iterator[str]:
 def _dispatch(addresses: list[str]) -> Iterator[Callable[[torch.Tensor], Callable[[], object]]]:
     """Every row has its eight experts spread over all workers."""
     with tempfile.TemporaryDirectory() as folder:
-        placement = PlacementFile(Path(folder) / "placement.json")
+        placement = PlacementFile(Path(folder) / "placement")
         held = [tuple(range(TOP_K))[number :: len(addresses)] for number in range(len(addresses))]
         workers = tuple(
             WorkerEndpoint(f"w{number}", at, {0: ids})
             for number, (at, ids) in enumerate(zip(addresses, held, strict=True))
         )
-        placement.write(PlacementTable(1, workers))
-        client = ExpertClient(
-            SETTINGS, ExpertShape("bench", HIDDEN, TOP_K), placement, torch.bfloat16, torch.bfloat16
-        )
+        placement.write(PlacementTable.of(Stamp(1, 1), workers))
+        client = ExpertClient(SETTINGS, ExpertShape("bench", HIDDEN, TOP_K), placement, torch.bfloat16, torch.bfloat16)
 
         def of(hidden_TH: torch.Tensor) -> Callable[[], object]:
             ids_TK = torch.arange(TOP_K).repeat(len(hidden_TH), 1)

@@ -26,7 +26,7 @@ from cluster.model.spec import load_model_spec
 from cluster.plan.shares import split_shares
 from monitoring.expert_meter import BatchSample, ExpertMeter
 from monitoring.metrics import ExpertMetrics
-from routing.tokens.placement import PlacementFile, PlacementTable, WorkerEndpoint
+from routing.tokens.placement import PlacementFile, PlacementTable, Stamp, WorkerEndpoint
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -44,7 +44,7 @@ class ExpertPlane:
             model=ModelConfig(path=checkpoint, dtype=dtype), experts=ExpertsConfig(threads=1), dispatch=self._dispatch,
             internal_tls=tls,
         )  # fmt: skip
-        self._file = PlacementFile(folder / "placement.json")
+        self._file = PlacementFile(folder / "placement")
         self._epoch = 0
         self._processes: dict[str, subprocess.Popen[str]] = {}
 
@@ -103,7 +103,7 @@ class ExpertPlane:
     def publish(self, workers: Sequence[WorkerEndpoint]) -> None:
         """From now on these workers, and no others, are the expert half."""
         self._epoch += 1
-        self._file.write(PlacementTable(self._epoch, tuple(workers)))
+        self._file.write(PlacementTable.of(Stamp(1, self._epoch), tuple(workers)))
 
     def pid(self, worker: WorkerEndpoint) -> int:
         """Of its process."""

@@ -28,7 +28,7 @@ from cluster.config import Config, ExpertsConfig, ModelConfig
 from cluster.model.spec import load_model_spec
 from cluster.plan.shares import split_shares
 from routing.tokens.channel import model_id
-from routing.tokens.placement import PlacementFile, PlacementTable, WorkerEndpoint
+from routing.tokens.placement import PlacementFile, PlacementTable, Stamp, WorkerEndpoint
 from tests.checkpoints import Shape, make_checkpoint
 
 WORKERS = 2
@@ -76,7 +76,7 @@ def share(checkpoint: Path, folder: Path, counts: Sequence[int], args: argparse.
     """The first table."""
     spec = load_model_spec(checkpoint)
     config = Config(model=ModelConfig(path=checkpoint), experts=ExpertsConfig(workers=WORKERS, threads=1))
-    placement = PlacementFile(folder / "placement.json")
+    placement = PlacementFile(folder / "placement")
     identity = model_id((checkpoint / "config.json").read_bytes(), spec.moe_layers)
     with ExitStack() as stack:
         held = [dict.fromkeys(spec.moe_layers, ids) for ids in split_shares(spec.num_experts, [1.0] * WORKERS, 1)]
@@ -85,7 +85,7 @@ def share(checkpoint: Path, folder: Path, counts: Sequence[int], args: argparse.
             for mine in held
         ]
         endpoints = [WorkerEndpoint(f"w{i}", _line(process), held[i]) for i, process in enumerate(workers)]
-        placement.write(PlacementTable(1, tuple(endpoints)))
+        placement.write(PlacementTable.of(Stamp(1, 1), tuple(endpoints)))
         made = []
         for count in counts:
             loads = [

@@ -18,7 +18,7 @@ import torch
 from benchmarks.sharing.flat_combining import FlatCombiningServer
 from cluster.config import DispatchConfig
 from routing.tokens.client import ExpertClient, ExpertShape
-from routing.tokens.placement import PlacementFile, PlacementTable, WorkerEndpoint
+from routing.tokens.placement import PlacementFile, PlacementTable, Stamp, WorkerEndpoint
 from routing.tokens.server import ExpertServer
 
 CLIENTS = 5
@@ -60,9 +60,9 @@ class _Clients:
     """One client per layer of one worker, and one more, at a layer of its own."""
 
     def __init__(self, address: str, folder: Path) -> None:
-        placement = PlacementFile(folder / "placement.json")
+        placement = PlacementFile(folder / "placement")
         held = {layer: tuple(range(EXPERTS)) for layer in range(CLIENTS + 1)}
-        placement.write(PlacementTable(1, (WorkerEndpoint("w", address, held),)))
+        placement.write(PlacementTable.of(Stamp(1, 1), (WorkerEndpoint("w", address, held),)))
         shape = ExpertShape(_MODEL, HIDDEN, EXPERTS)
         self._clients = [
             ExpertClient(_SETTINGS, shape, placement, torch.float32, torch.float32) for _ in range(CLIENTS + 1)

@@ -34,7 +34,7 @@ from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import DispatchMetrics
 from routing.tokens.channel import model_id
 from routing.tokens.client import ExpertClient, ExpertShape
-from routing.tokens.placement import UNCOVERED, PlacementFile
+from routing.tokens.placement import PlacementFile
 from routing.tokens.plane_state import ExpertPlaneFile
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _wait_for_experts(settings: RemoteExpertsSettings, layers: list[int]) -> Non
     """
     placement, num_experts = PlacementFile(settings.placement_file), load_model_spec(settings.model_path).num_experts
     deadline = time.monotonic() + settings.start_timeout_s
-    while any((placement.current().route(layer, num_experts) == UNCOVERED).any() for layer in layers):
+    while not placement.current().covers(layers, num_experts):
         if time.monotonic() > deadline:
             raise StartupError(
                 f"expert workers did not cover all experts within ray.start_timeout_s ({settings.start_timeout_s:.0f} "

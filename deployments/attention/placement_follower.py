@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.directory.members import AttentionMember
 from deployments.directory.replica import LONG_POLL_S
-from routing.tokens.placement import PlacementFile, PlacementTable
+from routing.tokens.placement import NO_TABLE, PlacementFile, Stamp
 
 RETRY_S = 1.0
 _ANSWER_TIMEOUT_S = LONG_POLL_S + 10.0
@@ -41,15 +41,15 @@ class PlacementFollower:
         self._stop.set()
 
     def _follow(self) -> None:
-        epoch = -1
+        seen = NO_TABLE
         while not self._stop.is_set():
             try:
-                asked = self._directory.poll_table.remote(epoch, self._member())
-                text: str | None = asked.result(timeout_s=_ANSWER_TIMEOUT_S)
-                if text is not None and not self._stop.is_set():
-                    table = PlacementTable.from_json(text)
-                    self._file.write(table)
-                    epoch = table.epoch
+                asked = self._directory.poll_table.remote(seen, self._member())
+                answer: tuple[Stamp, bytes] | None = asked.result(timeout_s=_ANSWER_TIMEOUT_S)
+                if answer is not None and not self._stop.is_set():
+                    stamp, table = answer
+                    self._file.write_encoded(table)
+                    seen = stamp
             except (RayError, RayServeException, TimeoutError, OSError) as error:
-                logger.warning("placement epoch %d stays: %s: %s", epoch, type(error).__name__, error)
+                logger.warning("placement table %d stays: %s: %s", seen.n, type(error).__name__, error)
                 self._stop.wait(RETRY_S)

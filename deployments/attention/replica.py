@@ -88,7 +88,7 @@ class AttentionReplica:
         )  # fmt: skip
         check_installed()
         settings = RemoteExpertsSettings(
-            placement_file=Path(self._scratch.name) / "placement.json",
+            placement_file=Path(self._scratch.name) / "placement",
             model_path=config.model.path,
             dispatch=config.dispatch,
             internal_tls=config.internal_tls,

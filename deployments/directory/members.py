@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from monitoring.discovery import ScrapeTarget
+from routing.tokens.placement import Stamp
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class HeartbeatReply:
     """The directory's answer to an expert worker's heartbeat."""
 
     known: bool  # False: the worker must register again
-    epoch: int  # newest published epoch; 0: none
+    stamp: Stamp  # of the newest published table; NO_TABLE: none
     plane_busy: float  # mean fraction of their time that all ready workers compute, 0 to 1
 
 

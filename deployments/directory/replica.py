@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import secrets
 import time
 from dataclasses import replace
 
@@ -37,6 +38,7 @@ from monitoring.discovery import ScrapeTarget
 from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import DirectoryMetrics
 from routing.tokens.membership import Membership, WorkerMember
+from routing.tokens.placement import NO_TABLE, Stamp
 
 NAME = "Directory"
 LONG_POLL_S = 2.0
@@ -58,7 +60,9 @@ class Directory:
         self._shares = [dict.fromkeys(spec.moe_layers, ids) for ids in with_copies(held, experts)]  # by slot
         self._workers = experts.workers  # slots from here on are those of redundant workers
         self._model = config.model.served_name
-        self._membership = Membership(self._shares, experts.heartbeat_timeout_s, time.monotonic(), self._on_lost)
+        self._membership = Membership(
+            self._shares, experts.heartbeat_timeout_s, time.monotonic(), secrets.randbits(63) + 1, self._on_lost
+        )
         self._registry = Registry(_POLLS_UNTIL_LOST * LONG_POLL_S, first_version=time.time_ns())
         self._table_changed = asyncio.Event()
         self._view_changed = asyncio.Event()
@@ -84,9 +88,9 @@ class Directory:
         self._update()
         return Assignment(slot, self._shares[slot])
 
-    async def register_worker(self, member: WorkerMember, seen_epoch: int) -> bool:
+    async def register_worker(self, member: WorkerMember, seen: Stamp) -> bool:
         """Record an expert worker's state; see `Membership.register`."""
-        accepted = self._membership.register(member, seen_epoch, time.monotonic())
+        accepted = self._membership.register(member, seen, time.monotonic())
         if accepted and member.state == "ready":
             self._metrics.worker_events.labels("ready").inc()
         self._publish_table()
@@ -96,7 +100,7 @@ class Directory:
         """Record an expert worker's sign of life, with the fraction of its time that it computes."""
         known = self._membership.heartbeat(worker_id, busy, time.monotonic())
         table = self._membership.table()
-        return HeartbeatReply(known, table.epoch if table else 0, self._membership.busy())
+        return HeartbeatReply(known, table.stamp if table else NO_TABLE, self._membership.busy())
 
     async def leave(self, worker_id: str) -> None:
         """Remove an expert worker that ends in good order."""
@@ -111,11 +115,11 @@ class Directory:
         self._registry.register_replica(member, time.monotonic())
         self._update()
 
-    async def poll_table(self, after_epoch: int, member: AttentionMember | None = None) -> str | None:
-        """Register the replica and wait for a placement table above `after_epoch`, which is returned as JSON. Returns
-        None after LONG_POLL_S: ask again.
+    async def poll_table(self, after: Stamp, member: AttentionMember | None = None) -> tuple[Stamp, bytes] | None:
+        """Register the replica and wait for a placement table with another stamp than `after`, which is returned
+        encoded. Returns None after LONG_POLL_S: ask again.
         """
-        self._membership.observe_epoch(after_epoch)
+        self._membership.observe(after)
         if member is not None:
             await self.register_replica(member)
         deadline = time.monotonic() + LONG_POLL_S
@@ -123,8 +127,8 @@ class Directory:
             now = time.monotonic()
             self._expire(now)
             table = self._membership.table()
-            if table is not None and table.epoch > after_epoch:
-                return table.to_json()
+            if table is not None and table.stamp != after:
+                return table.stamp, table.encoded
             if now >= deadline:
                 return None
             # The event tells of registrations; silence tells of itself only to those who look.
@@ -138,7 +142,7 @@ class Directory:
         return json.dumps(
             {
                 "model": self._model,
-                "placement_epoch": table.epoch if table else 0,
+                "placement_epoch": table.stamp.n if table else 0,
                 "attention": [
                     {"id": m.replica_id, "pid": m.pid, "node": m.node, "state": m.state, "cores": m.cores}
                     for m in self._registry.replicas()
@@ -235,7 +239,7 @@ class Directory:
 
     def _update_metrics(self) -> None:
         metrics, table = self._metrics, self._membership.table()
-        metrics.epoch.set(table.epoch if table else 0)
+        metrics.epoch.set(table.stamp.n if table else 0)
         metrics.uncovered.set(self._membership.uncovered())
         for state in ("loading", "ready"):
             slots = [m.slot for m in self._membership.members() if m.state == state]

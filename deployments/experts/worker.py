@@ -36,6 +36,7 @@ from monitoring.expert_meter import ExpertMeter
 from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import ExpertMetrics
 from routing.tokens.membership import WorkerMember
+from routing.tokens.placement import NO_TABLE
 
 if TYPE_CHECKING:
     from deployments.experts.host import ExpertHost
@@ -81,7 +82,7 @@ class ExpertWorker:
         self._directory = directory
         self._heartbeat_interval_s = config.experts.heartbeat_interval_s
         self._call_timeout_s = config.dispatch.call_timeout_s
-        self._seen_epoch = 0
+        self._seen = NO_TABLE
         self._plane_busy = 0.0
         self._failure: str | None = None
         worker_id, node = f"experts-{uuid.uuid4().hex[:8]}", ray.util.get_node_ip_address()
@@ -130,7 +131,7 @@ class ExpertWorker:
 
     async def _register(self) -> None:
         self._member = dataclasses.replace(self._member, cores=self._cores_now())
-        answer = self._directory.register_worker.remote(self._member, self._seen_epoch)
+        answer = self._directory.register_worker.remote(self._member, self._seen)
         if not await asyncio.wait_for(answer, CALL_TIMEOUT_S):
             self._failure = f"slot {self._member.slot} was given to another worker while this one sent no heartbeats"
 
@@ -146,7 +147,7 @@ class ExpertWorker:
             try:
                 answer = self._directory.heartbeat.remote(self._member.worker_id, fraction)
                 reply: HeartbeatReply = await asyncio.wait_for(answer, CALL_TIMEOUT_S)
-                self._seen_epoch = max(self._seen_epoch, reply.epoch)
+                self._seen = self._seen if reply.stamp == NO_TABLE else reply.stamp
                 self._plane_busy = reply.plane_busy
                 if not reply.known or self._member.cores != self._cores_now():
                     await self._register()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
+from random import Random
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from monitoring.dispatch_meter import DispatchMeter
 from routing.tokens.dispatching.degrade import DegradedLately
 from routing.tokens.dispatching.links import Links
 from routing.tokens.dispatching.loss_book import LossBook
+from routing.tokens.dispatching.pace import Pace
 from routing.tokens.dispatching.placement_watch import PlacementWatch, Plane
 from routing.tokens.dispatching.receiver import Receiver
 from routing.tokens.dispatching.sender import Sender
@@ -76,6 +78,7 @@ class ExpertClient:
             return link_class(worker.address, shape.model_id, settings, channels, self._poller)
 
         self.meter = meter
+        self._random = Random()
         self._settings = settings
         self._num_experts = shape.num_experts
         self._dispatch_dtype = dispatch_dtype
@@ -89,13 +92,15 @@ class ExpertClient:
             placement, shape.num_experts, lambda table: self._links.prepare(table.workers), self._adopted
         )
         self._sender = Sender(settings, self._links, shape.hidden_size, dispatch_dtype, combine_dtype)
-        self._receiver = Receiver(settings, self._links, self._losses, shape.hidden_size)
+        pace = Pace()
+        self._receiver = Receiver(settings, self._links, self._losses, pace, shape.hidden_size)
         self._watchdog = Watchdog(
             _WATCHDOG_S,
             (
                 self._links.tend,
                 self._forget_abandoned,
                 self._placement.refresh,
+                lambda: self._placement.reweigh(lambda workers: pace.factors(workers, time.monotonic())),
                 lambda: self._report.write(time.monotonic()),
             ),
         )
@@ -134,8 +139,9 @@ class ExpertClient:
         weights = weights_TK if weights_TK.dtype == torch.float32 else weights_TK.to(torch.float32)
         dispatch = Dispatch(
             layer, hidden_TH, WireRows.of(hidden_TH, self._dispatch_dtype), weights.contiguous().numpy(),
-            expert_ids.astype(np.int16, order="C"), STEP_REQUEST_IDS.get(), now + self._settings.dispatch_timeout_s,
-            now + self._settings.uncovered_timeout_s, Stopwatch(len(hidden_TH), now), self._abandoned,
+            expert_ids.astype(np.int16, order="C"), STEP_REQUEST_IDS.get(), self._random.getrandbits(16),
+            now + self._settings.dispatch_timeout_s, now + self._settings.uncovered_timeout_s,
+            Stopwatch(len(hidden_TH), now), self._abandoned,
         )  # fmt: skip
         try:
             self._send_remaining(dispatch, self._placement.current())
@@ -203,10 +209,10 @@ class ExpertClient:
 
     def _split(self, dispatch: Dispatch, plane: Plane) -> Split:
         excluded = self._losses.within(self._settings.lost_worker_pause_s)
-        planned = split(dispatch.remaining_TK, plane.routes.layer(dispatch.layer, excluded))
+        planned = split(dispatch.remaining_TK, plane.routes.layer(dispatch.layer, excluded), dispatch.salt)
         if planned.uncovered and excluded:
             excluded = self._losses.within(self._settings.reconnect_interval_s)
-            planned = split(dispatch.remaining_TK, plane.routes.layer(dispatch.layer, excluded))
+            planned = split(dispatch.remaining_TK, plane.routes.layer(dispatch.layer, excluded), dispatch.salt)
         return planned
 
     def _wait_for_holder(self, dispatch: Dispatch, experts: tuple[int, ...]) -> None:
@@ -234,7 +240,7 @@ class ExpertClient:
         self._links.retire_all_but(live)
         self._losses.keep(live)
         if self.meter is not None:
-            self.meter.placement(table.epoch, live)
+            self.meter.placement(table.stamp.n, live)
 
     def _forget_abandoned(self) -> None:
         for _ in range(self._abandoned.qsize()):

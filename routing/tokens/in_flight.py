@@ -41,15 +41,17 @@ class Dispatch:
 
     __slots__ = (
         "_abandoned", "_lost", "deadline", "degradation", "expert_ids_TK", "hidden_dtype", "layer", "queue_s",
-        "remaining_TK", "request_ids", "rows", "sent", "stopwatch", "sum", "uncovered_deadline", "weights_TK",
+        "remaining_TK", "request_ids", "rows", "salt", "sent", "stopwatch", "sum", "uncovered_deadline", "weights_TK",
     )  # fmt: skip
 
     def __init__(
         self, layer: int, hidden_TH: torch.Tensor, rows: WireRows, weights_TK: np.ndarray, expert_ids_TK: np.ndarray,
-        request_ids: str, deadline: float, uncovered_deadline: float, stopwatch: Stopwatch,
+        request_ids: str, salt: int, deadline: float, uncovered_deadline: float, stopwatch: Stopwatch,
         abandoned: SimpleQueue[SentPart],
     ) -> None:  # fmt: skip
-        """`weights_TK` float32; `expert_ids_TK` int16, the router's choice; deadlines in monotonic seconds."""
+        """`weights_TK` float32; `expert_ids_TK` int16, the router's choice; `salt` as `split` takes it; deadlines in
+        monotonic seconds.
+        """
         self.layer = layer
         self.hidden_dtype = hidden_TH.dtype
         self.rows = rows
@@ -57,6 +59,7 @@ class Dispatch:
         self.expert_ids_TK = expert_ids_TK
         self.remaining_TK = expert_ids_TK  # to be sent; NO_EXPERT where nothing is. Replaced, never changed
         self.request_ids = request_ids
+        self.salt = salt
         self.deadline = deadline
         self.uncovered_deadline = uncovered_deadline
         self.stopwatch = stopwatch

@@ -16,6 +16,7 @@ from routing.tokens.wire import NO_EXPERT
 
 # Replies are summed so many bytes at a time: the copy that lays a row's replies side by side stays in the cache.
 _PASS_BYTES = 8 << 20
+_DEALT_ROWS = 16  # a CPU worker takes 1.3 times as long for so many as for one (benchmarks/expert_kernels.py)
 _FEW_WORKERS = 3  # up to so many, a pass per worker (7 us for two) is cheaper than sorting the pairs (20 us)
 
 _FIRST_ROW = np.zeros(1, dtype=np.int64)
@@ -37,24 +38,48 @@ class Split(NamedTuple):
     uncovered: tuple[int, ...]  # experts that are needed and that no usable worker holds
 
 
-def split(expert_ids_TK: np.ndarray, route_E: np.ndarray) -> Split:
-    """Divide the (row, expert) pairs by the worker that `route_E` (see `Routes.layer`) names.
+def split(expert_ids_TK: np.ndarray, route_EQ: np.ndarray, salt: int = 0) -> Split:
+    """Divide the (row, expert) pairs by the worker that `route_EQ` (see `Routes.layer`) names.
 
     `expert_ids_TK` is int16 with NO_EXPERT for pairs that need nothing (any more). Pairs of uncovered experts are in
-    no part.
+    no part. Where several workers hold an expert, its rows are dealt out to them, _DEALT_ROWS at a time, from turn
+    `salt` on: a holder reads the expert's weights for a few rows in about the time that it takes for one.
     """
-    owner_TK = route_E.take(expert_ids_TK)
+    owner_TK = _owners(expert_ids_TK, route_EQ, salt)
     if not owner_TK.size:
         return Split((), ())
     if len(owner_TK) == 1:
         return _split_row(expert_ids_TK, owner_TK)
-    workers = int(route_E[:-1].max(initial=UNCOVERED)) + 1
+    workers = int(route_EQ[:-1].max(initial=UNCOVERED)) + 1
     uncovered: tuple[int, ...] = ()
     if owner_TK.min() == UNCOVERED:
         uncovered = tuple(np.unique(expert_ids_TK[owner_TK == UNCOVERED]).tolist())
     if workers <= _FEW_WORKERS:
         return Split(_parts_by_pass(expert_ids_TK, owner_TK, workers), uncovered)
     return Split(_parts_by_sorting(expert_ids_TK, owner_TK), uncovered)
+
+
+def _owners(expert_ids_TK: np.ndarray, route_EQ: np.ndarray, salt: int) -> np.ndarray:
+    turns = route_EQ.shape[1]
+    if turns == 1:
+        return route_EQ.ravel().take(expert_ids_TK)
+    at_TK = expert_ids_TK.astype(np.int32) * turns  # those of NO_EXPERT count from the end, where NOBODY is
+    ids_P = expert_ids_TK.ravel()
+    if len(expert_ids_TK) > _DEALT_ROWS and np.bincount(ids_P + 1)[1:].max(initial=0) > _DEALT_ROWS:
+        at_TK += ((_rank_in_expert(ids_P) // _DEALT_ROWS + salt) % turns).reshape(at_TK.shape)
+    else:
+        at_TK += salt % turns
+    return route_EQ.ravel().take(at_TK)
+
+
+def _rank_in_expert(ids_P: np.ndarray) -> np.ndarray:
+    """Return how many pairs before each have the same expert."""
+    order_P = ids_P.argsort(kind="stable")
+    sorted_P = ids_P[order_P]
+    first_P = sorted_P.searchsorted(sorted_P)
+    rank_P = np.empty(len(ids_P), dtype=np.int32)
+    rank_P[order_P] = np.arange(len(ids_P)) - first_P
+    return rank_P
 
 
 def _split_row(expert_ids_1K: np.ndarray, owner_1K: np.ndarray) -> Split:

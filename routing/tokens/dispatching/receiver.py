@@ -10,6 +10,7 @@ from cluster.config import DispatchConfig
 from cluster.errors import DispatchTimeout, StalePlacement, WorkerLost
 from routing.tokens.dispatching.links import Links
 from routing.tokens.dispatching.loss_book import LossBook
+from routing.tokens.dispatching.pace import Pace
 from routing.tokens.in_flight import Dispatch, SentPart
 from routing.tokens.wire import HEADER_BYTES
 
@@ -17,10 +18,13 @@ from routing.tokens.wire import HEADER_BYTES
 class Receiver:
     """Thread-safe."""
 
-    def __init__(self, settings: DispatchConfig, links: Links, losses: LossBook, hidden_size: int) -> None:
+    def __init__(
+        self, settings: DispatchConfig, links: Links, losses: LossBook, pace: Pace, hidden_size: int
+    ) -> None:
         self._call_timeout_s = settings.call_timeout_s
         self._links = links
         self._losses = losses
+        self._pace = pace
         self._hidden_size = hidden_size
 
     def collect(self, dispatch: Dispatch) -> Exception | None:
@@ -29,6 +33,7 @@ class Receiver:
         """
         last: Exception | None = None
         waited_us = queued_us = 0  # of the slowest worker
+        away_s: list[tuple[str, float]] = []
         sent_parts = dispatch.sent
         while sent_parts:
             sent = sent_parts[0]
@@ -44,10 +49,12 @@ class Receiver:
                 raise
             else:
                 self._losses.answered(sent.worker_id)
+                away_s.append((sent.worker_id, (queue_us + compute_us) / 1e6))
                 if queue_us + compute_us > waited_us:
                     waited_us, queued_us = queue_us + compute_us, queue_us
             del sent_parts[0]
         dispatch.queue_s += queued_us / 1e6
+        self._pace.answered(away_s)
         dispatch.stopwatch.collected()
         return last
 

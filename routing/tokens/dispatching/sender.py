@@ -50,8 +50,8 @@ class Sender:
             dispatch.sent.append(SentPart(part, worker.worker_id, link, frames))
             for (frame_id, _), (rows_R, ids_RK, weights_RK) in zip(frames, pieces, strict=True):
                 frame = pack_request(
-                    frame_id, table.epoch, dispatch.layer, self._deadline_ms, dispatch.rows, rows_R, ids_RK, weights_RK,
-                    self._combine_dtype, request_ids,
+                    frame_id, table.stamp.n, dispatch.layer, self._deadline_ms, dispatch.rows, rows_R, ids_RK,
+                    weights_RK, self._combine_dtype, request_ids,
                 )  # fmt: skip
                 bytes_out += len(frame)
                 packed = time.monotonic()

@@ -14,6 +14,7 @@ from deployments.directory.registry import Registry
 from deployments.directory.replica import Directory
 from monitoring.discovery import ScrapeTarget
 from routing.tokens.membership import WorkerMember
+from routing.tokens.placement import NO_TABLE
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_workers_hear_how_busy_all_of_them_are(demo_model: Path, outside_serve: 
             held[name] = assignment.experts
             if name != "loading":
                 member = WorkerMember(name, assignment.slot, 1, "n", f"n:{assignment.slot}", "ready")
-                await directory.register_worker(member, 0)
+                await directory.register_worker(member, NO_TABLE)
         assert held["spare"] == held["a"] != held["b"]  # a copy of the first worker's
         assert await directory.join("too many", 1, "n", range(2, 4)) is None
         await directory.heartbeat("a", 0.9)

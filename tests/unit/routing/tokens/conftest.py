@@ -12,7 +12,7 @@ import torch
 
 from cluster.config import DispatchConfig, InternalTlsConfig
 from routing.tokens.client import ExpertClient, ExpertShape
-from routing.tokens.placement import PlacementFile, PlacementTable, WorkerEndpoint
+from routing.tokens.placement import PlacementFile, PlacementTable, Stamp, WorkerEndpoint
 from routing.tokens.plane_state import ExpertPlaneFile
 
 HIDDEN, EXPERTS, MODEL = 32, 8, "test-model"
@@ -22,7 +22,7 @@ class Cluster:
     """Worker processes, a placement file, and a client that reads it."""
 
     def __init__(self, folder: Path) -> None:
-        self.placement = PlacementFile(folder / "placement.json")
+        self.placement = PlacementFile(folder / "placement")
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.endpoints: dict[str, WorkerEndpoint] = {}
         self._clients: list[ExpertClient] = []
@@ -45,7 +45,7 @@ class Cluster:
 
     def publish(self, *names: str) -> None:
         self._epoch += 1
-        self.placement.write(PlacementTable(self._epoch, tuple(self.endpoints[name] for name in names)))
+        self.placement.write(PlacementTable.of(Stamp(1, self._epoch), tuple(self.endpoints[name] for name in names)))
 
     def client(
         self, tls: InternalTlsConfig | None = None, plane_file: ExpertPlaneFile | None = None, **settings: object

@@ -12,7 +12,7 @@ import torch
 from cluster.errors import DispatchTimeout, FrameError, UncoveredExperts
 from routing.tokens.client import ExpertClient
 from routing.tokens.request_ids import STEP_REQUEST_IDS
-from tests.unit.routing.tokens.conftest import Cluster, rows
+from tests.unit.routing.tokens.conftest import EXPERTS, Cluster, rows
 
 ALL = list(range(8))
 
@@ -168,3 +168,18 @@ def test_worker_that_no_longer_holds_an_expert_is_passed_over(cluster: Cluster) 
     cluster.publish("a", "b")
     got, expected = dispatch(cluster.client(), 8)
     torch.testing.assert_close(got, expected)
+
+
+def test_rows_of_a_shared_expert_go_where_they_are_answered_sooner(cluster: Cluster) -> None:
+    everything = list(range(EXPERTS))
+    cluster.start("quick", everything)
+    cluster.start("slow", everything, delay_s=0.02)
+    cluster.publish("quick", "slow")
+    client, (hidden, ids, weights, expected) = cluster.client(), rows(40)
+    deadline, parts = time.monotonic() + 30, {0: 1, 1: 1}
+    while parts[1] * 3 > parts[0] and time.monotonic() < deadline:
+        torch.testing.assert_close(client.forward(1, hidden, ids, weights), expected)
+        route_EQ = client._placement.current().routes.layer(1)[:-1]
+        parts = {worker: int((route_EQ == worker).sum()) for worker in parts}
+    assert parts[1] * 3 <= parts[0]
+    assert parts[1] > 0  # still asked, or nobody would hear that it is well again

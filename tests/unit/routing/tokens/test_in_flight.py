@@ -160,7 +160,7 @@ def test_a_new_table_is_connected_before_it_is_used(cluster: Cluster) -> None:
     client.forward(1, hidden, ids, weights)
     cluster.publish("b")
     deadline = time.monotonic() + 10
-    while client._placement.current().table.epoch != 2 and time.monotonic() < deadline:
+    while client._placement.current().table.stamp.n != 2 and time.monotonic() < deadline:
         threading.Event().wait(0.005)
     assert set(client._links._live) == {"b"}  # no dispatch ran meanwhile
     cluster.processes["a"].kill()

@@ -1,4 +1,4 @@
-"""Membership: slots, epochs and silence, with an injected clock."""
+"""Membership: slots, stamps and silence, with an injected clock."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import replace
 import pytest
 
 from routing.tokens.membership import Membership, WorkerMember
-from routing.tokens.placement import PlacementTable
+from routing.tokens.placement import NO_TABLE, PlacementTable, Stamp
 
 SHARES = [{1: (0, 1)}, {1: (2, 3)}]
 
 
 def make(now_s: float = 0.0) -> Membership:
-    return Membership(SHARES, heartbeat_timeout_s=5.0, now_s=now_s)
+    return Membership(SHARES, heartbeat_timeout_s=5.0, now_s=now_s, incarnation=7)
 
 
-def start(membership: Membership, name: str, now_s: float, seen_epoch: int = 0) -> WorkerMember:
+def start(membership: Membership, name: str, now_s: float, seen: Stamp = NO_TABLE) -> WorkerMember:
     slot = membership.join(name, 100, "10.0.0.1", now_s)
     assert slot is not None
     member = WorkerMember(name, slot, 100, "10.0.0.1", f"10.0.0.1:{slot}", "ready")
-    assert membership.register(member, seen_epoch, now_s)
+    assert membership.register(member, seen, now_s)
     return member
 
 
@@ -44,7 +44,7 @@ def test_nothing_is_published_before_every_expert_has_a_holder() -> None:
     start(membership, "b", 4.0)
     table = table_at(membership, 4.0)
     assert table is not None
-    assert table.epoch == 2
+    assert table.stamp.n == 2
     assert [worker.address for worker in table.workers] == ["10.0.0.1:0", "10.0.0.1:1"]
 
 
@@ -62,7 +62,7 @@ def test_joining_twice_keeps_the_slot() -> None:
     assert membership.join("a", 1, "n", 0.0) == membership.join("a", 1, "n", 1.0) == 0
 
 
-def test_a_loss_and_a_return_are_two_epochs() -> None:
+def test_a_loss_and_a_return_are_two_tables() -> None:
     membership = make()
     start(membership, "a", 0.0)
     start(membership, "b", 0.0)
@@ -70,12 +70,12 @@ def test_a_loss_and_a_return_are_two_epochs() -> None:
     assert membership.heartbeat("b", 0.0, 4.0)
     lost = table_at(membership, 6.0)
     assert lost is not None
-    assert lost.epoch == 3
+    assert lost.stamp.n == 3
     assert [worker.worker_id for worker in lost.workers] == ["b"]
     start(membership, "c", 6.5)
     back = table_at(membership, 6.5)
     assert back is not None
-    assert back.epoch == 4
+    assert back.stamp.n == 4
     assert [worker.worker_id for worker in back.workers] == ["c", "b"]
 
 
@@ -83,25 +83,77 @@ def test_a_worker_that_was_given_up_too_early_comes_back_unless_replaced() -> No
     membership = make()
     member = start(membership, "a", 0.0)
     assert not membership.heartbeat("a", 0.0, 9.0)
-    assert membership.register(member, 1, 9.0)
+    assert membership.register(member, Stamp(7, 1), 9.0)
     start(membership, "b", 9.0)
     assert not membership.heartbeat("a", 0.0, 20.0)
     assert start(membership, "c", 20.0).slot == 0
-    assert not membership.register(member, 2, 20.0)
+    assert not membership.register(member, Stamp(7, 2), 20.0)
 
 
-def test_a_new_directory_learns_from_its_workers_and_epochs_keep_growing() -> None:
+def test_a_new_directory_learns_from_its_workers_that_it_has_a_predecessor() -> None:
     membership = make(now_s=50.0)
     member = WorkerMember("a", 1, 100, "n", "n:1", "ready")
     assert not membership.heartbeat("a", 0.0, 50.0)
-    assert membership.register(member, 17, 50.0)
+    assert membership.register(member, Stamp(6, 17), 50.0)
     assert table_at(membership, 50.0) is None  # the other worker may still be alive
     for now_s in (52.0, 54.0):
         assert membership.heartbeat("a", 0.0, now_s)
     table = table_at(membership, 56.0)
     assert table is not None
-    assert table.epoch == 18
     assert [worker.worker_id for worker in table.workers] == ["a"]
+
+
+@pytest.mark.parametrize("seen", [NO_TABLE, Stamp(7, 3)])
+def test_a_first_directory_waits_for_every_expert(seen: Stamp) -> None:
+    membership = make()
+    start(membership, "a", 0.0, seen)
+    membership.heartbeat("a", 0.0, 4.0)
+    membership.heartbeat("a", 0.0, 8.0)
+    assert table_at(membership, 9.0) is None
+
+
+def test_two_directories_never_publish_under_the_same_stamp() -> None:
+    """A fresh worker announces itself, and a replica polls with the stamp to which the successor has counted: it must
+    hear of the worker all the same.
+    """
+    old, new = make(), Membership(SHARES, 5.0, 0.0, incarnation=8)
+    for name in "ab":
+        start(old, name, 0.0)
+        start(new, name.upper(), 0.0)
+    before, after = old.table(), new.table()
+    assert before is not None
+    assert after is not None
+    new.observe(before.stamp)
+    assert after.stamp.n == before.stamp.n
+    assert after.stamp != before.stamp
+
+
+def test_an_expert_is_covered_as_long_as_one_of_its_holders_is_there() -> None:
+    membership = Membership([{1: (0, 1), 2: (0,)}, {1: (1, 2), 2: (0,)}], 5.0, 0.0, incarnation=7)
+    assert membership.uncovered() == 4
+    start(membership, "a", 0.0)
+    assert membership.uncovered() == 1
+    start(membership, "b", 0.0)
+    assert membership.uncovered() == 0
+    membership.leave("a")
+    assert membership.uncovered() == 1
+    membership.leave("b")
+    assert membership.uncovered() == 4
+
+
+def test_a_worker_that_says_the_same_again_changes_no_table() -> None:
+    membership = make()
+    member, _ = start(membership, "a", 0.0), start(membership, "b", 0.0)
+    table = membership.table()
+    assert table is not None
+    assert membership.register(replace(member, cores="0-3"), table.stamp, 1.0)
+    assert membership.table() is table
+    assert membership.register(replace(member, address="10.0.0.1:99"), table.stamp, 1.0)
+    moved = membership.table()
+    assert moved is not None
+    assert moved.stamp != table.stamp
+    assert moved.workers[0].address == "10.0.0.1:99"
+    assert membership.uncovered() == 0
 
 
 def test_leaving_in_good_order_is_seen_at_once() -> None:
@@ -113,38 +165,28 @@ def test_leaving_in_good_order_is_seen_at_once() -> None:
     membership.leave("nobody")
     table = table_at(membership, 0.0)
     assert table is not None
-    assert table.epoch == 3
+    assert table.stamp.n == 3
     assert membership.members() == [replace(membership.members()[0], worker_id="b")]
 
 
 def test_a_ready_worker_keeps_its_slot_from_one_that_only_loads() -> None:
     membership = make(now_s=50.0)  # a new directory: a joiner comes before the old worker is heard
     assert membership.join("new", 1, "n", 50.0) == 0
-    assert membership.register(WorkerMember("old", 0, 2, "n", "n:1", "ready"), 7, 50.5)
+    assert membership.register(WorkerMember("old", 0, 2, "n", "n:1", "ready"), NO_TABLE, 50.5)
     assert [member.worker_id for member in membership.members()] == ["old"]
     assert not membership.heartbeat("new", 0.0, 51.0)
-    assert not membership.register(WorkerMember("new", 0, 1, "n", "", "loading"), 7, 51.0)
-
-
-def test_epochs_go_on_from_what_attention_replicas_know() -> None:
-    membership = make()
-    membership.observe_epoch(40)
-    start(membership, "a", 0.0)
-    start(membership, "b", 0.0)
-    table = table_at(membership, 0.0)
-    assert table is not None
-    assert table.epoch == 42
+    assert not membership.register(WorkerMember("new", 0, 1, "n", "", "loading"), NO_TABLE, 51.0)
 
 
 @pytest.mark.parametrize("event", ["join", "register", "heartbeat", "expire"])
 def test_each_loss_is_told_once_whichever_event_shows_it(event: str) -> None:
     lost: list[str] = []
-    membership = Membership(SHARES, 5.0, 0.0, lambda member: lost.append(member.worker_id))
+    membership = Membership(SHARES, 5.0, 0.0, 7, lambda member: lost.append(member.worker_id))
     start(membership, "a", 0.0)
     other = start(membership, "b", 4.0)
     {
         "join": lambda: membership.join("c", 1, "n", 6.0),
-        "register": lambda: membership.register(other, 2, 6.0),
+        "register": lambda: membership.register(other, Stamp(7, 2), 6.0),
         "heartbeat": lambda: membership.heartbeat("b", 0.0, 6.0),
         "expire": lambda: membership.expire(6.0),
     }[event]()

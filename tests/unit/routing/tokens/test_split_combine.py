@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from routing.tokens import split_combine
-from routing.tokens.dispatching.routes import NOBODY
-from routing.tokens.placement import PlacementTable, WorkerEndpoint
+from routing.tokens.dispatching.routes import NOBODY, TURNS
+from routing.tokens.placement import PlacementTable, Stamp, WorkerEndpoint
 from routing.tokens.split_combine import RowSum, split
 from routing.tokens.wire import NO_EXPERT
 
@@ -22,15 +22,16 @@ CHOICES = st.lists(st.one_of(st.just(NO_EXPERT), st.integers(0, EXPERTS - 1)), m
 
 
 def route(*owners: int) -> np.ndarray:
-    return np.array([*owners, NOBODY], dtype=np.int16)
+    """A route in which each expert has one owner."""
+    return np.array([*owners, NOBODY], dtype=np.int16)[:, None]
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(CHOICES, min_size=1, max_size=20), st.integers(0, 6), st.data())
 def test_every_pair_goes_to_its_owner_exactly_once(chosen: list[list[int]], most: int, data: st.DataObject) -> None:
     owners = data.draw(st.lists(st.integers(0, most), min_size=EXPERTS, max_size=EXPERTS))
-    ids_TK, route_E = np.array(chosen, dtype=np.int16), route(*owners)
-    planned = split(ids_TK, route_E)
+    ids_TK, route_EQ = np.array(chosen, dtype=np.int16), route(*owners)
+    planned = split(ids_TK, route_EQ)
     assert planned.uncovered == ()
     assert [part.worker for part in planned.parts] == sorted({part.worker for part in planned.parts})
     seen = np.full(ids_TK.shape, NO_EXPERT, dtype=np.int16)
@@ -40,7 +41,7 @@ def test_every_pair_goes_to_its_owner_exactly_once(chosen: list[list[int]], most
             assert (ids_K >= 0).any()  # no row travels for nothing
             for k in np.flatnonzero(ids_K >= 0):
                 assert seen[row, k] == NO_EXPERT
-                assert route_E[ids_K[k]] == part.worker
+                assert route_EQ[ids_K[k], 0] == part.worker
                 seen[row, k] = ids_K[k]
     assert np.array_equal(seen, ids_TK)
 
@@ -96,18 +97,41 @@ def test_the_sum_is_memory_of_its_own() -> None:
     assert reply.sum() == 6
 
 
-def table(*held: tuple[int, ...]) -> PlacementTable:
-    return PlacementTable(1, tuple(WorkerEndpoint(f"w{i}", f"h:{i}", {1: h}) for i, h in enumerate(held)))
+def divided(ids_TK: np.ndarray, weight_W: list[float], salt: int) -> np.ndarray:
+    """Rows per worker of one expert that all workers hold."""
+    workers = [WorkerEndpoint(f"w{at}", f"h:{at}", {1: range(4)}) for at in range(len(weight_W))]
+    planned = split(ids_TK, PlacementTable.of(Stamp(1, 1), workers, weight_W).routes(4).layer(1), salt)
+    rows = np.zeros(len(weight_W), dtype=int)
+    for part in planned.parts:
+        rows[part.worker] = (part.expert_ids_RK == 2).sum()
+    return rows
 
 
-def test_route_balances_over_holders_and_skips_the_excluded() -> None:
-    everything = tuple(range(8))
-    both = table(everything, everything)
-    assert np.bincount(both.route(1, 8)).tolist() == [4, 4]
-    assert both.route(1, 8, frozenset({"w0"})).tolist() == [1] * 8
-    assert table((0, 1), (1, 2)).route(1, 4).tolist() == [0, 0, 1, -1]
+@pytest.mark.parametrize("salt", [0, 5, 65535])
+def test_many_rows_of_an_expert_are_divided_in_proportion(salt: int) -> None:
+    ids_TK = np.array([[2, NO_EXPERT]] * 512, dtype=np.int16)
+    assert divided(ids_TK, [3, 1], salt).tolist() == [384, 128]
+    assert divided(ids_TK, [1, 1, 1, 1], salt).tolist() == [128] * 4
 
 
-def test_table_survives_json() -> None:
-    made = table((0, 5), (3,))
-    assert PlacementTable.from_json(made.to_json()) == made
+@pytest.mark.parametrize("rows", [1, 2, 16, 40])
+def test_few_rows_of_an_expert_stay_together_and_go_to_each_holder_in_turn(rows: int) -> None:
+    ids_TK = np.array([[at % 4 if rows > 16 else 2, NO_EXPERT] for at in range(rows)], dtype=np.int16)
+    here = int((ids_TK == 2).sum())
+    by_salt = np.array([divided(ids_TK, [1, 1], salt) for salt in range(TURNS)])
+    assert set(map(tuple, by_salt.tolist())) == ({(here, 0), (0, here)} if here else {(0, 0)})
+    assert by_salt.sum(0).tolist() == [here * TURNS // 2] * 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(CHOICES, min_size=1, max_size=60), st.integers(2, 5), st.integers(0, 65535))
+def test_every_pair_of_divided_experts_goes_out_exactly_once(chosen: list[list[int]], most: int, salt: int) -> None:
+    ids_TK = np.array(chosen, dtype=np.int16)
+    workers = [WorkerEndpoint(f"w{at}", f"h:{at}", {1: range(EXPERTS)}) for at in range(most)]
+    planned = split(ids_TK, PlacementTable.of(Stamp(1, 1), workers).routes(EXPERTS).layer(1), salt)
+    seen_TK = np.full(ids_TK.shape, NO_EXPERT, dtype=np.int16)
+    for part in planned.parts:
+        asked_RK = part.expert_ids_RK != NO_EXPERT
+        assert (seen_TK[part.rows_R][asked_RK] == NO_EXPERT).all()
+        seen_TK[part.rows_R] = np.where(asked_RK, part.expert_ids_RK, seen_TK[part.rows_R])
+    assert np.array_equal(seen_TK, ids_TK)

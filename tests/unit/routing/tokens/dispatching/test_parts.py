@@ -11,7 +11,7 @@ from cluster.errors import WorkerLost
 from routing.tokens.dispatching.loss_book import LossBook
 from routing.tokens.dispatching.placement_watch import PlacementWatch
 from routing.tokens.dispatching.watchdog import Watchdog
-from routing.tokens.placement import PlacementFile, PlacementTable, WorkerEndpoint
+from routing.tokens.placement import PlacementFile, PlacementTable, Stamp, WorkerEndpoint
 
 
 def test_a_lost_worker_is_out_until_it_answers_or_leaves() -> None:
@@ -46,15 +46,15 @@ def test_a_chore_that_fails_does_not_stop_the_others(caplog: pytest.LogCaptureFi
 
 
 def test_a_new_table_is_prepared_before_it_is_used(tmp_path: Path) -> None:
-    file = PlacementFile(tmp_path / "placement.json")
+    file = PlacementFile(tmp_path / "placement")
     seen: list[tuple[str, int]] = []
     watch = PlacementWatch(
-        file, 2, lambda new: seen.append(("prepare", new.epoch)), lambda new: seen.append(("adopted", new.epoch))
+        file, 2, lambda new: seen.append(("prepare", new.stamp.n)), lambda new: seen.append(("adopted", new.stamp.n))
     )
-    assert watch.current().table.epoch == 0
-    file.write(PlacementTable(5, (WorkerEndpoint("a", "h:1", {1: (0, 1)}),)))
-    assert watch.current().table.epoch == 0  # a dispatch reads no file
-    assert watch.refresh().table.epoch == 5
-    assert watch.current().routes.layer(1)[:-1].tolist() == [0, 0]
+    assert watch.current().table.stamp.n == 0
+    file.write(PlacementTable.of(Stamp(1, 5), (WorkerEndpoint("a", "h:1", {1: (0, 1)}),)))
+    assert watch.current().table.stamp.n == 0  # a dispatch reads no file
+    assert watch.refresh().table.stamp.n == 5
+    assert watch.current().routes.layer(1)[:-1].tolist() == [[0], [0]]
     watch.refresh()
     assert seen == [("prepare", 0), ("adopted", 0), ("prepare", 5), ("adopted", 5)]
