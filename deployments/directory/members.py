@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from monitoring.discovery import ScrapeTarget
+from routing.tokens.holdings import Share
 from routing.tokens.placement import Stamp
 
 
@@ -22,7 +23,7 @@ class Assignment:
     """The slot that the directory gives to a new expert worker, and the slot's share: expert ids by layer."""
 
     slot: int
-    experts: Mapping[int, tuple[int, ...]]
+    experts: Share
 
 
 @dataclass(frozen=True)

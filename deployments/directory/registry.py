@@ -102,6 +102,11 @@ class Registry:
         """All gateways."""
         return [member for member, _ in self._gateways.values()]
 
+    @property
+    def draining(self) -> bool:
+        """Whether the application is about to stop."""
+        return self._draining
+
     def demand(self) -> float | None:
         """Attention replicas that all requests would fill: those at gateways that decide alone, and those at the common
         admission. None while no gateway is known.

@@ -13,6 +13,7 @@ import json
 import logging
 import secrets
 import time
+import zlib
 from dataclasses import replace
 
 import ray
@@ -37,6 +38,7 @@ from deployments.hosting.serve_logs import start_logging
 from monitoring.discovery import ScrapeTarget
 from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import DirectoryMetrics
+from routing.tokens.holdings import Share
 from routing.tokens.membership import Membership, WorkerMember
 from routing.tokens.placement import NO_TABLE, Stamp
 
@@ -57,13 +59,14 @@ class Directory:
         spec = load_model_spec(config.model.path)
         experts = config.experts
         held = split_shares(spec.num_experts, experts.worker_shares(), experts.replicas_per_expert)
-        self._shares = [dict.fromkeys(spec.moe_layers, ids) for ids in with_copies(held, experts)]  # by slot
+        shares = [dict.fromkeys(spec.moe_layers, ids) for ids in with_copies(held, experts)]  # by slot
         self._workers = experts.workers  # slots from here on are those of redundant workers
         self._model = config.model.served_name
         self._membership = Membership(
-            self._shares, experts.heartbeat_timeout_s, time.monotonic(), secrets.randbits(63) + 1, self._on_lost
+            shares, experts.heartbeat_timeout_s, time.monotonic(), secrets.randbits(63) + 1, self._on_lost
         )
         self._registry = Registry(_POLLS_UNTIL_LOST * LONG_POLL_S, first_version=time.time_ns())
+        self._tables_in_use: dict[str, Stamp] = {}  # by attention replica; NO_TABLE before the first
         self._table_changed = asyncio.Event()
         self._view_changed = asyncio.Event()
         node = ray.util.get_node_ip_address()
@@ -86,12 +89,13 @@ class Directory:
             return None
         self._metrics.worker_events.labels("joined").inc()
         self._update()
-        return Assignment(slot, self._shares[slot])
+        return Assignment(slot, self._membership.share(slot))
 
     async def register_worker(self, member: WorkerMember, seen: Stamp) -> bool:
         """Record an expert worker's state; see `Membership.register`."""
+        was_ready = self._membership.is_ready(member.worker_id)
         accepted = self._membership.register(member, seen, time.monotonic())
-        if accepted and member.state == "ready":
+        if accepted and self._membership.is_ready(member.worker_id) and not was_ready:
             self._metrics.worker_events.labels("ready").inc()
         self._publish_table()
         return accepted
@@ -101,6 +105,32 @@ class Directory:
         known = self._membership.heartbeat(worker_id, busy, time.monotonic())
         table = self._membership.table()
         return HeartbeatReply(known, table.stamp if table else NO_TABLE, self._membership.busy())
+
+    async def poll_keeps(self, worker_id: str, seen: int) -> tuple[int, Share] | None:
+        """Wait until what an expert worker is to hold is not what the number `seen` stands for; returns it, with its
+        number (0 is none's). Returns None after LONG_POLL_S, and at once if the worker is not known: ask again.
+        """
+        deadline = time.monotonic() + LONG_POLL_S
+        while True:
+            now = time.monotonic()
+            self._expire(now)
+            if not self._membership.knows(worker_id):
+                return None
+            keeps = self._membership.keeps(worker_id)
+            if (number := 1 + zlib.crc32(repr(keeps).encode())) != seen:
+                return number, keeps
+            if now >= deadline:
+                return None
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._table_changed.wait(), min(_SILENCE_CHECK_S, deadline - now))
+
+    async def retire(self, worker_id: str) -> bool:
+        """Have an expert worker's experts move to others, since it is about to leave. Returns whether it may leave."""
+        if self._registry.draining:
+            return True
+        may_leave = self._membership.retire(worker_id)
+        self._publish_table()
+        return may_leave
 
     async def leave(self, worker_id: str) -> None:
         """Remove an expert worker that ends in good order."""
@@ -122,18 +152,28 @@ class Directory:
         self._membership.observe(after)
         if member is not None:
             await self.register_replica(member)
+            self._follow(member.replica_id, after)
         deadline = time.monotonic() + LONG_POLL_S
         while True:
             now = time.monotonic()
             self._expire(now)
             table = self._membership.table()
             if table is not None and table.stamp != after:
+                if member is not None and after == NO_TABLE:
+                    self._follow(member.replica_id, table.stamp)
                 return table.stamp, table.encoded
             if now >= deadline:
                 return None
             # The event tells of registrations; silence tells of itself only to those who look.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._table_changed.wait(), min(_SILENCE_CHECK_S, deadline - now))
+
+    def _follow(self, replica_id: str, stamp: Stamp) -> None:
+        """Take note of the oldest table that a replica may still use."""
+        self._tables_in_use[replica_id] = stamp
+        live = {replica.replica_id for replica in self._registry.replicas()}
+        self._tables_in_use = {name: used for name, used in self._tables_in_use.items() if name in live}
+        self._membership.followed(self._tables_in_use.values())
 
     async def status(self) -> str:
         """Return the state of both planes as JSON; `deepsplit status` prints it."""
@@ -151,7 +191,7 @@ class Directory:
                     {
                         "id": m.worker_id, "pid": m.pid, "node": m.node, "address": m.address, "state": m.state,
                         "cores": m.cores, "form": m.form,
-                        "experts": {str(layer): ids for layer, ids in self._shares[m.slot].items()},
+                        "experts": {str(layer): ids for layer, ids in m.held.items()},
                     }
                     for m in self._membership.members()
                 ],
@@ -242,7 +282,7 @@ class Directory:
         metrics.epoch.set(table.stamp.n if table else 0)
         metrics.uncovered.set(self._membership.uncovered())
         for state in ("loading", "ready"):
-            slots = [m.slot for m in self._membership.members() if m.state == state]
+            slots = [m.slot for m in self._membership.members() if (m.state == "loading") == (state == "loading")]
             metrics.members.labels("experts", state).set(sum(slot < self._workers for slot in slots))
             metrics.members.labels("redundant_experts", state).set(sum(slot >= self._workers for slot in slots))
         for state in ("starting", "ready", "draining"):

@@ -1,25 +1,27 @@
-"""Which expert workers are alive and what they hold: the directory's decisions, as functions of events and time.
+"""Which expert workers are alive and what they are to hold: the directory's decisions, as functions of events, time.
 
-The placement has a fixed number of slots, numbered from 0. Each slot has a share: the experts, by layer, that the
-worker in it holds. A worker process takes a free slot, loads the slot's share, and is in the placement table from the
-moment it registers as ready until it leaves or falls silent. Every change of the table has a new stamp.
+The placement has slots, numbered from 0. Each has a share: the experts, by layer, that the worker in it is to hold. A
+worker process takes a free slot, loads the share, and is in the placement table from the moment it registers as ready
+until it leaves or falls silent. While no ready worker has an expert in its share, because its own was lost or is about
+to leave, others are wanted to hold it too. `routing.tokens.holdings` says what the table lists and who may drop what.
+Every change of the table has a new stamp.
 
-Legend: L MoE layers, E experts of a layer, P held pairs of layer and expert.
+Legend: L MoE layers, E experts of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
 from monitoring.discovery import ScrapeTarget
+from routing.tokens.holdings import Holdings, Share
 from routing.tokens.placement import NO_TABLE, PlacementTable, Stamp, WorkerEndpoint
 
-State = Literal["loading", "ready"]
-Share = Mapping[int, tuple[int, ...]]  # layer -> expert ids
+State = Literal["loading", "ready", "leaving"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class WorkerMember:
     busy: float | None = None  # fraction of its time that it computes; None before its first heartbeat
     cores: str = ""  # where its threads run, in words; empty where a GPU computes
     form: str = ""  # in which it holds and computes experts, in words; empty while loading
+    held: Share = field(default_factory=dict)
+    elastic: bool = False  # it can load and drop experts while it serves
 
 
 class Membership:
@@ -53,16 +57,19 @@ class Membership:
         """`shares`: by slot. `incarnation`: of the directory, unlike that of any other. `on_lost` is called with each
         worker that fell silent, whichever event shows it.
         """
-        self._shares = shares
+        layers = sorted({layer for share in shares for layer in share})
+        experts = 1 + max((max(ids, default=-1) for share in shares for ids in share.values()), default=-1)
+        self._holdings = Holdings(layers, experts)
+        self._shares_LE = [self._holdings.mask(share) for share in shares]  # by slot
+        self._needed_LE = np.logical_or.reduce(self._shares_LE)
         self._timeout_s = heartbeat_timeout_s
         self._started_s = now_s
+        self._incarnation = incarnation
         self._on_lost = on_lost
         self._members: dict[str, WorkerMember] = {}
-        self._stamp = Stamp(incarnation, 0)
-        self._coverage = _Coverage(shares)
         self._has_predecessor = False  # an earlier directory published a table, as its workers and followers say
         self._published = False
-        self._table: PlacementTable | None = None  # of the present stamp, once somebody asked
+        self._table: PlacementTable | None = None  # the last that somebody asked for
 
     # --- events ---
 
@@ -73,41 +80,46 @@ class Membership:
         self.expire(now_s)
         if worker_id in self._members:
             return self._members[worker_id].slot
-        taken = {member.slot for member in self._members.values()}
-        free = [slot for slot in slots or range(len(self._shares)) if slot not in taken]
+        taken = {member.slot for member in self._members.values() if member.state != "leaving"}
+        free = [slot for slot in slots or range(len(self._shares_LE)) if slot not in taken]
         if not free:
             return None
-        self._members[worker_id] = WorkerMember(worker_id, free[0], pid, node, "", "loading", now_s)
+        self._add(WorkerMember(worker_id, free[0], pid, node, "", "loading", now_s))
         return free[0]
 
     def register(self, member: WorkerMember, seen: Stamp, now_s: float) -> bool:
-        """Record a worker's state: `ready` once it holds its slot's share and listens. A new directory learns of old
-        workers in this way, and from the newest stamp that they have `seen` that it has a predecessor.
+        """Record what a worker says of itself: that it is `ready` once it holds its slot's share and listens, then
+        whenever it holds something else. A new directory learns of old workers in this way, and from the newest stamp
+        that they have `seen` that it has a predecessor.
 
         Returns False if another worker has the slot; the caller must then end itself. A ready worker displaces one that
         is still loading.
         """
         self.expire(now_s)
         self.observe(seen)
-        rival = next((m for m in self._members.values() if m.slot == member.slot), None)
-        if rival is not None and rival.worker_id != member.worker_id:
-            if not (member.state == "ready" and rival.state == "loading"):
-                return False
-            self._remove(rival.worker_id)
         before = self._members.get(member.worker_id)
-        if before is not None and (before.state, before.address) != (member.state, member.address):
-            self._remove(member.worker_id)
-            before = None
-        self._members[member.worker_id] = replace(member, last_heartbeat_s=now_s)
-        if member.state == "ready" and before is None:
-            self._coverage.add(member.slot)
-            self._changed()
+        if before is None:
+            rival = next((m for m in self._members.values() if m.slot == member.slot and m.state != "leaving"), None)
+            if rival is not None and not (member.state == "ready" and rival.state == "loading"):
+                return False
+            if rival is not None:
+                self._remove(rival.worker_id)
+            self._add(replace(member, last_heartbeat_s=now_s))
+        else:
+            if before.state == "leaving":
+                member = replace(member, state="leaving")
+            if before.address != member.address and before.address:
+                self._holdings.touch()
+            self._members[member.worker_id] = replace(member, last_heartbeat_s=now_s)
+        if member.state != "loading":
+            self._holdings.hold(member.worker_id, self._holdings.mask(member.held))
+        self._want()
         self._publish(now_s)
         return True
 
     def observe(self, seen: Stamp) -> None:
         """Take note that somebody has seen a table with this stamp; NO_TABLE: none."""
-        self._has_predecessor |= seen.incarnation not in (NO_TABLE.incarnation, self._stamp.incarnation)
+        self._has_predecessor |= seen.incarnation not in (NO_TABLE.incarnation, self._incarnation)
 
     def heartbeat(self, worker_id: str, busy: float, now_s: float) -> bool:
         """Record a sign of life. Returns False if the worker is not known (any more): it must register again."""
@@ -117,9 +129,22 @@ class Membership:
         self._members[worker_id] = replace(self._members[worker_id], last_heartbeat_s=now_s, busy=busy)
         return True
 
+    def retire(self, worker_id: str) -> bool:
+        """Have a worker's experts move to others, because it is about to leave. Returns whether it may: nobody needs it
+        any more. Ask again until it may.
+        """
+        member = self._members.get(worker_id)
+        if member is None:
+            return True
+        if member.state == "ready":
+            self._members[worker_id] = replace(member, state="leaving")
+            self._want()
+        return member.state == "loading" or not self._holdings.keeps(worker_id).any()
+
     def leave(self, worker_id: str) -> None:
         """Remove a worker that ends in good order."""
         self._remove(worker_id)
+        self._want()
 
     def expire(self, now_s: float) -> None:
         """Remove the workers that have been silent for too long. To be called before a query."""
@@ -128,23 +153,50 @@ class Membership:
             self._on_lost(member)
         self._publish(now_s)
 
+    def followed(self, stamps: Iterable[Stamp]) -> None:
+        """Record which tables the attention replicas use, NO_TABLE for one that has none yet. What only an earlier
+        table lists may be dropped.
+        """
+        behind = [stamp for stamp in stamps if stamp != NO_TABLE]
+        known = [stamp.n if stamp.incarnation == self._incarnation else 0 for stamp in behind]
+        self._holdings.acknowledge(min(known, default=self._holdings.tables))
+
     def _publish(self, now_s: float) -> None:
         """The first table waits until every expert has a holder; that of a directory that was restarted, only as long
         as a live worker needs to send a heartbeat.
         """
+        if self._published:
+            return
         recovered = self._has_predecessor and now_s - self._started_s > self._timeout_s
-        if not self._published:
-            self._published = not self._coverage.missing or (recovered and bool(self._ready()))
+        self._published = not self.uncovered() or (recovered and bool(self._ready()))
+        if self._published:
+            self._want()
+
+    def _add(self, member: WorkerMember) -> None:
+        self._members[member.worker_id] = member
+        self._holdings.join(member.worker_id, self._shares_LE[member.slot])
 
     def _remove(self, worker_id: str) -> None:
-        member = self._members.pop(worker_id, None)
-        if member is not None and member.state == "ready":
-            self._coverage.remove(member.slot)
-            self._changed()
+        if self._members.pop(worker_id, None) is not None:
+            self._holdings.leave(worker_id)
 
-    def _changed(self) -> None:
-        self._stamp = Stamp(self._stamp.incarnation, self._stamp.n + 1)
-        self._table = None
+    def _want(self) -> None:
+        """Decide what each worker is wanted to hold: its slot's share, and its part of the experts that are in no ready
+        worker's share. Until the first table everybody is only starting.
+        """
+        wanted: dict[str, np.ndarray] = {
+            member.worker_id: self._shares_LE[member.slot] & (member.state != "leaving") for member in self.members()
+        }
+        ready = [member for member in self._ready() if member.state == "ready"]
+        takers = [member.worker_id for member in ready if member.elastic]
+        if self._published and takers:
+            orphans_LE = self._needed_LE.copy()
+            for member in ready:
+                orphans_LE &= ~wanted[member.worker_id]
+            has = {taker: self._holdings.has(taker) for taker in takers}
+            wanted |= _with_orphans(orphans_LE, {taker: wanted[taker] for taker in takers}, has)
+        for worker_id, wanted_LE in wanted.items():
+            self._holdings.want(worker_id, wanted_LE)
 
     # --- queries ---
 
@@ -152,18 +204,36 @@ class Membership:
         """All workers, by slot."""
         return sorted(self._members.values(), key=lambda member: member.slot)
 
+    def knows(self, worker_id: str) -> bool:
+        """Return whether a worker is one of them."""
+        return worker_id in self._members
+
+    def is_ready(self, worker_id: str) -> bool:
+        """Return whether a worker is one of them and answers dispatches."""
+        return self.knows(worker_id) and self._members[worker_id].state != "loading"
+
+    def share(self, slot: int) -> Share:
+        """Return what the worker in a slot is to hold, whatever else is the case."""
+        return self._holdings.share(self._shares_LE[slot])
+
+    def keeps(self, worker_id: str) -> Share:
+        """Return what a worker is to hold now: it loads what it lacks and drops the rest."""
+        return self._holdings.share(self._holdings.keeps(worker_id))
+
     def table(self) -> PlacementTable | None:
         """The placement table as of the last event; None before the first one is published."""
         if not self._published:
             return None
-        if self._table is None:
-            workers = [WorkerEndpoint(m.worker_id, m.address, self._shares[m.slot]) for m in self._ready()]
-            self._table = PlacementTable.of(self._stamp, workers)
+        stamp = Stamp(self._incarnation, self._holdings.tables)
+        if self._table is None or self._table.stamp != stamp:
+            listed = [(member, self._holdings.listed(member.worker_id)) for member in self._ready()]
+            workers = [WorkerEndpoint(member.worker_id, member.address, share) for member, share in listed if share]
+            self._table = PlacementTable.of(stamp, workers)
         return self._table
 
     def uncovered(self) -> int:
         """Number of experts, over all layers, that no ready worker holds."""
-        return self._coverage.missing
+        return int((self._needed_LE & (self._holdings.holder_counts() == 0)).sum())
 
     def busy(self) -> float:
         """Mean fraction of their time that ready workers compute, 0 to 1."""
@@ -171,29 +241,20 @@ class Membership:
         return sum(fractions) / len(fractions) if fractions else 0.0
 
     def _ready(self) -> list[WorkerMember]:
-        return [member for member in self.members() if member.state == "ready"]
+        return [member for member in self.members() if member.state != "loading"]
 
 
-class _Coverage:
-    """How many workers hold each expert, counted as they come and go."""
-
-    def __init__(self, shares: Sequence[Share]) -> None:
-        layers = sorted({layer for share in shares for layer in share})
-        experts = 1 + max((max(ids, default=-1) for share in shares for ids in share.values()), default=-1)
-        at = {layer: row * experts for row, layer in enumerate(layers)}
-        self._pairs_P = [
-            np.array([at[layer] + expert for layer, ids in share.items() for expert in ids], dtype=np.int64)
-            for share in shares
-        ]  # by slot, flat indices of [L, E]
-        self._holders = np.zeros(len(layers) * experts, dtype=np.int32)
-        self.missing = len(np.unique(np.concatenate(self._pairs_P)))  # experts of some share that nobody holds
-
-    def add(self, slot: int) -> None:
-        pairs_P = self._pairs_P[slot]
-        self.missing -= int((self._holders[pairs_P] == 0).sum())
-        self._holders[pairs_P] += 1
-
-    def remove(self, slot: int) -> None:
-        pairs_P = self._pairs_P[slot]
-        self._holders[pairs_P] -= 1
-        self.missing += int((self._holders[pairs_P] == 0).sum())
+def _with_orphans(
+    orphans_LE: np.ndarray, wanted: Mapping[str, np.ndarray], has: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Divide experts that nobody is wanted to hold among workers: to one that `has` it, for it need not be loaded
+    (again), else to the one with the fewest experts of the layer. Returns what each is wanted to hold with them.
+    """
+    taken = {worker_id: wanted_LE.copy() for worker_id, wanted_LE in wanted.items()}
+    for layer in orphans_LE.any(axis=1).nonzero()[0].tolist():
+        count = {worker_id: int(wanted_LE[layer].sum()) for worker_id, wanted_LE in wanted.items()}
+        for expert in orphans_LE[layer].nonzero()[0].tolist():
+            taker = min(count, key=lambda one: (not has[one][layer, expert], count[one]))
+            taken[taker][layer, expert] = True
+            count[taker] += 1
+    return taken

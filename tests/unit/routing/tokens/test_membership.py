@@ -16,10 +16,15 @@ def make(now_s: float = 0.0) -> Membership:
     return Membership(SHARES, heartbeat_timeout_s=5.0, now_s=now_s, incarnation=7)
 
 
+def ready(name: str, slot: int, **said: object) -> WorkerMember:
+    held = (SHARES * 2)[slot]
+    return replace(WorkerMember(name, slot, 100, "10.0.0.1", f"10.0.0.1:{slot}", "ready", held=held), **said)
+
+
 def start(membership: Membership, name: str, now_s: float, seen: Stamp = NO_TABLE) -> WorkerMember:
     slot = membership.join(name, 100, "10.0.0.1", now_s)
     assert slot is not None
-    member = WorkerMember(name, slot, 100, "10.0.0.1", f"10.0.0.1:{slot}", "ready")
+    member = ready(name, slot)
     assert membership.register(member, seen, now_s)
     return member
 
@@ -92,7 +97,7 @@ def test_a_worker_that_was_given_up_too_early_comes_back_unless_replaced() -> No
 
 def test_a_new_directory_learns_from_its_workers_that_it_has_a_predecessor() -> None:
     membership = make(now_s=50.0)
-    member = WorkerMember("a", 1, 100, "n", "n:1", "ready")
+    member = ready("a", 1)
     assert not membership.heartbeat("a", 0.0, 50.0)
     assert membership.register(member, Stamp(6, 17), 50.0)
     assert table_at(membership, 50.0) is None  # the other worker may still be alive
@@ -129,12 +134,13 @@ def test_two_directories_never_publish_under_the_same_stamp() -> None:
 
 
 def test_an_expert_is_covered_as_long_as_one_of_its_holders_is_there() -> None:
-    membership = Membership([{1: (0, 1), 2: (0,)}, {1: (1, 2), 2: (0,)}], 5.0, 0.0, incarnation=7)
+    shares = [{1: (0, 1), 2: (0,)}, {1: (1, 2), 2: (0,)}]
+    membership = Membership(shares, 5.0, 0.0, incarnation=7)
     assert membership.uncovered() == 4
-    start(membership, "a", 0.0)
-    assert membership.uncovered() == 1
-    start(membership, "b", 0.0)
-    assert membership.uncovered() == 0
+    for slot, (name, left) in enumerate((("a", 1), ("b", 0))):
+        assert membership.join(name, 1, "n", 0.0) == slot
+        assert membership.register(ready(name, slot, held=shares[slot]), NO_TABLE, 0.0)
+        assert membership.uncovered() == left
     membership.leave("a")
     assert membership.uncovered() == 1
     membership.leave("b")
@@ -214,3 +220,119 @@ def test_only_ready_workers_that_reported_count_as_busy() -> None:
     membership.join("b", 1, "n", 0.0)
     membership.heartbeat("b", 0.9, 0.0)  # still loading
     assert membership.busy() == 0.5
+
+
+# --- others take over what nobody else has ---
+
+
+def running(*, elastic: bool = True) -> tuple[Membership, dict[str, WorkerMember]]:
+    """Three workers of a model with six experts, and a replica that has their table."""
+    membership = Membership([{1: (0, 1)}, {1: (2, 3)}, {1: (4, 5)}], 5.0, 0.0, incarnation=7)
+    members = {}
+    for slot, name in enumerate("abc"):
+        membership.join(name, 1, "n", 0.0)
+        members[name] = WorkerMember(
+            name, slot, 1, "n", f"n:{slot}", "ready", held=membership.share(slot), elastic=elastic
+        )
+        assert membership.register(members[name], NO_TABLE, 0.0)
+    follow(membership)
+    return membership, members
+
+
+def follow(membership: Membership) -> PlacementTable:
+    """The replica has the newest table."""
+    table = membership.table()
+    assert table is not None
+    membership.followed([table.stamp])
+    return table
+
+
+def obey(membership: Membership, members: dict[str, WorkerMember], name: str) -> None:
+    """A worker holds what it is told to hold, and says so."""
+    members[name] = replace(members[name], held=membership.keeps(name))
+    assert membership.register(members[name], NO_TABLE, 1.0)
+
+
+def holders(table: PlacementTable) -> dict[int, list[str]]:
+    names = [worker.worker_id for worker in table.workers]
+    return {e: [names[w] for w in row if w >= 0] for e, row in enumerate(table.holders_LER[0].tolist())}
+
+
+def test_the_experts_of_a_lost_worker_go_to_the_others_and_back() -> None:
+    membership, members = running()
+    membership.leave("c")
+    assert (membership.keeps("a"), membership.keeps("b")) == ({1: (0, 1, 4)}, {1: (2, 3, 5)})
+    assert membership.uncovered() == 2
+    obey(membership, members, "a")
+    obey(membership, members, "b")
+    assert membership.uncovered() == 0
+    assert holders(follow(membership)) == {0: ["a"], 1: ["a"], 2: ["b"], 3: ["b"], 4: ["a"], 5: ["b"]}
+
+    assert membership.join("d", 1, "n", 1.0) == 2
+    assert membership.keeps("a") == {1: (0, 1, 4)}  # d only loads
+    members["d"] = replace(members["c"], worker_id="d", address="n:9")
+    assert membership.register(members["d"], NO_TABLE, 1.0)
+    assert membership.keeps("a") == {1: (0, 1, 4)}  # the replica's table still names it
+    assert holders(follow(membership))[4] == ["d"]
+    assert (membership.keeps("a"), membership.keeps("b")) == ({1: (0, 1)}, {1: (2, 3)})
+
+
+def test_a_taker_that_is_lost_too_is_replaced_and_the_rest_stays() -> None:
+    membership, members = running()
+    membership.leave("c")
+    obey(membership, members, "a")
+    obey(membership, members, "b")
+    membership.leave("a")
+    assert membership.keeps("b") == {1: (0, 1, 2, 3, 4, 5)}
+
+
+def test_a_taker_that_has_no_room_is_passed_over() -> None:
+    membership, members = running()
+    members["a"] = replace(members["a"], elastic=False)
+    assert membership.register(members["a"], NO_TABLE, 1.0)
+    membership.leave("c")
+    assert (membership.keeps("a"), membership.keeps("b")) == ({1: (0, 1)}, {1: (2, 3, 4, 5)})
+
+
+def test_nobody_takes_over_where_workers_cannot_load_more() -> None:
+    membership, _ = running(elastic=False)
+    membership.leave("c")
+    assert (membership.keeps("a"), membership.keeps("b")) == ({1: (0, 1)}, {1: (2, 3)})
+    assert membership.uncovered() == 2
+
+
+def test_nobody_takes_over_what_is_only_starting() -> None:
+    membership = Membership(SHARES, 5.0, 0.0, incarnation=7)
+    membership.join("a", 1, "n", 0.0)
+    membership.join("b", 1, "n", 0.0)
+    assert membership.register(ready("a", 0, elastic=True), NO_TABLE, 0.0)
+    assert membership.keeps("a") == SHARES[0]
+
+
+def test_a_worker_leaves_once_others_hold_its_experts_and_replicas_know() -> None:
+    membership, members = running()
+    assert not membership.retire("c")
+    assert membership.keeps("c") == {1: (4, 5)}  # it serves on
+    obey(membership, members, "a")
+    obey(membership, members, "b")
+    assert not membership.retire("c")  # the replica's table still names it
+    assert "c" not in [worker.worker_id for worker in follow(membership).workers]
+    assert membership.retire("c")
+    assert membership.join("d", 1, "n", 1.0) == 2  # its slot is free
+    membership.leave("c")
+    assert membership.retire("nobody")
+
+
+def test_a_replica_with_another_directorys_table_holds_everything_up() -> None:
+    membership, members = running()
+    membership.leave("c")
+    obey(membership, members, "a")
+    obey(membership, members, "b")
+    membership.join("d", 1, "n", 1.0)
+    assert membership.register(replace(members["c"], worker_id="d"), NO_TABLE, 1.0)
+    table = membership.table()
+    assert table is not None
+    membership.followed([table.stamp, Stamp(6, 1000), NO_TABLE])
+    assert membership.keeps("a") == {1: (0, 1, 4)}
+    membership.followed([table.stamp, NO_TABLE])
+    assert membership.keeps("a") == {1: (0, 1)}
