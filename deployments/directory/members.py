@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from monitoring.discovery import ScrapeTarget
-from routing.tokens.holdings import Share
 from routing.tokens.placement import Stamp
+from routing.tokens.share import Share
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ from deployments.hosting.serve_logs import start_logging
 from monitoring.discovery import ScrapeTarget
 from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import DirectoryMetrics
-from routing.tokens.holdings import Share
 from routing.tokens.membership import Membership, WorkerMember
 from routing.tokens.placement import NO_TABLE, Stamp
+from routing.tokens.share import Share
 
 NAME = "Directory"
 LONG_POLL_S = 2.0

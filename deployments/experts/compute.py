@@ -5,6 +5,7 @@ Legend: T rows, K experts per token, N held experts of the layer, P pairs of row
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -31,14 +32,25 @@ class ExpertCompute:
     def __init__(
         self, weights: ExpertWeights, threads: int, on_rows: Callable[[np.ndarray], None] = lambda rows_N: None
     ) -> None:
-        """`on_rows` is called with each batch's number of rows per held expert of the layer, int64 [N]."""
+        """Computes all of `weights` until `serve` says which of them are held. `on_rows` is called with each batch's
+        number of rows per place of the layer, int64 [N].
+        """
         torch.set_num_threads(threads)
         self._on_rows = on_rows
         self._layers = weights.layers
         self._num_experts = weights.num_experts
-        self._local = _lookup_tables(weights)
+        self._turn = threading.Lock()
+        self._local: dict[int, np.ndarray] = {}
+        self.serve({layer: experts.ids for layer, experts in weights.layers.items()})
 
-    @torch.inference_mode()
+    def serve(self, held: Mapping[int, Sequence[int]]) -> None:
+        """Compute these experts, by layer, and no others. Returns when nothing is computed by an earlier call's. The
+        caller may be another thread than the one that computes.
+        """
+        self._local = _lookup_tables(self._layers, held, self._num_experts)
+        with self._turn:
+            pass
+
     def forward(
         self, layer: int, hidden_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
@@ -48,6 +60,12 @@ class ExpertCompute:
         float32, or bfloat16 from vLLM's kernels, rounded once. Raises FrameError for an unknown layer, id or shape,
         StalePlacement for an expert that is not held here.
         """
+        with self._turn, torch.inference_mode():
+            return self._forward(layer, hidden_TH, expert_ids_TK, weights_TK)
+
+    def _forward(
+        self, layer: int, hidden_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
         experts = self._layers.get(layer)
         if experts is None:
             raise FrameError(f"unknown layer {layer}; this worker has routed experts of layers {_ranges(self._layers)}")
@@ -82,17 +100,23 @@ class ExpertCompute:
         return FrameError(f"expert ids must be from -1 to {self._num_experts - 1}")
 
 
-def _lookup_tables(weights: ExpertWeights) -> dict[int, np.ndarray]:
-    """Return each layer's index among its held experts by global id as uint16; layers with the same ids share one."""
-    by_ids: dict[Sequence[int], np.ndarray] = {}
-    for experts in weights.layers.values():
-        if experts.ids not in by_ids:
+def _lookup_tables(
+    layers: Mapping[int, LayerExperts], held: Mapping[int, Sequence[int]], num_experts: int
+) -> dict[int, np.ndarray]:
+    """Return each layer's places of its held experts by global id as uint16; layers that hold the same share one."""
+    made: dict[tuple[tuple[int, ...], tuple[int, ...]], np.ndarray] = {}
+    tables = {}
+    for layer, experts in layers.items():
+        key = experts.ids, tuple(held.get(layer, ()))
+        if key not in made:
             table = np.full(_IDS, _NO_EXPERT, dtype=np.int16)
-            table[: weights.num_experts] = _NOT_HELD
+            table[:num_experts] = _NOT_HELD
             table[_IDS - 1] = _NOT_ASKED
-            table[list(experts.ids)] = np.arange(len(experts.ids))
-            by_ids[experts.ids] = table
-    return {layer: by_ids[experts.ids] for layer, experts in weights.layers.items()}
+            place = {expert: local for local, expert in enumerate(experts.ids)}
+            table[list(key[1])] = [place[expert] for expert in key[1]]
+            made[key] = table
+        tables[layer] = made[key]
+    return tables
 
 
 def _check_shapes(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 
 from cluster.config import Config
 from cluster.model.spec import load_checkpoint_index, load_model_spec
 from cluster.tls.certificates import load_internal
 from deployments.experts.compute import ExpertCompute
 from deployments.experts.forms import choose_form
-from deployments.experts.weights import load_experts
+from deployments.experts.store import ExpertStore
 from monitoring.expert_meter import ExpertMeter
 from routing.tokens.channel import model_id
 from routing.tokens.server import ExpertServer
+from routing.tokens.share import Share
 
 _LONG_LOAD_BYTES = 1 << 30
 
@@ -37,29 +37,66 @@ class _Progress:
 class ExpertHost:
     """Loads a share of the experts (expert ids by layer) and serves them. Raises CheckpointError or StartupError."""
 
-    def __init__(self, config: Config, experts: Mapping[int, tuple[int, ...]], meter: ExpertMeter) -> None:
+    def __init__(self, config: Config, experts: Share, meter: ExpertMeter) -> None:
         if config.internal_tls is not None:
             load_internal(config.internal_tls, time.time())  # before a load of minutes
         spec = load_model_spec(config.model.path)
         form = choose_form(config.experts.dtype, config.model.dtype, spec, config.experts.device)
         index = load_checkpoint_index(config.model.path)
         began_s = time.monotonic()
-        weights = load_experts(index, spec, experts, form, config.experts.device, _Progress())
+        self._store = ExpertStore(index, spec, form, config.experts.device, experts)
+        self._store.load(experts, _Progress())
         meter.metrics.load.set(time.monotonic() - began_s)
-        meter.metrics.weights.set(weights.nbytes)
-        meter.metrics.held.set(sum(map(len, experts.values())))
-        self.bytes_read = weights.bytes_read
         self.form = form.value
         logger.info("experts: %s", self.form)
         self._meter = meter
+        self._compute = ExpertCompute(self._store.weights, config.experts.threads, on_rows=meter.gemms)
+        self._serve_held()
         self._server = ExpertServer(
-            ExpertCompute(weights, config.experts.threads, on_rows=meter.gemms).forward,
+            self._compute.forward,
             spec.hidden_size,
             model_id((config.model.path / "config.json").read_bytes(), spec.moe_layers),
             config.dispatch,
             config.internal_tls,
             meter=meter,
         )
+
+    @property
+    def held(self) -> Share:
+        """The experts that dispatches may ask for."""
+        return self._store.held
+
+    @property
+    def elastic(self) -> bool:
+        """Whether `load` and `drop` are possible."""
+        return self._store.elastic
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights that were read so far."""
+        return self._store.bytes_read
+
+    def nbytes_of(self, share: Share) -> int:
+        """Return the size in memory that a share has or would have."""
+        return self._store.nbytes_of(share)
+
+    def load(self, share: Share) -> None:
+        """Hold these experts too, while others are computed. One thread at a time may load or drop. Raises
+        CheckpointError, and then holds what it held before.
+        """
+        self._store.load(share)
+        self._serve_held()
+
+    def drop(self, share: Share) -> None:
+        """Hold these experts no more: a dispatch that asks for them is told that its placement is stale."""
+        self._store.drop(share)
+        self._serve_held()
+        self._store.release(share)
+
+    def _serve_held(self) -> None:
+        self._compute.serve(self._store.held)
+        self._meter.metrics.weights.set(self._store.nbytes)
+        self._meter.metrics.held.set(sum(map(len, self._store.held.values())))
 
     def measure(self) -> None:
         """Bring the metrics up to date, before a scrape."""

@@ -66,10 +66,15 @@ class LayerExperts:
         return torch.bfloat16 if self.form in _PACKED else self.gate_up.dtype
 
     @property
+    def expert_bytes(self) -> int:
+        """Return the size of one expert in memory."""
+        stacks = (self.gate_up, self.down, self.gate_up_scale, self.down_scale)
+        return sum(stack.nbytes // len(stack) for stack in stacks if stack is not None and len(stack))
+
+    @property
     def nbytes(self) -> int:
-        """Return the size in memory."""
-        tensors = (self.gate_up, self.down, self.gate_up_scale, self.down_scale)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        """Return the size in memory, if all are there."""
+        return self.expert_bytes * len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -101,26 +106,49 @@ def load_experts(
     truncated.
     """
     layers = {layer: empty_layer(spec, tuple(sorted(assignment[layer])), form, device) for layer in sorted(assignment)}
+    bytes_read = read_experts(index, spec, layers, assignment, on_progress)
+    return ExpertWeights(layers, spec.num_experts, bytes_read)
+
+
+def read_experts(
+    index: CheckpointIndex,
+    spec: ModelSpec,
+    layers: Mapping[int, LayerExperts],
+    share: Mapping[int, Sequence[int]],
+    on_progress: OnProgress | None = None,
+) -> int:
+    """Read a share of the experts (global ids by layer) into their places in `layers`, as `load_experts` does. Returns
+    the bytes that were read.
+    """
     reader = _Reader(index, spec, on_progress)
-    reader.read(layers)
-    return ExpertWeights(layers, spec.num_experts, reader.bytes_read)
+    reader.read(layers, share)
+    return reader.bytes_read
+
+
+def shapes_of(spec: ModelSpec, experts: int, form: Form) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of the stacks of a layer with so many experts: gate_up, down, and scales if there are."""
+    inner, hidden = spec.moe_intermediate_size, spec.hidden_size
+    if form is Form.PACKED_INT8:
+        return [
+            ((experts, 2 * inner, hidden + 4), torch.int8), ((experts, hidden, inner + 4), torch.int8),  # an int32 more
+            ((experts, 2 * inner), torch.float32), ((experts, hidden), torch.float32),
+        ]  # fmt: skip
+    stacks = [((experts, 2 * inner, hidden), _DTYPES[form]), ((experts, hidden, inner), _DTYPES[form])]
+    if form is Form.PACKED_FP8:
+        scales = ((experts, 2 * inner // 128, hidden // 128), (experts, hidden // 128, inner // 128))
+        return [*stacks, *((shape, torch.float32) for shape in scales)]
+    return [*stacks]
+
+
+def layer_of(spec: ModelSpec, ids: tuple[int, ...], form: Form, stacks: Sequence[torch.Tensor]) -> LayerExperts:
+    """Return a layer with room for `ids` in `stacks`, whose shapes are `shapes_of`."""
+    return LayerExperts(ids, form, spec.hidden_size, *stacks)
 
 
 def empty_layer(spec: ModelSpec, ids: tuple[int, ...], form: Form, device: str = "cpu") -> LayerExperts:
     """Return a layer with room for `ids` and nothing in it."""
-    held, inner, hidden = len(ids), spec.moe_intermediate_size, spec.hidden_size
-    dtype, extra = _DTYPES[form], 0
-    up_scale = down_scale = None
-    if form is Form.PACKED_INT8:
-        dtype, extra = torch.int8, 4  # a float32 or int32 per row, behind it
-        up_scale, down_scale = torch.empty(held, 2 * inner), torch.empty(held, hidden)
-    elif form is Form.PACKED_FP8:
-        up_scale = torch.empty(held, 2 * inner // 128, hidden // 128)
-        down_scale = torch.empty(held, hidden // 128, inner // 128)
-    return LayerExperts(
-        ids, form, hidden, torch.empty(held, 2 * inner, hidden + extra, dtype=dtype, device=device),
-        torch.empty(held, hidden, inner + extra, dtype=dtype, device=device), up_scale, down_scale,
-    )  # fmt: skip
+    stacks = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes_of(spec, len(ids), form)]
+    return layer_of(spec, ids, form, stacks)
 
 
 def store(layer: LayerExperts, local: int, gate_up_2IH: torch.Tensor, down_HI: torch.Tensor) -> None:
@@ -202,10 +230,11 @@ class _Reader:
         self._buffers = threading.local()
         self.bytes_read = self._total = 0
 
-    def read(self, layers: Mapping[int, LayerExperts]) -> None:
-        jobs = [
-            self._job(layer, number, local) for number, layer in layers.items() for local in range(len(layer.ids))
-        ]
+    def read(self, layers: Mapping[int, LayerExperts], share: Mapping[int, Sequence[int]]) -> None:
+        jobs = []
+        for number, experts in share.items():
+            place = {expert: local for local, expert in enumerate(layers[number].ids)}
+            jobs += [self._job(layers[number], number, place[expert]) for expert in experts]
         self._total = sum(tensor.nbytes for job in jobs for tensor in job.tensors)
         jobs.sort(key=lambda job: (job.tensors[0].name.shard, job.tensors[0].entry.begin))  # as disks like it
         try:

@@ -12,7 +12,6 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -23,11 +22,14 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Config
+from cluster.errors import DeepsplitError
 from cluster.plan.compute_processes import expert_process, plan_whole_host
 from cluster.plan.cores import CoreShare
 from cluster.plan.host_cores import this_host
+from cluster.plan.nodes import free_memory_bytes
 from cluster.plan.pools import Pool, expert_pools, spare_pools
 from deployments.directory.members import Assignment, HeartbeatReply
+from deployments.directory.replica import LONG_POLL_S
 from deployments.hosting.autoscaling import BUSY, spare_autoscaling
 from deployments.hosting.process_cores import ProcessCores, cores_folder, waiting_environment
 from deployments.hosting.scrape import scrape_process
@@ -37,12 +39,15 @@ from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import ExpertMetrics
 from routing.tokens.membership import WorkerMember
 from routing.tokens.placement import NO_TABLE
+from routing.tokens.share import Share, first_bytes, without
 
 if TYPE_CHECKING:
     from deployments.experts.host import ExpertHost
 
 NAME = "experts"
 JOIN_RETRY_S = 0.25
+_STEP_BYTES = 256 << 20  # of weights that are loaded at run time before the directory hears of them
+_LEAST_FREE_BYTES = 512 << 20  # of the host's memory, after such a step
 CALL_TIMEOUT_S = 5.0
 DIRECTORY_AWAY = (RayError, RayServeException, TimeoutError)
 
@@ -82,6 +87,7 @@ class ExpertWorker:
         self._directory = directory
         self._heartbeat_interval_s = config.experts.heartbeat_interval_s
         self._call_timeout_s = config.dispatch.call_timeout_s
+        self._hand_over_timeout_s = config.experts.hand_over_timeout_s
         self._seen = NO_TABLE
         self._plane_busy = 0.0
         self._failure: str | None = None
@@ -112,13 +118,18 @@ class ExpertWorker:
         self._host = await asyncio.to_thread(_load, config, assignment.experts, meter)
         registry.before_scrape(self._host.measure)
         address = self._host.start(config.experts.host or config.own_host(node))
-        self._member = dataclasses.replace(self._member, address=address, state="ready", form=self._host.form)
+        self._member = dataclasses.replace(
+            self._member, address=address, state="ready", form=self._host.form, held=self._host.held,
+            elastic=self._host.elastic,
+        )  # fmt: skip
         with contextlib.suppress(*DIRECTORY_AWAY):  # the next heartbeat will register it
             await self._register()
         logger.info(
             "expert worker ready at %s after %.1f s: slot %d, %.1f MiB read", address, time.monotonic() - started,
             assignment.slot, self._host.bytes_read / 2**20,
         )  # fmt: skip
+        if self._host.elastic:
+            self._obeying = asyncio.create_task(self._obey())
 
     async def _join(self, worker_id: str, pid: int, node: str, slots: range) -> Assignment:
         while True:
@@ -154,6 +165,47 @@ class ExpertWorker:
             except DIRECTORY_AWAY as error:
                 logger.warning("the directory is away (%s); serving goes on", type(error).__name__)
 
+    async def _obey(self) -> None:
+        """Hold what the directory wants this worker to hold, as long as it can."""
+        number = 0  # of what was obeyed last
+        while self._member.elastic:
+            try:
+                asked = self._directory.poll_keeps.remote(self._member.worker_id, number)
+                answer: tuple[int, Share] | None = await asyncio.wait_for(asked, LONG_POLL_S + CALL_TIMEOUT_S)
+                if answer is None:
+                    await asyncio.sleep(JOIN_RETRY_S)
+                    continue
+                number = 0 if await self._step_to(answer[1]) else answer[0]
+            except DIRECTORY_AWAY:
+                await asyncio.sleep(JOIN_RETRY_S)
+
+    async def _step_to(self, keeps: Share) -> bool:
+        """Drop what is not in `keeps`, or else load some of what is. Returns whether there may be more to do."""
+        host = self._host
+        extra, missing = without(host.held, keeps), first_bytes(without(keeps, host.held), _STEP_BYTES, host.nbytes_of)
+        if extra:
+            await asyncio.to_thread(host.drop, extra)
+            logger.info("dropped %d experts that others hold now", sum(map(len, extra.values())))
+        elif missing:
+            count, nbytes = sum(map(len, missing.values())), host.nbytes_of(missing)
+            if nbytes + _LEAST_FREE_BYTES > (free := free_memory_bytes()):
+                self._stay_as_is(f"{count} more experts have {nbytes >> 20} MiB, and {free >> 20} MiB are free")
+            else:
+                began_s = time.monotonic()
+                try:
+                    await asyncio.to_thread(host.load, missing)
+                except (DeepsplitError, OSError) as error:
+                    self._stay_as_is(str(error))
+                logger.info("loaded %d more experts, %d MiB in %.1f s", count, nbytes >> 20, time.monotonic() - began_s)
+        self._member = dataclasses.replace(self._member, held=host.held)
+        if extra or missing:
+            await self._register()
+        return bool(extra or missing)
+
+    def _stay_as_is(self, why: str) -> None:
+        logger.warning("this worker takes no more experts over: %s", why)
+        self._member = dataclasses.replace(self._member, elastic=False)
+
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Tell Serve what it needs when it sets the number of redundant workers."""
         return {BUSY: self._plane_busy}
@@ -171,14 +223,25 @@ class ExpertWorker:
         if self._failure is not None:
             raise RuntimeError(self._failure)
 
+    async def _hand_over(self) -> None:
+        """Serve on until other workers hold what only this one holds, and every attention replica knows."""
+        deadline = time.monotonic() + self._hand_over_timeout_s
+        while not await asyncio.wait_for(self._directory.retire.remote(self._member.worker_id), 1.0):
+            if time.monotonic() > deadline:
+                logger.warning("leaving, although no other worker holds all of this one's experts yet")
+                return
+            await asyncio.sleep(JOIN_RETRY_S)
+
     async def __del__(self) -> None:
-        beating = getattr(self, "_beating", None)
-        if beating is not None:
-            beating.cancel()
+        host = getattr(self, "_host", None)
         if hasattr(self, "_member"):
             with contextlib.suppress(*DIRECTORY_AWAY):
+                if host is not None and self._failure is None:
+                    await self._hand_over()
                 await asyncio.wait_for(self._directory.leave.remote(self._member.worker_id), 1.0)
-        host = getattr(self, "_host", None)
+        for task in (getattr(self, "_beating", None), getattr(self, "_obeying", None)):
+            if task is not None:
+                task.cancel()
         if host is not None:
             await asyncio.to_thread(host.stop, 1.0)
         if (cores := getattr(self, "_cores", None)) is not None:
@@ -188,7 +251,7 @@ class ExpertWorker:
             scrape.stop()
 
 
-def _load(config: Config, experts: Mapping[int, tuple[int, ...]], meter: ExpertMeter) -> ExpertHost:
+def _load(config: Config, experts: Share, meter: ExpertMeter) -> ExpertHost:
     """Load the weights. Called in a thread, because the event loop must go on with heartbeats; imports torch there."""
     from deployments.experts.host import ExpertHost
 
@@ -230,7 +293,7 @@ def _deployment(
         logging_config=config.logging.of_serve,
         health_check_period_s=1.0,
         health_check_timeout_s=10.0,
-        graceful_shutdown_timeout_s=3.0,
+        graceful_shutdown_timeout_s=experts.hand_over_timeout_s + 3.0,
         graceful_shutdown_wait_loop_s=0.1,
         max_constructor_retry_count=2 * len(pool.slots),  # Serve counts over all replicas
     )

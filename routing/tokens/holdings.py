@@ -9,12 +9,12 @@ Legend: L MoE layers, E experts of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-Share = Mapping[int, Sequence[int]]  # layer -> expert ids
+from routing.tokens.share import Share
 
 
 @dataclass
@@ -51,9 +51,11 @@ class Holdings:
         self.tables += bool(worker.listed_LE.any())
         self._list()
 
-    def touch(self) -> None:
-        """Something else of the table has changed, such as an address."""
-        self.tables += 1
+    def renumber(self, least: int) -> None:
+        """Make the present table a new one, with the number `least` at least: something else of it has changed, such as
+        an address, or somebody knows a table of an earlier directory with a greater number.
+        """
+        self.tables = max(self.tables + 1, least)
 
     def want(self, worker_id: str, wanted_LE: np.ndarray) -> None:
         """Change what a worker is wanted to hold."""

@@ -18,8 +18,9 @@ from typing import Literal
 import numpy as np
 
 from monitoring.discovery import ScrapeTarget
-from routing.tokens.holdings import Holdings, Share
+from routing.tokens.holdings import Holdings
 from routing.tokens.placement import NO_TABLE, PlacementTable, Stamp, WorkerEndpoint
+from routing.tokens.share import Share
 
 State = Literal["loading", "ready", "leaving"]
 
@@ -109,7 +110,7 @@ class Membership:
             if before.state == "leaving":
                 member = replace(member, state="leaving")
             if before.address != member.address and before.address:
-                self._holdings.touch()
+                self._holdings.renumber(0)
             self._members[member.worker_id] = replace(member, last_heartbeat_s=now_s)
         if member.state != "loading":
             self._holdings.hold(member.worker_id, self._holdings.mask(member.held))
@@ -118,8 +119,12 @@ class Membership:
         return True
 
     def observe(self, seen: Stamp) -> None:
-        """Take note that somebody has seen a table with this stamp; NO_TABLE: none."""
-        self._has_predecessor |= seen.incarnation not in (NO_TABLE.incarnation, self._incarnation)
+        """Take note that somebody has seen a table with this stamp; NO_TABLE: none. Our numbers go on from there."""
+        if seen.incarnation in (NO_TABLE.incarnation, self._incarnation):
+            return
+        self._has_predecessor = True
+        if seen.n > self._holdings.tables:
+            self._holdings.renumber(seen.n)
 
     def heartbeat(self, worker_id: str, busy: float, now_s: float) -> bool:
         """Record a sign of life. Returns False if the worker is not known (any more): it must register again."""
@@ -131,15 +136,15 @@ class Membership:
 
     def retire(self, worker_id: str) -> bool:
         """Have a worker's experts move to others, because it is about to leave. Returns whether it may: nobody needs it
-        any more. Ask again until it may.
+        any more, or nobody can take them. Ask again until it may.
         """
         member = self._members.get(worker_id)
-        if member is None:
+        if member is None or member.state == "loading":
             return True
-        if member.state == "ready":
-            self._members[worker_id] = replace(member, state="leaving")
-            self._want()
-        return member.state == "loading" or not self._holdings.keeps(worker_id).any()
+        self._members[worker_id] = replace(member, state="leaving")
+        self._want()
+        takers = any(other.state == "ready" and other.elastic for other in self._members.values())
+        return not takers or not self._holdings.keeps(worker_id).any()
 
     def leave(self, worker_id: str) -> None:
         """Remove a worker that ends in good order."""
@@ -251,7 +256,7 @@ def _with_orphans(
     (again), else to the one with the fewest experts of the layer. Returns what each is wanted to hold with them.
     """
     taken = {worker_id: wanted_LE.copy() for worker_id, wanted_LE in wanted.items()}
-    for layer in orphans_LE.any(axis=1).nonzero()[0].tolist():
+    for layer in np.flatnonzero(orphans_LE.any(axis=1)).tolist():
         count = {worker_id: int(wanted_LE[layer].sum()) for worker_id, wanted_LE in wanted.items()}
         for expert in orphans_LE[layer].nonzero()[0].tolist():
             taker = min(count, key=lambda one: (not has[one][layer, expert], count[one]))
