@@ -129,7 +129,7 @@ class DirectoryMetrics:
         )
         self.worker_events = Counter(
             "deepsplit_expert_worker_events", "Expert workers that joined, became ready, left in good order, or were "
-            "lost (fell silent).", ["event"], registry=registry,
+            "lost (ended or fell silent).", ["event"], registry=registry,
         )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from deployments.directory.members import (
 )
 from deployments.directory.ray_agents import RayAgents
 from deployments.directory.registry import Registry
+from deployments.directory.worker_watch import WorkerWatch
 from deployments.hosting.scrape import scrape_process
 from deployments.hosting.serve_logs import start_logging
 from monitoring.discovery import ScrapeTarget
@@ -79,6 +80,7 @@ class Directory:
             self._metrics.worker_events.labels(event)
         self._scrape = scrape_process(process, "directory", "", node, config)
         self._agents = RayAgents()
+        self._watch = WorkerWatch(config.dispatch, config.internal_tls, self._worker_ended)
 
     # --- expert workers ---
 
@@ -253,10 +255,14 @@ class Directory:
         self._membership.expire(now_s)
         self._registry.expire(now_s)
 
+    def _worker_ended(self, worker_id: str) -> None:
+        self._membership.lose(worker_id)
+        self._publish_table()
+
     def _on_lost(self, member: WorkerMember) -> None:
         self._metrics.worker_events.labels("lost").inc()
         fields = {"worker_id": member.worker_id, "worker_pid": member.pid, "worker_node": member.node}
-        logger.warning("an expert worker fell silent", extra={"fields": fields})
+        logger.warning("an expert worker is lost", extra={"fields": fields})
         self._update_metrics()
 
     def _publish_table(self) -> None:
@@ -270,7 +276,9 @@ class Directory:
         """Bring the view up to date, and the metrics with it; wake the gateways that wait for a view."""
         now = time.monotonic()
         self._expire(now)
-        workers = [member.scrape for member in self._membership.members() if member.scrape is not None]
+        members = self._membership.members()
+        self._watch.watch({member.worker_id: member.address for member in members if member.address})
+        workers = [member.scrape for member in members if member.scrape is not None]
         self._agents.refresh(now)
         if self._registry.update_view([self._scrape.target, *workers, *self._agents.targets]):
             self._view_changed.set()

@@ -56,7 +56,7 @@ class Membership:
         on_lost: Callable[[WorkerMember], None] = lambda member: None,
     ) -> None:
         """`shares`: by slot. `incarnation`: of the directory, unlike that of any other. `on_lost` is called with each
-        worker that fell silent, whichever event shows it.
+        worker that fell silent or ended, whichever event shows it.
         """
         layers = sorted({layer for share in shares for layer in share})
         experts = 1 + max((max(ids, default=-1) for share in shares for ids in share.values()), default=-1)
@@ -151,11 +151,17 @@ class Membership:
         self._remove(worker_id)
         self._want()
 
-    def expire(self, now_s: float) -> None:
-        """Remove the workers that have been silent for too long. To be called before a query."""
-        for member in [m for m in self._members.values() if now_s - m.last_heartbeat_s > self._timeout_s]:
-            self.leave(member.worker_id)
+    def lose(self, worker_id: str) -> None:
+        """Remove a worker whose end was noticed."""
+        member = self._members.get(worker_id)
+        if member is not None:
+            self.leave(worker_id)
             self._on_lost(member)
+
+    def expire(self, now_s: float) -> None:
+        """Lose the workers that have been silent for too long. To be called before a query."""
+        for member in [m for m in self._members.values() if now_s - m.last_heartbeat_s > self._timeout_s]:
+            self.lose(member.worker_id)
         self._publish(now_s)
 
     def followed(self, stamps: Iterable[Stamp]) -> None:

@@ -1,0 +1,73 @@
+"""Notices at once that an expert worker's process has ended, seconds before its heartbeats are missed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+
+import grpc
+
+from cluster.config import DispatchConfig, InternalTlsConfig
+from cluster.tls.grpc_credentials import ExpertChannels
+from routing.tokens.channel import channel_options
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 1.0
+
+
+class WorkerWatch:
+    """Keeps a connection to each worker's port. One that breaks, to a port that then refuses another, was the process's
+    end; a worker that is stopped, cut off or slow is left to the heartbeats. To be used on one event loop.
+    """
+
+    def __init__(
+        self, settings: DispatchConfig, tls: InternalTlsConfig | None, ended: Callable[[str], None]
+    ) -> None:
+        """`ended` is called with the id of a worker whose process is gone. Raises StartupError when the files of `tls`
+        cannot be used.
+        """
+        self._settings = settings
+        self._channels = None if tls is None else ExpertChannels(tls)
+        self._ended = ended
+        self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
+
+    def watch(self, addresses: Mapping[str, str]) -> None:
+        """Watch these workers (address, host:port, by id) and no others."""
+        wanted = set(addresses.items())
+        for key in self._tasks.keys() - wanted:
+            self._tasks.pop(key).cancel()
+        for key in wanted - self._tasks.keys():
+            self._tasks[key] = asyncio.get_running_loop().create_task(self._watch(*key))
+
+    async def _watch(self, worker_id: str, address: str) -> None:
+        while True:
+            with contextlib.suppress(grpc.RpcError, OSError):
+                async with self._channel(address) as channel:
+                    await channel.channel_ready()
+                    await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+            if await self._refused(address):
+                self._ended(worker_id)
+                return
+            await asyncio.sleep(_RETRY_S)
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        options: list[tuple[str, str | int]] = [*channel_options(self._settings)]
+        if self._channels is None:
+            return grpc.aio.insecure_channel(address, options)
+        options += self._channels.options()
+        return grpc.aio.secure_channel(address, self._channels.credentials(), options)
+
+    async def _refused(self, address: str) -> bool:
+        host, port = address.rsplit(":", 1)
+        try:
+            async with asyncio.timeout(self._settings.connect_timeout_s):
+                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+        except ConnectionRefusedError:
+            return True
+        except (OSError, TimeoutError):
+            return False
+        writer.close()
+        return False

@@ -1,0 +1,75 @@
+"""The end of a real process is noticed at once; a stopped one is not taken for it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.config import DispatchConfig
+from deployments.directory.worker_watch import WorkerWatch
+
+
+@pytest.fixture
+def worker() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.unit.routing.tokens.worker_process", "0", "0", "32", "m"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    yield process, process.stdout.readline().strip()
+    process.kill()
+    process.communicate()
+
+
+async def until(happened: list[str], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+
+
+def test_a_killed_worker_is_noticed_at_once(worker: tuple[subprocess.Popen[str], str]) -> None:
+    process, address = worker
+
+    async def scenario() -> None:
+        ended: list[str] = []
+        watch = WorkerWatch(DispatchConfig(), None, ended.append)
+        watch.watch({"a": address})
+        watch.watch({"a": address})  # again changes nothing
+        await asyncio.sleep(0.5)
+        assert ended == []
+        process.kill()
+        process.wait()
+        await until(ended, 3.0)
+        assert ended == ["a"]
+        watch.watch({})
+
+    asyncio.run(scenario())
+
+
+def test_a_stopped_or_forgotten_worker_has_not_ended(worker: tuple[subprocess.Popen[str], str]) -> None:
+    process, address = worker
+
+    async def scenario() -> None:
+        ended: list[str] = []
+        settings = DispatchConfig(keepalive_interval_s=1.0, keepalive_timeout_s=0.5, connect_timeout_s=0.5)
+        watch = WorkerWatch(settings, None, ended.append)
+        watch.watch({"a": address})
+        await asyncio.sleep(0.3)
+        os.kill(process.pid, signal.SIGSTOP)
+        await until(ended, 4.0)  # pings go unanswered meanwhile, and the connection is given up
+        os.kill(process.pid, signal.SIGCONT)
+        assert ended == []
+        watch.watch({})
+        process.kill()
+        process.wait()
+        await until(ended, 1.0)
+        assert ended == []
+
+    asyncio.run(scenario())
