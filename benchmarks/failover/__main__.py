@@ -1,0 +1,149 @@
+"""Expert workers of the demo model killed or stopped while clients stream: failed requests, other tokens, gaps.
+
+The whole product, started as `deepsplit up` starts it, in float32, where tokens can be compared. A gap is the longest
+time that a stream got no token, from the fault until the workers are whole again. `python -m benchmarks.failover --help`
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.failover.streams import MODEL, Streams, now_s
+from benchmarks.measuring.free_port import free_port
+
+_DEMO = Path(__file__).parents[2] / "models" / "demo"
+_COMMAND = (sys.executable, "-m", "cluster.cli")
+_WHOLE_S = 90.0  # the longest wait for the replacement of a worker
+_FAULTS = ("kill", "stop")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One fault, several times under one load."""
+
+    fault: str
+    replicas_per_expert: int
+    times: int
+    requests: int
+    failed: Mapping[str, int]
+    gaps_s: list[float]  # sorted, of all streams that were open
+    whole_s: list[float]  # sorted: until every worker was there again
+
+
+class Application:
+    """`deepsplit up --detach` and `down`, in a world of its own."""
+
+    def __init__(self, folder: Path, workers: int, replicas: int) -> None:
+        (folder / "run").mkdir(mode=0o700)
+        self._environment = os.environ | {"XDG_RUNTIME_DIR": str(folder / "run")}
+        config = {
+            "model": {"path": str(_DEMO), "name": MODEL, "dtype": "float32"},
+            "attention": {"kv_cache_gib": 0.25, "max_model_len": 1024},
+            "experts": {"workers": workers, "replicas_per_expert": replicas},
+            "gateway": {"port": free_port(), "grpc_port": None},
+        }
+        self._config = folder / "failover.yaml"
+        self._config.write_text(json.dumps(config))  # JSON is YAML
+
+    def __enter__(self) -> Application:
+        subprocess.run([*_COMMAND, "up", str(self._config), "--detach"], env=self._environment, check=True,
+                       stdout=subprocess.DEVNULL)  # fmt: skip
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        subprocess.run([*_COMMAND, "down"], env=self._environment, check=True, stdout=subprocess.DEVNULL)
+
+    def status(self) -> dict[str, Any]:
+        """`deepsplit status --json`."""
+        told = subprocess.check_output([*_COMMAND, "status", "--json"], env=self._environment)
+        report: dict[str, Any] = json.loads(told)
+        return report
+
+    def ready(self) -> list[dict[str, Any]]:
+        """The workers that are ready."""
+        return [worker for worker in self.status()["experts"] if worker["state"] == "ready"]
+
+
+async def strike(app: Application, fault: str, times: int, workers: int, replicas: int, clients: int) -> Outcome:
+    """Do it `times` times, each at a random moment with all workers there."""
+    gaps: list[float] = []
+    whole: list[float] = []
+    async with Streams(app.status()["gateway"]["rest"], clients) as streams:
+        moments = []
+        for _ in range(times):
+            await asyncio.sleep(2 + 2 * random.random())
+            victim = random.choice(await asyncio.to_thread(app.ready))
+            struck_s = now_s()
+            os.kill(victim["pid"], signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+            while now_s() - struck_s < _WHOLE_S:
+                await asyncio.sleep(0.5)
+                ready = await asyncio.to_thread(app.ready)
+                if len(ready) == workers and victim["id"] not in [worker["id"] for worker in ready]:
+                    break
+            if fault == "stop":
+                try:
+                    os.kill(victim["pid"], signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+            whole.append(now_s() - struck_s)
+            moments.append((struck_s, now_s()))
+    for struck_s, whole_s in moments:
+        gaps += streams.longest_gaps(struck_s, whole_s)
+    tally = streams.tally
+    requests = tally.answered + tally.failed.total()
+    return Outcome(fault, replicas, times, requests, dict(tally.failed), sorted(gaps), sorted(whole))
+
+
+def report(one: Outcome) -> None:
+    """Print one line of the table."""
+    def at(values: list[float], part: float) -> float:
+        return values[min(len(values) - 1, int(part * len(values)))] if values else float("nan")
+
+    print(f"{one.fault:<6}{one.replicas_per_expert:>9}{one.times:>7}{one.requests:>10}{sum(one.failed.values()):>8}"
+          f"{len(one.gaps_s):>9}{at(one.gaps_s, 0.5):>9.2f}{at(one.gaps_s, 0.99):>8.2f}{at(one.gaps_s, 1):>8.2f}"
+          f"{at(one.whole_s, 0.5):>9.1f}  {'; '.join(f'{why}: {count}' for why, count in one.failed.items())}",
+          flush=True)  # fmt: skip
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=20, help="times that each fault happens")
+    parser.add_argument("--clients", type=int, default=4, help="streams at once")
+    parser.add_argument("--workers", type=int, default=2, help="expert workers")
+    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2], help="experts.replicas_per_expert")
+    parser.add_argument("--fault", choices=_FAULTS, nargs="+", default=_FAULTS, help="only these")
+    parser.add_argument("--json", action="store_true", help="every value, as JSON")
+    args = parser.parse_args()
+    outcomes = []
+    if not args.json:
+        print(f"{'fault':<6}{'replicas':>9}{'times':>7}{'requests':>10}{'failed':>8}{'streams':>9}{'gap p50':>9}{'p99':>8}"
+              f"{'max, s':>8}{'whole, s':>9}  what clients saw", flush=True)  # fmt: skip
+    for replicas in args.replicas:
+        with tempfile.TemporaryDirectory(prefix="dsplit-", dir="/tmp") as folder:
+            with Application(Path(folder), args.workers, replicas) as app:
+                for fault in args.fault:
+                    one = asyncio.run(strike(app, fault, args.times, args.workers, replicas, args.clients))
+                    outcomes.append(one)
+                    if not args.json:
+                        report(one)
+            time.sleep(1)
+    if args.json:
+        print(json.dumps([asdict(one) for one in outcomes]))
+
+
+if __name__ == "__main__":
+    main()
