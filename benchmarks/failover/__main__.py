@@ -1,13 +1,15 @@
 """Expert workers of the demo model killed or stopped while clients stream: failed requests, other tokens, gaps.
 
 The whole product, started as `deepsplit up` starts it, in float32, where tokens can be compared. A gap is the longest
-time that a stream got no token, from the fault until the workers are whole again. `python -m benchmarks.failover --help`
+time that a stream got no token, from the fault until the workers are whole again.
+`python -m benchmarks.failover --help`
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -94,10 +96,8 @@ async def strike(app: Application, fault: str, times: int, workers: int, replica
                 if len(ready) == workers and victim["id"] not in [worker["id"] for worker in ready]:
                     break
             if fault == "stop":
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(victim["pid"], signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
             whole.append(now_s() - struck_s)
             moments.append((struck_s, now_s()))
     for struck_s, whole_s in moments:
@@ -130,8 +130,8 @@ def main() -> None:
     args = parser.parse_args()
     outcomes = []
     if not args.json:
-        print(f"{'fault':<6}{'replicas':>9}{'times':>7}{'requests':>10}{'failed':>8}{'streams':>9}{'gap p50':>9}{'p99':>8}"
-              f"{'max, s':>8}{'whole, s':>9}  what clients saw", flush=True)  # fmt: skip
+        print(f"{'fault':<6}{'replicas':>9}{'times':>7}{'requests':>10}{'failed':>8}{'streams':>9}{'gap p50':>9}"
+              f"{'p99':>8}{'max, s':>8}{'whole, s':>9}  what clients saw", flush=True)  # fmt: skip
     for replicas in args.replicas:
         with tempfile.TemporaryDirectory(prefix="dsplit-", dir="/tmp") as folder:
             with Application(Path(folder), args.workers, replicas) as app:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections import Counter
@@ -55,7 +56,7 @@ class Streams:
                 before = max(at_s for at_s in times if at_s <= since_s)
                 after = min((at_s for at_s in times if at_s >= until_s), default=inside[-1] if inside else before)
                 edges = [before, *inside, after]
-                gaps.append(max(later - sooner for sooner, later in zip(edges, edges[1:], strict=False)))
+                gaps.append(max(later - sooner for sooner, later in itertools.pairwise(edges)))
         return gaps
 
     async def _client(self, number: int) -> None:
