@@ -57,6 +57,8 @@ class ExpertsConfig(Section):
                                                           "cluster with room for them.")
     max_per_node: int | None = Field(None, ge=1, description="Most expert workers on one node; Ray spreads them over "
                                                              "the nodes as evenly as it can if not set.")
+    take_over: bool = Field(True, description="Whether CPU workers load, while they serve, experts that no other "
+                                              "worker holds any more or is to hold on to, as far as memory is free.")
     hand_over_timeout_s: float = Field(60.0, ge=0, description="How long a worker that is stopped goes on serving "
                                                                "until other workers hold what only it holds.")
     heartbeat_interval_s: float = Field(1.0, gt=0, description="How often a worker reports to the directory.")

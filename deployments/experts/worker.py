@@ -120,7 +120,7 @@ class ExpertWorker:
         address = self._host.start(config.experts.host or config.own_host(node))
         self._member = dataclasses.replace(
             self._member, address=address, state="ready", form=self._host.form, held=self._host.held,
-            elastic=self._host.elastic,
+            elastic=self._host.elastic and config.experts.take_over,
         )  # fmt: skip
         with contextlib.suppress(*DIRECTORY_AWAY):  # the next heartbeat will register it
             await self._register()
@@ -128,7 +128,7 @@ class ExpertWorker:
             "expert worker ready at %s after %.1f s: slot %d, %.1f MiB read", address, time.monotonic() - started,
             assignment.slot, self._host.bytes_read / 2**20,
         )  # fmt: skip
-        if self._host.elastic:
+        if self._member.elastic:
             self._obeying = asyncio.create_task(self._obey())
 
     async def _join(self, worker_id: str, pid: int, node: str, slots: range) -> Assignment:
@@ -168,7 +168,7 @@ class ExpertWorker:
     async def _obey(self) -> None:
         """Hold what the directory wants this worker to hold, as long as it can."""
         number = 0  # of what was obeyed last
-        while self._member.elastic:
+        while True:
             try:
                 asked = self._directory.poll_keeps.remote(self._member.worker_id, number)
                 answer: tuple[int, Share] | None = await asyncio.wait_for(asked, LONG_POLL_S + CALL_TIMEOUT_S)
@@ -180,13 +180,15 @@ class ExpertWorker:
                 await asyncio.sleep(JOIN_RETRY_S)
 
     async def _step_to(self, keeps: Share) -> bool:
-        """Drop what is not in `keeps`, or else load some of what is. Returns whether there may be more to do."""
+        """Drop what is not in `keeps`, or else load some of what is, and say so. Returns False if there was nothing to
+        do.
+        """
         host = self._host
         extra, missing = without(host.held, keeps), first_bytes(without(keeps, host.held), _STEP_BYTES, host.nbytes_of)
         if extra:
             await asyncio.to_thread(host.drop, extra)
             logger.info("dropped %d experts that others hold now", sum(map(len, extra.values())))
-        elif missing:
+        elif missing and self._member.elastic:
             count, nbytes = sum(map(len, missing.values())), host.nbytes_of(missing)
             if nbytes + _LEAST_FREE_BYTES > (free := free_memory_bytes()):
                 self._stay_as_is(f"{count} more experts have {nbytes >> 20} MiB, and {free >> 20} MiB are free")
@@ -196,11 +198,14 @@ class ExpertWorker:
                     await asyncio.to_thread(host.load, missing)
                 except (DeepsplitError, OSError) as error:
                     self._stay_as_is(str(error))
-                logger.info("loaded %d more experts, %d MiB in %.1f s", count, nbytes >> 20, time.monotonic() - began_s)
+                else:
+                    took_s = time.monotonic() - began_s
+                    logger.info("loaded %d more experts, %d MiB in %.1f s", count, nbytes >> 20, took_s)
+        else:
+            return False
         self._member = dataclasses.replace(self._member, held=host.held)
-        if extra or missing:
-            await self._register()
-        return bool(extra or missing)
+        await self._register()
+        return True
 
     def _stay_as_is(self, why: str) -> None:
         logger.warning("this worker takes no more experts over: %s", why)

@@ -7,7 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from cluster.errors import CheckpointError
 from deployments.experts.worker import ExpertWorker
+from routing.tokens.membership import WorkerMember
+from routing.tokens.share import Share, without
 
 
 class _Worker(ExpertWorker):
@@ -38,3 +41,71 @@ def test_a_worker_whose_kernel_hangs_is_replaced() -> None:
     hung._host.computing_s = lambda: 0.0  # type: ignore[method-assign]
     with pytest.raises(RuntimeError):  # Serve asks several times before it acts
         asyncio.run(hung.check_health())
+
+
+# --- what the directory wants ---
+
+
+class Host:
+    """Holds what it is told, in memory that is never short."""
+
+    def __init__(self, held: Share) -> None:
+        self.held = held
+        self.steps: list[tuple[str, Share]] = []
+        self.broken = False
+
+    def nbytes_of(self, share: Share) -> int:
+        return sum(map(len, share.values())) << 20
+
+    def load(self, share: Share) -> None:
+        if self.broken:
+            raise CheckpointError("shard is gone")
+        self.steps.append(("load", share))
+        self.held = {layer: (*self.held.get(layer, ()), *ids) for layer, ids in share.items()}
+
+    def drop(self, share: Share) -> None:
+        self.steps.append(("drop", share))
+        self.held = without(self.held, share)
+
+
+def obeying(host: Host, told: list[Share]) -> ExpertWorker:
+    """A worker with this host; what it says that it holds goes into `told`."""
+    made = object.__new__(_Worker)
+    made._host = host  # type: ignore[assignment]
+    made._member = WorkerMember("w", 0, 1, "n", "n:1", "ready", held=host.held, elastic=True)
+
+    async def register() -> None:
+        told.append(made._member.held)
+
+    made._register = register  # type: ignore[method-assign]
+    return made
+
+
+def test_a_worker_drops_first_and_says_after_each_step_what_it_holds() -> None:
+    host, told = Host({1: (0, 1)}), list[Share]()
+    one = obeying(host, told)
+    keeps: Share = {1: (1, 2, 3)}
+
+    async def scenario() -> None:
+        while await one._step_to(keeps):
+            pass
+
+    asyncio.run(scenario())
+    assert host.steps == [("drop", {1: (0,)}), ("load", {1: (2, 3)})]
+    assert told == [{1: (1,)}, {1: (1, 2, 3)}]
+    assert one._member.elastic
+
+
+@pytest.mark.parametrize("trouble", ["no room", "broken shard"])
+def test_a_worker_that_cannot_load_more_says_so_and_serves_on(monkeypatch: pytest.MonkeyPatch, trouble: str) -> None:
+    host, told = Host({1: (0,)}), list[Share]()
+    host.broken = trouble == "broken shard"
+    if trouble == "no room":
+        monkeypatch.setattr("deployments.experts.worker.free_memory_bytes", lambda: 100 << 20)
+    one = obeying(host, told)
+    asyncio.run(one._step_to({1: (0, 1)}))
+    assert (one._member.elastic, one._member.held) == (False, {1: (0,)})
+    assert told == [{1: (0,)}]
+    assert not asyncio.run(one._step_to({1: (0, 1)}))  # not again
+    assert asyncio.run(one._step_to({}))  # but it still drops
+    assert one._member.held == {}
