@@ -18,11 +18,16 @@ from cluster.keys.file import tenant_name_fault
 from cluster.launch.launcher import BUILDER, down, grpc_target, rest_url, status, up, up_detached
 from cluster.launch.state import ClusterState, StateFolder
 from cluster.launch.supervisor import Stopped
+from cluster.plan.bandwidth import bandwidth_gb_per_s
 from cluster.plan.checks import check_files, check_model, load_model, plan_for, validate
+from cluster.plan.host_cores import this_host
 from cluster.plan.plan import to_json
+from cluster.plan.step_time import GFLOP_PER_S, HostSpeed
 from cluster.plan.text import plan_text
 
 _DEFAULTS = (Path("deepsplit.yaml"), Path("examples/local.yaml"))
+_NETWORK_GB_PER_S = 1.25
+_SPEED = click.FloatRange(0, min_open=True)
 _CONFIG = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -60,14 +65,28 @@ def validate_command(config_file: Path) -> None:
 @cli.command("plan")
 @click.argument("config_file", metavar="CONFIG", type=_CONFIG)
 @click.option("--nodes", "nodes_file", metavar="FILE", type=_CONFIG, help="YAML list of the nodes that there are.")
+@click.option("--cores", type=click.IntRange(1), help="Cores of a host; this one's without.")
+@click.option("--bandwidth", type=_SPEED, metavar="GB/S", help="Memory bandwidth of a host; this one's is measured.")
+@click.option("--network", type=_SPEED, metavar="GB/S", help="Network of a host, each way; 1.25 without (10 Gbit/s).")
+@click.option("--gflops", type=_SPEED, metavar="GFLOP/S", help="Matrix products of a core; 400 without (AVX-512).")
 @click.option("--json", "as_json", is_flag=True, help="All of it, as JSON, sizes in bytes.")
-def plan_command(config_file: Path, nodes_file: Path | None, as_json: bool) -> None:
-    """Show what CONFIG would run where, memory, traffic, and whether it fits.
+def plan_command(
+    config_file: Path, nodes_file: Path | None, cores: int | None, bandwidth: float | None, network: float | None,
+    gflops: float | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Show what CONFIG would run where, memory, traffic, whether it fits, and what a decode step would take.
 
-    Without --nodes, a local cluster is held against this machine's free memory.
+    Without --nodes, a local cluster is held against this machine's free memory. Steps are estimated for hosts like this
+    one, unless the options say what another has.
     """
     config = load_config(config_file)
-    plan = plan_for(config, load_model(config)[0], nodes_file)
+    spec = load_model(config)[0]
+    here = len(this_host().all)
+    speed = HostSpeed(
+        cores or here, bandwidth or bandwidth_gb_per_s(here), gflops or GFLOP_PER_S,
+        None if config.ray.address is None and nodes_file is None else network or _NETWORK_GB_PER_S,
+    )  # fmt: skip
+    plan = plan_for(config, spec, nodes_file, speed)
     click.echo(to_json(plan) if as_json else plan_text(plan))
     plan.check()
 

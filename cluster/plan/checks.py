@@ -15,6 +15,7 @@ from cluster.plan.local_node import node_labels, node_resources
 from cluster.plan.nodes import NodeSpec, load_nodes, this_machine
 from cluster.plan.plan import Plan, make_plan
 from cluster.plan.shares import split_shares
+from cluster.plan.step_time import HostSpeed
 from cluster.tls.certificates import KeyPair, load_internal, load_public
 
 
@@ -93,15 +94,19 @@ def _expiry(pair: KeyPair, now_s: float) -> str:
     return f"certificate and key fit, valid for {(pair.not_after_s - now_s) / 86400:.1f} more days"
 
 
-def plan_for(config: Config, spec: ModelSpec, nodes_file: Path | None = None) -> Plan:
-    """The plan for the described nodes; else for this machine, if the cluster is to be local; else for none."""
+def plan_for(
+    config: Config, spec: ModelSpec, nodes_file: Path | None = None, speed: HostSpeed | None = None
+) -> Plan:
+    """The plan for the described nodes; else for this machine, if the cluster is to be local; else for none. `speed`:
+    of each host, if steps are to be estimated.
+    """
     nodes: tuple[NodeSpec, ...] = ()
     if nodes_file is not None:
         nodes = load_nodes(nodes_file)
     elif config.ray.address is None:
         here = this_machine(node_labels(config), node_resources(config))
-        return make_plan(config, spec, (here,), {here.name: this_host()})
-    return make_plan(config, spec, nodes)
+        return make_plan(config, spec, (here,), {here.name: this_host()}, speed)
+    return make_plan(config, spec, nodes, speed=speed)
 
 
 def check_model(config: Config) -> None:

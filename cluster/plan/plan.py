@@ -17,6 +17,7 @@ from cluster.plan.fit import Need, place
 from cluster.plan.nodes import GIB, NodeSpec
 from cluster.plan.pools import expert_pools
 from cluster.plan.shares import split_shares
+from cluster.plan.step_time import HostSpeed, StepSizes, StepTime, step_times, workers_and_hosts_per_row
 from cluster.plan.wire_traffic import DTYPE_BYTES, WireTraffic, expected_workers, wire_traffic
 
 # Resident memory before any weight, measured on CPU hosts: one engine is three processes that import vLLM (3.5 GB);
@@ -73,6 +74,9 @@ class Plan:
     kv_cache_tokens: int | None  # per CPU attention replica; None on GPUs
     shortfalls: tuple[str, ...]
     cores: tuple[CoreShare, ...]  # of the processes on nodes whose cores are known
+    hosts_per_token: float | None  # expected number of hosts that a token meets per layer; None: hosts are not known
+    speed: HostSpeed | None  # that the steps are estimated for
+    steps: tuple[StepTime, ...]  # of one attention replica; empty where GPUs compute experts, or no speed is known
 
     def check(self) -> None:
         """Raises PlanError, with every shortfall and its fix, if something does not fit."""
@@ -81,11 +85,16 @@ class Plan:
 
 
 def make_plan(
-    config: Config, spec: ModelSpec, nodes: Sequence[NodeSpec], hosts: Mapping[str, HostCores] | None = None
+    config: Config,
+    spec: ModelSpec,
+    nodes: Sequence[NodeSpec],
+    hosts: Mapping[str, HostCores] | None = None,
+    speed: HostSpeed | None = None,
 ) -> Plan:
     """Raises PlanError when the experts cannot be divided as asked; what does not fit is in `shortfalls`.
 
-    `hosts`: the cores of nodes, by name, where they are known better than from the node's description.
+    `hosts`: the cores of nodes, by name, where they are known better than from the node's description. `speed`: of each
+    host, for an estimate of decode steps.
     """
     model = model_facts(config, spec)
     held = split_shares(spec.num_experts, config.experts.worker_shares(), config.experts.replicas_per_expert)
@@ -111,7 +120,46 @@ def make_plan(
     workers = tuple(WorkerExperts(f"experts-{i}", len(ids), ids) for i, ids in enumerate(held))
     tokens = kv_bytes // model.kv_bytes_per_token if kv_bytes else None
     cores = _cores(config, needs, nodes, hosts or {})
-    return Plan(model, needs, workers, wire, tuple(nodes), tokens, shortfalls, cores)
+    counts = [len(ids) for ids in held]
+    # Where no nodes are known, each worker is taken to have a host of its own.
+    where = [need.node or need.name for need in needs if need.role == "experts"]
+    hosts_met = workers_and_hosts_per_row(
+        counts, where, spec.num_experts, spec.top_k, config.experts.replicas_per_expert
+    )[1]
+    steps = () if speed is None else _steps(config, spec, model, wire, counts, where, speed)
+    return Plan(
+        model, needs, workers, wire, tuple(nodes), tokens, shortfalls, cores, hosts_met if nodes else None, speed, steps
+    )
+
+
+def _steps(
+    config: Config,
+    spec: ModelSpec,
+    model: ModelFacts,
+    wire: WireTraffic,
+    counts: Sequence[int],
+    where: Sequence[str],
+    speed: HostSpeed,
+) -> tuple[StepTime, ...]:
+    pools = [pool.experts for pool in expert_pools(config.experts) for _ in pool.slots]
+    if any(pool.device == "cuda" for pool in pools):
+        return ()
+    embedding_bytes = spec.vocab_size * spec.hidden_size * DTYPE_BYTES[model.dtype]  # a row of it is read, not all
+    sizes = StepSizes(
+        attention_bytes=max(0, model.attention_weight_bytes - embedding_bytes),
+        attention_params=max(0, spec.attention_params - spec.vocab_size * spec.hidden_size),
+        layers=wire.layers,
+        experts=spec.num_experts,
+        top_k=spec.top_k,
+        expert_bytes=model.expert_bytes_in_memory,
+        expert_params=spec.expert_params,
+        wire_bytes_per_row=wire.dispatch_bytes_per_layer + wire.combine_bytes_per_layer,
+        workers_per_row=wire.workers_per_token,
+    )
+    threads = [pool.threads for pool in pools]
+    replicas = config.experts.replicas_per_expert
+    gpus = config.attention.tensor_parallel_size if config.attention.device == "cuda" else 0
+    return step_times(sizes, counts, replicas, threads, where, config.attention.threads, gpus, speed)
 
 
 def model_facts(config: Config, spec: ModelSpec) -> ModelFacts:

@@ -44,6 +44,12 @@ def _lines(plan: Plan) -> Iterator[str]:
         f"wire       a token meets {wire.workers_per_token:.2f} of {len(plan.workers)} workers per MoE layer "
         f"(expected, uniform routing)"
     )
+    if plan.hosts_per_token is not None:
+        hosts = len({names[worker.worker] for worker in plan.workers})
+        yield (
+            f"           and {plan.hosts_per_token:.2f} of {hosts} host(s): rows travel once to each worker, so one "
+            f"worker per host sends least"
+        )
     yield (
         f"           per token and layer {_kib(wire.dispatch_bytes_per_layer)} out ({wire.dispatch_dtype}), "
         f"{_kib(wire.combine_bytes_per_layer)} back ({wire.combine_dtype})"
@@ -53,6 +59,20 @@ def _lines(plan: Plan) -> Iterator[str]:
         f"{_kib(wire.combine_bytes_per_step)} back"
     )
     yield ""
+    if plan.speed is not None and plan.steps:
+        speed = plan.speed
+        network = "" if speed.network_gb_per_s is None else f", {speed.network_gb_per_s:.3g} GB/s of network"
+        yield (
+            f"step       an estimate, for hosts of {speed.cores} cores, {speed.bandwidth_gb_per_s:.0f} GB/s of memory"
+            f"{network}; one attention replica, no drafts"
+        )
+        yield f"{'':<11}{'batch':>6}{'attention':>12}{'experts':>10}{'dispatch':>10}{'step, ms':>10}{'tokens/s':>10}"
+        for step in plan.steps:
+            parts = "".join(f"{1e3 * part:>10.1f}" for part in (step.experts_s, step.dispatch_s, step.step_s))
+            yield (
+                f"{'':<11}{step.batch:>6}{1e3 * step.attention_s:>12.1f}{parts}{step.tokens_per_s:>10.1f}  {step.binds}"
+            )
+        yield ""
     if not plan.nodes:
         yield "fits       not checked: no nodes are known; describe them with --nodes FILE"
     else:
