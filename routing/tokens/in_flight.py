@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from routing.tokens.dispatching.degrade import Degradation
+from routing.tokens.dispatching.setbacks import Setbacks
 from routing.tokens.dispatching.stopwatch import Stopwatch
 from routing.tokens.link import WorkerLink
 from routing.tokens.split_combine import Part, RowSum
@@ -40,16 +41,15 @@ class Dispatch:
     """
 
     __slots__ = (
-        "_abandoned", "_lost", "deadline", "degradation", "expert_ids_TK", "hidden_dtype", "layer", "queue_s",
-        "remaining_TK", "request_ids", "rows", "sent", "stopwatch", "sum", "uncovered_deadline", "weights_TK",
+        "_abandoned", "_lost", "attempt_deadline", "deadline", "degradation", "epoch", "expert_ids_TK", "hidden_dtype",
+        "layer", "queue_s", "remaining_TK", "request_ids", "rows", "sent", "setbacks", "stopwatch", "sum", "weights_TK",
     )  # fmt: skip
 
     def __init__(
         self, layer: int, hidden_TH: torch.Tensor, rows: WireRows, weights_TK: np.ndarray, expert_ids_TK: np.ndarray,
-        request_ids: str, deadline: float, uncovered_deadline: float, stopwatch: Stopwatch,
-        abandoned: SimpleQueue[SentPart],
+        request_ids: str, deadline: float, stopwatch: Stopwatch, abandoned: SimpleQueue[SentPart],
     ) -> None:  # fmt: skip
-        """`weights_TK` float32; `expert_ids_TK` int16, the router's choice; deadlines in monotonic seconds."""
+        """`weights_TK` float32; `expert_ids_TK` int16, the router's choice; `deadline` in monotonic seconds."""
         self.layer = layer
         self.hidden_dtype = hidden_TH.dtype
         self.rows = rows
@@ -58,12 +58,14 @@ class Dispatch:
         self.remaining_TK = expert_ids_TK  # to be sent; NO_EXPERT where nothing is. Replaced, never changed
         self.request_ids = request_ids
         self.deadline = deadline
-        self.uncovered_deadline = uncovered_deadline
+        self.attempt_deadline = deadline  # of all that is in `sent`; set when it is sent
+        self.epoch = 0  # of the table by which it was sent
         self.stopwatch = stopwatch
         self.sent: list[SentPart] = []
         self.sum = RowSum(*hidden_TH.shape)
         self.queue_s = 0.0  # that rows waited at their slowest worker
         self.degradation: Degradation | None = None  # set when rows go without some of their experts
+        self.setbacks: Setbacks | None = None  # set when a worker refuses
         self._lost: list[Part] = []
         self._abandoned = abandoned
 
@@ -99,6 +101,12 @@ class Dispatch:
             return False
         self.remaining_TK = kept_TK
         return True
+
+    def met(self) -> Setbacks:
+        """The dispatch's setbacks, from the first one on."""
+        if self.setbacks is None:
+            self.setbacks = Setbacks()
+        return self.setbacks
 
     @property
     def degraded_rows(self) -> int:
