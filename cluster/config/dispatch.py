@@ -42,6 +42,9 @@ class DispatchConfig(Section):
 
     @model_validator(mode="after")
     def _waits_fit(self) -> Self:
+        if self.call_timeout_s >= self.dispatch_timeout_s:
+            raise conflict("call_timeout_s", f"must be below dispatch.dispatch_timeout_s ({self.dispatch_timeout_s}), "
+                                             f"or a silent worker's rows are never sent to another holder")
         if self.uncovered_timeout_s > self.dispatch_timeout_s:
             raise conflict("uncovered_timeout_s", f"must not be above dispatch.dispatch_timeout_s "
                                                   f"({self.dispatch_timeout_s}), which bounds every wait")

@@ -111,7 +111,8 @@ class LocalPlane:
     def client(self, **settings: object) -> ExpertClient:
         """A client whose meter writes to `registry`: one per plane."""
         meter = DispatchMeter(DispatchMetrics(self.registry), ExpertLoad(EXPERTS, "top", time.monotonic))
-        config = DispatchConfig.model_validate({"uncovered_timeout_s": 10, "dispatch_timeout_s": 20} | settings)
+        base = {"call_timeout_s": 8, "dispatch_timeout_s": 20, "uncovered_timeout_s": 10}
+        config = DispatchConfig.model_validate(base | settings)
         shape = ExpertShape(MODEL, HIDDEN, EXPERTS)
         client = ExpertClient(config, shape, self.placement, torch.float32, torch.float32, meter=meter)
         self._ends.append(client.close)

@@ -68,9 +68,15 @@ def test_a_reply_that_came_while_the_caller_was_away_counts(plane: LocalPlane) -
 
 
 def test_the_end_of_a_dispatch_is_not_its_workers_fault(plane: LocalPlane, silence: threading.Event) -> None:
-    plane.start("a", Experts(before=lambda: silence.wait(0.8) and None))
+    full = Raises(WorkerBusy("full"))
+
+    def before() -> None:
+        full()
+        silence.wait(2)
+
+    plane.start("a", Experts(before=before))
     plane.publish()
-    client = plane.client(call_timeout_s=10, dispatch_timeout_s=0.4, uncovered_timeout_s=0.4)
+    client = plane.client(call_timeout_s=0.9, dispatch_timeout_s=1.0, uncovered_timeout_s=1.0)
     client._placement.current()
     links = live_links(client)
     with pytest.raises(DispatchTimeout, match=r"dispatch\.dispatch_timeout_s passed; last: .* did not answer in time"):
@@ -91,7 +97,7 @@ def test_the_wait_for_a_holder_begins_when_there_is_none(plane: LocalPlane, sile
 
 def test_the_wait_for_a_holder_ends_with_the_dispatch(plane: LocalPlane) -> None:
     plane.publish()
-    client = plane.client(uncovered_timeout_s=0.5, dispatch_timeout_s=0.5)
+    client = plane.client(call_timeout_s=0.4, uncovered_timeout_s=0.5, dispatch_timeout_s=0.5)
     started = time.monotonic()
     with pytest.raises(UncoveredExperts, match=r"after dispatch\.dispatch_timeout_s"):
         forward(client)
@@ -263,7 +269,7 @@ def test_only_refused_rows_of_a_busy_worker_go_to_others(plane: LocalPlane) -> N
 def test_a_worker_that_stays_busy_ends_the_dispatch_in_time(plane: LocalPlane) -> None:
     plane.start("busy", Experts(before=Raises(*[WorkerBusy("full", queue_s=0.1) for _ in range(99)])))
     plane.publish()
-    client = plane.client(dispatch_timeout_s=1.0, uncovered_timeout_s=1.0)
+    client = plane.client(call_timeout_s=0.9, dispatch_timeout_s=1.0, uncovered_timeout_s=1.0)
     started = time.monotonic()
     with pytest.raises(DispatchTimeout):
         forward(client)
@@ -370,7 +376,7 @@ def test_a_hung_turn_fences_and_refuses_at_once(plane: LocalPlane, silence: thre
 
     hung = plane.start("hung", Experts(before=hang), call_timeout_s=1.0)
     plane.publish()
-    client = plane.client(call_timeout_s=20.0, uncovered_timeout_s=0)
+    client = plane.client(call_timeout_s=15.0, uncovered_timeout_s=0)
     hidden, ids, weights, _ = rows(4)
     first = client.begin(1, hidden, ids, weights)
     assert entered.wait(10)
