@@ -93,7 +93,7 @@ class StartupError(OperatorError):
 
 
 class FrameError(DeepsplitError):
-    """A wire frame is corrupt, oversized or of a shape that does not fit the model. Not worth a retry."""
+    """A wire frame is corrupt, oversized or of a shape that does not fit the model: a defect of who sent it."""
 
     http_status = 502
     grpc_status = "INVALID_ARGUMENT"
@@ -101,11 +101,18 @@ class FrameError(DeepsplitError):
 
 
 class StalePlacement(ElsewhereError):
-    """The placement epoch of a call is older than the worker serves: split again with a fresh table."""
+    """The worker does not hold some of the experts that it was asked for: the placement table is out of date.
+
+    `experts`: which (global ids); empty if it did not say.
+    """
 
     http_status = 503
     grpc_status = "FAILED_PRECONDITION"
     outcome = "stale_placement"
+
+    def __init__(self, message: str, experts: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.experts = experts
 
 
 class WorkerLost(ElsewhereError):
@@ -114,6 +121,44 @@ class WorkerLost(ElsewhereError):
     http_status = 503
     grpc_status = "UNAVAILABLE"
     outcome = "worker_lost"
+
+
+class WorkerSilent(WorkerLost):
+    """An expert worker's connection is well, but its reply did not come in time."""
+
+    outcome = "worker_silent"
+
+
+class WorkerBusy(ElsewhereError):
+    """An expert worker has more work than it can do before the caller gives up. `queue_s`: how long requests waited."""
+
+    http_status = 503
+    grpc_status = "RESOURCE_EXHAUSTED"
+    outcome = "worker_busy"
+
+    def __init__(self, message: str, queue_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.queue_s = queue_s
+
+
+class WorkerFailing(ElsewhereError):
+    """An expert worker could not compute. `fenced`: it takes no more work and waits to be replaced."""
+
+    http_status = 503
+    grpc_status = "INTERNAL"
+    outcome = "worker_failing"
+
+    def __init__(self, message: str, fenced: bool = False) -> None:
+        super().__init__(message)
+        self.fenced = fenced
+
+
+class WorkerUnusable(ElsewhereError):
+    """An expert worker serves another model, other weights or another wire version: nothing can be sent there."""
+
+    http_status = 503
+    grpc_status = "FAILED_PRECONDITION"
+    outcome = "worker_unusable"
 
 
 class UncoveredExperts(DeepsplitError):

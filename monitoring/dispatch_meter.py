@@ -11,7 +11,7 @@ import numpy as np
 
 from monitoring.deferred import Deferred
 from monitoring.expert_load import ExpertLoad
-from monitoring.metrics import DispatchMetrics
+from monitoring.metrics import SET_ASIDE_REASONS, DispatchMetrics
 
 
 @dataclass(slots=True)
@@ -28,6 +28,7 @@ class DispatchSample:
     return_s: float | None = None  # None: hidden by the shared expert
     combine_s: float = 0.0
     uncovered_wait_s: float = 0.0
+    backoff_s: float = 0.0
     degraded_rows: int = 0
     bytes_out: int = 0
     bytes_in: int = 0
@@ -63,6 +64,16 @@ class DispatchMeter:
                     by_worker.labels(come)  # from 0 on, or rates miss the first
             self._workers = live
 
+    def worker_lost(self, outcome: str) -> None:
+        """Record that a worker's link broke or that it was silent, whoever noticed."""
+        self._metrics.workers_lost.labels(outcome).inc()
+
+    def set_aside(self, outcomes: Iterable[str]) -> None:
+        """Record the workers that are set aside now, by the outcome of the error that said so."""
+        counts = Counter(outcomes)
+        for reason in SET_ASIDE_REASONS:
+            self._metrics.workers_set_aside.labels(reason).set(counts[reason])
+
     def _add_all(self, recorded: list[tuple[DispatchSample, int, np.ndarray]]) -> None:
         chosen: defaultdict[int, list[np.ndarray]] = defaultdict(list)
         for _, layer, expert_ids_TK in recorded:
@@ -78,6 +89,7 @@ class DispatchMeter:
         metrics.bytes.labels("out").inc(sum(sample.bytes_out for sample in samples))
         metrics.bytes.labels("in").inc(sum(sample.bytes_in for sample in samples))
         metrics.uncovered_wait.inc(sum(sample.uncovered_wait_s for sample in samples))
+        metrics.backoff.inc(sum(sample.backoff_s for sample in samples))
         metrics.degraded_rows.inc(sum(sample.degraded_rows for sample in samples))
         for reason, count in Counter(reason for sample in samples for reason in sample.retries).items():
             metrics.retries.labels(reason).inc(count)

@@ -159,6 +159,9 @@ class EngineMetrics:
         )
 
 
+SET_ASIDE_REASONS = ("worker_unusable", "worker_failing")
+
+
 class DispatchMetrics:
     """Metrics of an attention engine's own process: one dispatch is one MoE layer's rows there and back."""
 
@@ -203,6 +206,22 @@ class DispatchMetrics:
             "deepsplit_dispatch_uncovered_wait_seconds", "Time that dispatches waited for a holder of their experts.",
             registry=registry,
         )  # fmt: skip
+        self.backoff = Counter(
+            "deepsplit_dispatch_backoff_seconds", "Time that dispatches waited because the only holders of their "
+            "experts were busy or failing.", registry=registry,
+        )  # fmt: skip
+        self.workers_lost = Counter(
+            "deepsplit_dispatch_workers_lost", "Expert workers that this engine lost, noticed by a dispatch or on an "
+            "idle link. worker_lost: the link broke; worker_silent: no reply in dispatch.call_timeout_s.", ["reason"],
+            registry=registry,
+        )  # fmt: skip
+        self.workers_set_aside = Gauge(
+            "deepsplit_dispatch_workers_set_aside", "Expert workers in the placement table that this engine sends "
+            "nothing to. worker_unusable: of another model, other weights or another wire version; worker_failing: out "
+            "of service by its own word.", ["reason"], registry=registry,
+        )  # fmt: skip
+        for reason in SET_ASIDE_REASONS:
+            self.workers_set_aside.labels(reason).set(0)
         self.epoch = Gauge(
             "deepsplit_dispatch_placement_epoch", "Epoch of the placement table in use.", registry=registry
         )

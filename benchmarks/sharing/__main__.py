@@ -25,9 +25,9 @@ from benchmarks.sharing.client import Load
 from benchmarks.sharing.five_layers import AnswerTimes, five_layers
 from benchmarks.sharing.worker import Computed
 from cluster.config import Config, ExpertsConfig, ModelConfig
-from cluster.model.spec import load_model_spec
+from cluster.model.identity import model_identity
+from cluster.model.spec import load_checkpoint_index, load_model_spec
 from cluster.plan.shares import split_shares
-from routing.tokens.channel import model_id
 from routing.tokens.placement import PlacementFile, PlacementTable, Stamp, WorkerEndpoint
 from tests.checkpoints import Shape, make_checkpoint
 
@@ -77,7 +77,7 @@ def share(checkpoint: Path, folder: Path, counts: Sequence[int], args: argparse.
     spec = load_model_spec(checkpoint)
     config = Config(model=ModelConfig(path=checkpoint), experts=ExpertsConfig(workers=WORKERS, threads=1))
     placement = PlacementFile(folder / "placement")
-    identity = model_id((checkpoint / "config.json").read_bytes(), spec.moe_layers)
+    identity = model_identity(spec, load_checkpoint_index(checkpoint))
     with ExitStack() as stack:
         held = [dict.fromkeys(spec.moe_layers, ids) for ids in split_shares(spec.num_experts, [1.0] * WORKERS, 1)]
         workers = [

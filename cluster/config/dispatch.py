@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from cluster.config.section import AutoDtype, Section
+from cluster.config.section import AutoDtype, Section, conflict
 
 
 class DispatchConfig(Section):
@@ -37,4 +37,15 @@ class DispatchConfig(Section):
         "wait", description="When no live worker holds an expert: wait for one; go on at once without it, with the "
                             "weights of a token's other experts scaled up (a token with none left waits); or fail at "
                             "once (the engine's requests fail, and it restarts).")
-    uncovered_timeout_s: float = Field(60.0, ge=0, description="Longest wait for a holder to come back.")
+    uncovered_timeout_s: float = Field(60.0, ge=0, description="Longest wait for a holder to come back, within "
+                                                               "dispatch_timeout_s.")
+
+    @model_validator(mode="after")
+    def _waits_fit(self) -> Self:
+        if self.call_timeout_s >= self.dispatch_timeout_s:
+            raise conflict("call_timeout_s", f"must be below dispatch.dispatch_timeout_s ({self.dispatch_timeout_s}), "
+                                             f"or a silent worker's rows are never sent to another holder")
+        if self.uncovered_timeout_s > self.dispatch_timeout_s:
+            raise conflict("uncovered_timeout_s", f"must not be above dispatch.dispatch_timeout_s "
+                                                  f"({self.dispatch_timeout_s}), which bounds every wait")
+        return self

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cluster.errors import CheckpointError, StartupError
+from cluster.model.identity import model_identity
 from cluster.model.spec import is_routed_expert, load_checkpoint_index, load_model_spec
 from deployments.attention.dispatch_ops import RemoteLayer, connect
 from deployments.attention.parent_watch import end_with_parent
@@ -32,7 +33,6 @@ from monitoring.dispatch_meter import DispatchMeter
 from monitoring.expert_load import ExpertLoad
 from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import DispatchMetrics
-from routing.tokens.channel import model_id
 from routing.tokens.client import ExpertClient, ExpertShape
 from routing.tokens.placement import PlacementFile
 from routing.tokens.plane_state import ExpertPlaneFile
@@ -118,11 +118,8 @@ def _wait_for_experts(settings: RemoteExpertsSettings, layers: list[int]) -> Non
 def _client(settings: RemoteExpertsSettings, model_dtype: torch.dtype, rank: int) -> ExpertClient:
     """Return the process's only client: the main model and its MTP layer share streams, metrics and a scrape target."""
     spec = load_model_spec(settings.model_path)
-    shape = ExpertShape(
-        model_id((settings.model_path / "config.json").read_bytes(), spec.moe_layers),
-        spec.hidden_size,
-        spec.num_experts,
-    )
+    identity = model_identity(spec, load_checkpoint_index(settings.model_path))
+    shape = ExpertShape(identity, spec.hidden_size, spec.num_experts)
     registry, monitoring = ProcessRegistry(), settings.monitoring
     experts = ExpertLoad(spec.num_experts, monitoring.expert_load, time.monotonic)
     registry.register(experts)

@@ -57,8 +57,8 @@ class ExpertCompute:
         """sum_k weights[t, k] * expert_k(hidden[t]) -> [T, H] (DeepSeek-V3 report, equations 12 and 13).
 
         `expert_ids_TK` integer, global, -1 where an expert is another worker's; `weights_TK` float32. The result is
-        float32, or bfloat16 from vLLM's kernels, rounded once. Raises FrameError for an unknown layer, id or shape,
-        StalePlacement for an expert that is not held here.
+        float32, or bfloat16 from vLLM's kernels, rounded once. Raises FrameError for an unknown id or shape,
+        StalePlacement for a layer or an expert that is not held here.
         """
         with self._turn, torch.inference_mode():
             return self._forward(layer, hidden_TH, expert_ids_TK, weights_TK)
@@ -68,7 +68,11 @@ class ExpertCompute:
     ) -> torch.Tensor:
         experts = self._layers.get(layer)
         if experts is None:
-            raise FrameError(f"unknown layer {layer}; this worker has routed experts of layers {_ranges(self._layers)}")
+            asked = tuple(expert for expert in np.unique(expert_ids_TK.numpy()).tolist() if expert >= 0)
+            raise StalePlacement(
+                f"layer {layer} is not held by this worker, which has routed experts of layers {_ranges(self._layers)}",
+                asked,
+            )
         _check_shapes(layer, experts.hidden_size, hidden_TH, expert_ids_TK, weights_TK)
         local = self._local_ids(layer, expert_ids_TK.numpy()).ravel()
         at_P = np.flatnonzero(local >= 0)
@@ -90,9 +94,11 @@ class ExpertCompute:
         if local_TK.size and (worst := local_TK.min()) < _NOT_ASKED:
             if worst == _NO_EXPERT:
                 raise self._unknown_id()
+            absent = tuple(np.unique(ids_TK[local_TK == _NOT_HELD]).tolist())
             raise StalePlacement(
-                f"layer {layer}: expert {ids_TK[local_TK == _NOT_HELD][0]} is not held by this worker; split again "
-                f"with a fresh table"
+                f"layer {layer}: expert(s) {', '.join(map(str, absent[:8]))}{'...' if len(absent) > 8 else ''} not "
+                f"held by this worker; split again with a fresh table",
+                absent,
             )
         return local_TK
 

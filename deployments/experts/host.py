@@ -6,13 +6,13 @@ import logging
 import time
 
 from cluster.config import Config
+from cluster.model.identity import model_identity
 from cluster.model.spec import load_checkpoint_index, load_model_spec
 from cluster.tls.certificates import load_internal
 from deployments.experts.compute import ExpertCompute
 from deployments.experts.forms import choose_form
 from deployments.experts.store import ExpertStore
 from monitoring.expert_meter import ExpertMeter
-from routing.tokens.channel import model_id
 from routing.tokens.server import ExpertServer
 from routing.tokens.share import Share
 
@@ -55,7 +55,7 @@ class ExpertHost:
         self._server = ExpertServer(
             self._compute.forward,
             spec.hidden_size,
-            model_id((config.model.path / "config.json").read_bytes(), spec.moe_layers),
+            model_identity(spec, index),
             config.dispatch,
             config.internal_tls,
             meter=meter,
@@ -103,9 +103,9 @@ class ExpertHost:
         self._meter.fold()
         self._meter.metrics.waiting.set(self._server.waiting())
 
-    def computing_s(self) -> float:
-        """Return how long the present turn has been computed, 0 between turns. A hung kernel shows here."""
-        return self._server.computing_s()
+    def failure(self) -> str | None:
+        """Return why this worker must be replaced, None while it is well."""
+        return self._server.failure()
 
     def busy_s(self) -> float:
         """Return the seconds in which experts were computed, so far."""

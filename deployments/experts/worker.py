@@ -86,11 +86,11 @@ class ExpertWorker:
         started = time.monotonic()
         self._directory = directory
         self._heartbeat_interval_s = config.experts.heartbeat_interval_s
-        self._call_timeout_s = config.dispatch.call_timeout_s
         self._hand_over_timeout_s = config.experts.hand_over_timeout_s
         self._seen = NO_TABLE
         self._plane_busy = 0.0
         self._failure: str | None = None
+        self._left = False  # the directory knows that it goes
         worker_id, node = f"experts-{uuid.uuid4().hex[:8]}", ray.util.get_node_ip_address()
         start_logging(config.logging, "experts", worker_id)
         assignment = await self._join(worker_id, os.getpid(), node, slots)
@@ -151,9 +151,13 @@ class ExpertWorker:
 
     async def _beat(self) -> None:
         busy = BusyFraction(time.monotonic())
-        while self._failure is None:
+        while True:
             await asyncio.sleep(self._heartbeat_interval_s)
             host = getattr(self, "_host", None)  # not there while it loads
+            if self._failure is None and host is not None:
+                self._failure = host.failure()
+            if self._failure is not None:
+                break
             fraction = 0.0 if host is None else busy.since_last(host.busy_s(), time.monotonic())
             try:
                 answer = self._directory.heartbeat.remote(self._member.worker_id, fraction)
@@ -164,6 +168,12 @@ class ExpertWorker:
                     await self._register()
             except DIRECTORY_AWAY as error:
                 logger.warning("the directory is away (%s); serving goes on", type(error).__name__)
+        await self._leave(CALL_TIMEOUT_S)  # so that the table has others, and a new process may have the slot
+
+    async def _leave(self, timeout_s: float) -> None:
+        with contextlib.suppress(*DIRECTORY_AWAY):
+            await asyncio.wait_for(self._directory.leave.remote(self._member.worker_id), timeout_s)
+            self._left = True
 
     async def _obey(self) -> None:
         """Hold what the directory wants this worker to hold, as long as it can."""
@@ -220,11 +230,8 @@ class ExpertWorker:
         if self._failure is None and self._beating.done():
             self._failure = f"heartbeats ended: {self._beating.exception()!r}"
         host = getattr(self, "_host", None)  # not there while it loads
-        if self._failure is None and host is not None and host.computing_s() > self._call_timeout_s:
-            self._failure = (
-                f"one turn of the experts has been computed for more than dispatch.call_timeout_s "
-                f"({self._call_timeout_s:.0f} s): its callers have given up, and the kernel seems to hang"
-            )
+        if self._failure is None and host is not None:
+            self._failure = host.failure()
         if self._failure is not None:
             raise RuntimeError(self._failure)
 
@@ -239,11 +246,11 @@ class ExpertWorker:
 
     async def __del__(self) -> None:
         host = getattr(self, "_host", None)
-        if hasattr(self, "_member"):
-            with contextlib.suppress(*DIRECTORY_AWAY):
-                if host is not None and self._failure is None:
+        if hasattr(self, "_member") and not self._left:
+            if host is not None and self._failure is None:
+                with contextlib.suppress(*DIRECTORY_AWAY):
                     await self._hand_over()
-                await asyncio.wait_for(self._directory.leave.remote(self._member.worker_id), 1.0)
+            await self._leave(1.0)
         for task in (getattr(self, "_beating", None), getattr(self, "_obeying", None)):
             if task is not None:
                 task.cancel()

@@ -39,6 +39,14 @@ def groups() -> list[Group]:
                 "{{ $value | humanize }} times in 30 minutes an expert worker fell silent.",
                 "experts",
             ),
+            # A worker that fenced itself is replaced within seconds, one of another checkpoint stays.
+            Alert(
+                "DeepsplitExpertWorkerSetAside",
+                "max by (model, reason) (deepsplit_dispatch_workers_set_aside) > 0", "2m", "ticket",
+                "{{ $labels.model }}: engines send nothing to an expert worker that is in the table.",
+                "{{ $value }} expert workers are set aside ({{ $labels.reason }}); others have to do without them.",
+                "dispatcher",
+            ),
             # Against the mean of the others, which unlike the median tells two workers apart.
             Alert(
                 "DeepsplitExpertStraggler",

@@ -115,14 +115,34 @@ VOLUME = Row("Volume", (
 FAILURES = Row("Failures", (
     Chart(
         "Retries", "suffix:/s",
-        "Parts of dispatches split again, by why. worker_lost: workers die; stale_placement: tables change; "
-        "dispatch_timeout: workers hang.",
+        "Parts of dispatches split again, by why. worker_lost: workers die; worker_silent: workers hang; worker_busy: "
+        "their queues are full; worker_failing: their kernels fail; stale_placement: tables change; worker_unusable, "
+        "bad_frame: another checkpoint or version.",
         (Query(rate("deepsplit_dispatch_retries_total", HERE, "reason"), "{{reason}}"),),
         alert="DeepsplitExpertWorkerFlapping",
     ),
     Chart(
         "Failovers", "suffix:/s", "Dispatches that lost a worker and ended well. Each cost a step some time.",
         (Query(total("deepsplit_dispatch_failovers_total", HERE), "failovers"),), alert="DeepsplitExpertWorkerFlapping",
+    ),
+    Chart(
+        "Workers lost", "suffix:/s",
+        "Links that broke (worker_lost) or workers that did not answer (worker_silent), also while no rows were away.",
+        (Query(rate("deepsplit_dispatch_workers_lost_total", HERE, "reason"), "{{reason}}"),),
+        alert="DeepsplitExpertWorkerFlapping",
+    ),
+    Chart(
+        "Workers set aside", "none",
+        "In the table, but an engine sends nothing there: another checkpoint or version (worker_unusable), or out of "
+        "service by their own word (worker_failing). Must be 0.",
+        (Query(f"max by (reason) (deepsplit_dispatch_workers_set_aside{{{HERE}}})", "{{reason}}"),),
+        limits=Limits(1, 2), alert="DeepsplitExpertWorkerSetAside",
+    ),
+    Chart(
+        "Waiting for busy workers", "percentunit",
+        "Fraction of time that engines wait because the only holders of some experts have full queues.",
+        (Query(f"max (rate(deepsplit_dispatch_backoff_seconds_total{{{HERE}}}{RATE}))", "worst engine"),),
+        limits=Limits(0.01, 0.1), alert="DeepsplitShedding",
     ),
     Chart(
         "Failed dispatches", "suffix:/s", "By why. Each ends the engine's step with an error; must be 0.",

@@ -20,11 +20,13 @@ from typing import Protocol
 
 import torch
 
+from cluster.errors import WorkerBusy
 from routing.tokens.wire import DispatchRequest
 
 GroupKey = tuple[int, torch.dtype, int]  # layer, dtype of the rows, top-k
 
 _LIGHT_SHARE = 8
+_FULL = 0.5  # of a caller's patience: a queue that has waited for longer would probably answer too late
 
 
 class Owner(Protocol):
@@ -94,18 +96,28 @@ class Batcher:
         return len(self._light) + len(self._heavy)
 
     def add(self, work: QueuedRequest) -> None:
-        """Queue a request."""
-        if work.rows <= self._light_rows:
-            self._light[work] = None
-            return
-        if not self._heavy:
+        """Queue a request. Raises WorkerBusy if requests like it have waited too long for it to be answered in time."""
+        light = work.rows <= self._light_rows
+        queue = self._light if light else self._heavy
+        if queue:
+            queue_s = work.arrived - next(iter(queue)).arrived
+            if queue_s > _FULL * (work.expires - work.arrived):
+                raise WorkerBusy(f"requests have been waiting for {queue_s:.1f} s, too long for this one", queue_s)
+        if not light and not self._heavy:
             self._round_ends = work.arrived  # light ones that came before go first
-        self._heavy[work] = None
+        queue[work] = None
 
     def drop(self, work: QueuedRequest) -> None:
         """Take a request out that failed; one that does not wait is left as it is."""
         self._light.pop(work, None)
         self._heavy.pop(work, None)
+
+    def drop_untouched(self) -> list[QueuedRequest]:
+        """Take out, and return, all requests of which nothing is being or was computed."""
+        dropped = [work for work in (*self._light, *self._heavy) if work.taken == 0]
+        for work in dropped:
+            self.drop(work)
+        return dropped
 
     def drop_owner(self, owner: Owner) -> None:
         """Take out all requests of one that went away."""

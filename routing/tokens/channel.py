@@ -1,10 +1,9 @@
-"""What both ends of the expert plane agree on: method name, model id, channel options."""
+"""What both ends of the expert plane agree on: names of the method and of the metadata, channel options."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from hashlib import sha256
 
 from cluster.config import DispatchConfig
 
@@ -18,13 +17,7 @@ warnings.filterwarnings("ignore", message="The given buffer is not writable")
 SERVICE = "deepsplit.experts.v1.Experts"
 METHOD = "Dispatch"
 METHOD_PATH = f"/{SERVICE}/{METHOD}"
-MODEL_KEY = "deepsplit-model"  # metadata key: both ends must serve the same config.json
-
-
-def model_id(config_json: bytes, moe_layers: tuple[int, ...]) -> str:
-    """Return a hash of what must be the same on both ends of a stream: the checkpoint's config.json and its MoE layers.
-    """
-    return sha256(config_json + repr(moe_layers).encode()).hexdigest()[:16]
+MODEL_KEY = "deepsplit-model"  # metadata key: the model's identity, which must fit on both ends
 
 
 def channel_options(settings: DispatchConfig) -> list[tuple[str, int]]:

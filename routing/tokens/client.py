@@ -15,14 +15,15 @@ import numpy as np
 import torch
 
 from cluster.config import DispatchConfig, InternalTlsConfig
-from cluster.errors import DeepsplitError, DispatchTimeout, FrameError, UncoveredExperts
+from cluster.errors import DeepsplitError, DispatchTimeout, FrameError, UncoveredExperts, WorkerUnusable
 from cluster.tls.grpc_credentials import ExpertChannels
 from monitoring.dispatch_meter import DispatchMeter
 from routing.tokens.dispatching.degrade import DegradedLately
+from routing.tokens.dispatching.fault_book import FaultBook
 from routing.tokens.dispatching.links import Links
-from routing.tokens.dispatching.loss_book import LossBook
 from routing.tokens.dispatching.pace import Pace
 from routing.tokens.dispatching.placement_watch import PlacementWatch, Plane
+from routing.tokens.dispatching.planner import Planner
 from routing.tokens.dispatching.receiver import Receiver
 from routing.tokens.dispatching.sender import Sender
 from routing.tokens.dispatching.stopwatch import Stopwatch
@@ -33,7 +34,6 @@ from routing.tokens.link_poller import LinkPoller
 from routing.tokens.placement import PlacementFile, PlacementTable, WorkerEndpoint
 from routing.tokens.plane_state import FRESH_S, ExpertPlaneFile, PlaneReport
 from routing.tokens.request_ids import STEP_REQUEST_IDS
-from routing.tokens.split_combine import Split, split
 from routing.tokens.wire import NO_EXPERT, WireRows
 
 _POLL_S = 0.02  # how often a dispatch without a holder looks at the placement file
@@ -83,7 +83,7 @@ class ExpertClient:
         self._num_experts = shape.num_experts
         self._dispatch_dtype = dispatch_dtype
         self._abandoned: SimpleQueue[SentPart] = SimpleQueue()
-        self._losses = LossBook()
+        self._faults = FaultBook(meter)
         self._poller = LinkPoller()
         self._degraded = DegradedLately(FRESH_S)
         self._report = PlaneReport(plane_file, self._degraded.at)
@@ -93,11 +93,12 @@ class ExpertClient:
         )
         self._sender = Sender(settings, self._links, shape.hidden_size, dispatch_dtype, combine_dtype)
         pace = Pace()
-        self._receiver = Receiver(settings, self._links, self._losses, pace, shape.hidden_size)
+        self._receiver = Receiver(settings, self._links, self._faults, pace, shape.hidden_size)
+        self._planner = Planner(settings, self._faults)
         self._watchdog = Watchdog(
             _WATCHDOG_S,
             (
-                self._links.tend,
+                self._tend_links,
                 self._forget_abandoned,
                 self._placement.refresh,
                 lambda: self._placement.reweigh(lambda workers: pace.factors(workers, time.monotonic())),
@@ -130,7 +131,7 @@ class ExpertClient:
 
         `hidden_TH` any float dtype, `expert_ids_TK` any integer dtype (global ids; -1 for none), `weights_TK` any float
         dtype; all on the CPU, and unchanged until the dispatch is finished. One that is never finished (drop it, or
-        `abandon` it) costs nothing but its answers. Raises UncoveredExperts, or FrameError (never worth a retry).
+        `abandon` it) costs nothing but its answers. Raises UncoveredExperts, or FrameError.
         """
         now = time.monotonic()
         expert_ids = expert_ids_TK.numpy()
@@ -140,7 +141,7 @@ class ExpertClient:
         dispatch = Dispatch(
             layer, hidden_TH, WireRows.of(hidden_TH, self._dispatch_dtype), weights.contiguous().numpy(),
             expert_ids.astype(np.int16, order="C"), STEP_REQUEST_IDS.get(), self._random.getrandbits(16),
-            now + self._settings.dispatch_timeout_s, now + self._settings.uncovered_timeout_s,
+            now + self._settings.dispatch_timeout_s,
             Stopwatch(len(hidden_TH), now), self._abandoned,
         )  # fmt: skip
         try:
@@ -154,8 +155,9 @@ class ExpertClient:
         """The weighted sum of the routed experts [T, H], in `dtype` or else in that of the hidden states: summed in
         float32, rounded once.
 
-        Holds the only retry loop: rows of a lost worker are split again against the newest table; experts are pure
-        functions, so a repeat is safe. Raises UncoveredExperts, DispatchTimeout, or FrameError (never worth a retry).
+        Holds the only retry loop: rows that did not come back are split again against the newest table; experts are
+        pure functions, so a repeat is safe. Raises UncoveredExperts, DispatchTimeout, FrameError when every holder
+        refuses the rows, or WorkerFailing when the kernels of several failed on them.
         """
         watch = dispatch.stopwatch
         watch.meanwhile_done()
@@ -163,8 +165,7 @@ class ExpertClient:
         try:
             lost = self._receiver.collect(dispatch)
             while dispatch.pending:
-                if time.monotonic() > dispatch.deadline:
-                    raise DispatchTimeout(f"layer {dispatch.layer}: dispatch.dispatch_timeout_s passed; last: {lost}")
+                self._check_deadline(dispatch, lost)
                 dispatch.send_again()
                 self._send_remaining(dispatch, self._placement.refresh())
                 lost = self._receiver.collect(dispatch)
@@ -172,6 +173,8 @@ class ExpertClient:
             output_TH = dispatch.output(dtype or dispatch.hidden_dtype)
             watch.sample.combine_s += time.monotonic() - now
             self._report.add(dispatch.layer, dispatch.queue_s, now)
+            if dispatch.setbacks is not None:
+                self._blame_who_refused(dispatch)
             if dispatch.degraded_rows:
                 self._degraded.note(dispatch.layer, dispatch.degraded_rows, dispatch.request_ids, now)
             return output_TH
@@ -194,36 +197,57 @@ class ExpertClient:
 
     def _send_remaining(self, dispatch: Dispatch, plane: Plane) -> None:
         began = time.monotonic()
+        uncovered_until: float | None = None
         while True:
-            planned = self._split(dispatch, plane)
-            if not planned.uncovered:
+            planned = self._planner.plan(dispatch, plane, began)
+            if planned.resume_s is not None:
+                self._check_deadline(dispatch, "the holders of some experts are busy or failing")
+                time.sleep(min(_POLL_S, max(0.0, planned.resume_s - began)))
+                waited_s = time.monotonic() - began
+                dispatch.queue_s += waited_s
+                dispatch.stopwatch.sample.backoff_s += waited_s
+            elif not planned.uncovered:
                 break
-            if self._settings.on_uncovered == "degrade" and dispatch.go_without(planned.uncovered):
+            elif self._settings.on_uncovered == "degrade" and dispatch.go_without(planned.uncovered):
                 continue
-            self._wait_for_holder(dispatch, planned.uncovered)
-            dispatch.stopwatch.sample.uncovered_wait_s += time.monotonic() - began
+            else:
+                if uncovered_until is None:
+                    uncovered_until = min(began + self._settings.uncovered_timeout_s, dispatch.deadline)
+                self._wait_for_holder(dispatch, planned.uncovered, uncovered_until)
+                dispatch.stopwatch.sample.uncovered_wait_s += time.monotonic() - began
             began = time.monotonic()
             plane = self._placement.refresh()
         dispatch.stopwatch.sample.pack_s += time.monotonic() - began
-        self._sender.send(dispatch, planned.parts, plane.table)
+        self._sender.send(dispatch, planned.split.parts, plane.table)
 
-    def _split(self, dispatch: Dispatch, plane: Plane) -> Split:
-        excluded = self._losses.within(self._settings.lost_worker_pause_s)
-        planned = split(dispatch.remaining_TK, plane.routes.layer(dispatch.layer, excluded), dispatch.salt)
-        if planned.uncovered and excluded:
-            excluded = self._losses.within(self._settings.reconnect_interval_s)
-            planned = split(dispatch.remaining_TK, plane.routes.layer(dispatch.layer, excluded), dispatch.salt)
-        return planned
-
-    def _wait_for_holder(self, dispatch: Dispatch, experts: tuple[int, ...]) -> None:
+    def _wait_for_holder(self, dispatch: Dispatch, experts: tuple[int, ...], until: float) -> None:
         fail = self._settings.on_uncovered == "fail"
-        if fail or time.monotonic() > dispatch.uncovered_deadline:
+        if fail or time.monotonic() >= until:
+            bound = "dispatch_timeout_s" if until >= dispatch.deadline else "uncovered_timeout_s"
             raise UncoveredExperts(
                 f"layer {dispatch.layer}: no live expert worker holds expert(s) {', '.join(map(str, experts[:8]))}"
-                f"{'...' if len(experts) > 8 else ''}{'' if fail else ' after dispatch.uncovered_timeout_s'}; see "
-                f"`deepsplit status`, and experts.replicas_per_expert for redundant experts{self._losses.explain()}"
+                f"{'...' if len(experts) > 8 else ''}{'' if fail else f' after dispatch.{bound}'}; see "
+                f"`deepsplit status`, and experts.replicas_per_expert for redundant experts{self._faults.explain()}"
             )
         time.sleep(_POLL_S)
+
+    def _check_deadline(self, dispatch: Dispatch, why: object) -> None:
+        if time.monotonic() >= dispatch.deadline:
+            raise DispatchTimeout(f"layer {dispatch.layer}: dispatch.dispatch_timeout_s passed; last: {why}")
+
+    def _blame_who_refused(self, dispatch: Dispatch) -> None:
+        """Others took the rows of frames that some workers refused: those workers are not of our version."""
+        for worker_id, error in dispatch.met().refused.items():
+            self._faults.set_aside(
+                worker_id, WorkerUnusable(f"it refuses what other workers take: {error}"), dispatch.request_ids
+            )
+
+    def _tend_links(self) -> None:
+        for worker_id, error in self._links.tend():
+            if isinstance(error, WorkerUnusable):
+                self._faults.set_aside(worker_id, error)
+            else:
+                self._faults.lost(worker_id, error)
 
     def _end(self, dispatch: Dispatch, error: BaseException | None) -> None:
         self.abandon(dispatch)
@@ -238,7 +262,7 @@ class ExpertClient:
     def _adopted(self, table: PlacementTable) -> None:
         live = {worker.worker_id for worker in table.workers}
         self._links.retire_all_but(live)
-        self._losses.keep(live)
+        self._faults.adopted(table.stamp, live)
         if self.meter is not None:
             self.meter.placement(table.stamp.n, live)
 

@@ -220,7 +220,9 @@ class FrameServer:
                 self._server.cancel_all_calls()
 
     def _request_call(self) -> None:
-        self._server.request_call(self._queue, self._queue, self._on_call)
+        with self._ending:
+            if not self._shut_down:  # gRPC takes no more requests for calls then
+                self._server.request_call(self._queue, self._queue, self._on_call)
 
     def _on_call(self, event: Any) -> None:
         if not event.success:  # the server shuts down
@@ -242,6 +244,8 @@ class FrameServer:
         stream.begin()
 
     def _refusal(self, event: Any) -> Refusal | None:
+        if self._shut_down:  # it had come before, but nobody had looked
+            return Refusal(grpc.StatusCode.UNAVAILABLE, "this worker is being stopped")
         if event.call_details.method != self._method:
             return Refusal(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         if len(self._streams) >= self._max_streams:

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 from routing.tokens.dispatching.degrade import Degradation
+from routing.tokens.dispatching.setbacks import Setbacks
 from routing.tokens.dispatching.stopwatch import Stopwatch
 from routing.tokens.link import WorkerLink
+from routing.tokens.placement import NO_TABLE
 from routing.tokens.split_combine import Part, RowSum
 from routing.tokens.wire import NO_EXPERT, WireRows
 
@@ -40,16 +42,16 @@ class Dispatch:
     """
 
     __slots__ = (
-        "_abandoned", "_lost", "deadline", "degradation", "expert_ids_TK", "hidden_dtype", "layer", "queue_s",
-        "remaining_TK", "request_ids", "rows", "salt", "sent", "stopwatch", "sum", "uncovered_deadline", "weights_TK",
+        "_abandoned", "_lost", "attempt_deadline", "deadline", "degradation", "expert_ids_TK", "hidden_dtype", "layer",
+        "queue_s", "remaining_TK", "request_ids", "rows", "salt", "sent", "setbacks", "stamp", "stopwatch", "sum",
+        "weights_TK",
     )  # fmt: skip
 
     def __init__(
         self, layer: int, hidden_TH: torch.Tensor, rows: WireRows, weights_TK: np.ndarray, expert_ids_TK: np.ndarray,
-        request_ids: str, salt: int, deadline: float, uncovered_deadline: float, stopwatch: Stopwatch,
-        abandoned: SimpleQueue[SentPart],
+        request_ids: str, salt: int, deadline: float, stopwatch: Stopwatch, abandoned: SimpleQueue[SentPart],
     ) -> None:  # fmt: skip
-        """`weights_TK` float32; `expert_ids_TK` int16, the router's choice; `salt` as `split` takes it; deadlines in
+        """`weights_TK` float32; `expert_ids_TK` int16, the router's choice; `salt` as `split` takes it; `deadline` in
         monotonic seconds.
         """
         self.layer = layer
@@ -61,12 +63,14 @@ class Dispatch:
         self.request_ids = request_ids
         self.salt = salt
         self.deadline = deadline
-        self.uncovered_deadline = uncovered_deadline
+        self.attempt_deadline = deadline  # of all that is in `sent`; set when it is sent
+        self.stamp = NO_TABLE  # of the table by which it was sent
         self.stopwatch = stopwatch
         self.sent: list[SentPart] = []
         self.sum = RowSum(*hidden_TH.shape)
         self.queue_s = 0.0  # that rows waited at their slowest worker
         self.degradation: Degradation | None = None  # set when rows go without some of their experts
+        self.setbacks: Setbacks | None = None  # set when a worker refuses
         self._lost: list[Part] = []
         self._abandoned = abandoned
 
@@ -102,6 +106,12 @@ class Dispatch:
             return False
         self.remaining_TK = kept_TK
         return True
+
+    def met(self) -> Setbacks:
+        """The dispatch's setbacks, from the first one on."""
+        if self.setbacks is None:
+            self.setbacks = Setbacks()
+        return self.setbacks
 
     @property
     def degraded_rows(self) -> int:

@@ -9,7 +9,7 @@ from collections import deque
 import grpc
 
 from cluster.config import DispatchConfig
-from cluster.errors import DeepsplitError, FrameError, WorkerLost
+from cluster.errors import DeepsplitError, FrameError, WorkerLost, WorkerSilent, WorkerUnusable
 from cluster.tls.grpc_credentials import ExpertChannels, handshake_hint
 from routing.tokens.channel import METHOD_PATH, MODEL_KEY, channel_options
 from routing.tokens.frame_stream import Ended, Event, FrameStream, Nothing, Received, Sent
@@ -19,6 +19,8 @@ from routing.tokens.wire import DispatchReply, ErrorReply, decode_reply, peek_fr
 # A frame of this size or more fills socket buffers (Linux: 16 KiB to 4 MiB out, 128 KiB to 6 MiB in), so it stops half-
 # way unless somebody goes on with it while its sender does other work.
 _LARGE_BYTES = 128 << 10
+# A worker ends the stream in these ways if it serves another model, or no method of this name.
+_UNUSABLE = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED)
 
 
 class WorkerLink:
@@ -77,10 +79,12 @@ class WorkerLink:
     def receive(self, frame_id: int, timeout_s: float) -> DispatchReply:
         """Return the reply to the frame `frame_id`, whatever else arrives before it.
 
-        Raises WorkerLost when the stream breaks or nothing comes in `timeout_s`, or the worker's own error. Its reply
-        is dropped if it comes after all.
+        Raises WorkerLost or WorkerUnusable when the stream breaks, WorkerSilent when the reply does not come in
+        `timeout_s` (0 or less: it must have come already), or the worker's own error. A reply that comes after all is
+        dropped.
         """
         deadline = time.monotonic() + timeout_s
+        looked = False
         with self._lock:
             self._waiting += 1
             try:
@@ -88,8 +92,11 @@ class WorkerLink:
                     if self._broken is not None:
                         raise type(self._broken)(str(self._broken))
                     if (left_s := deadline - time.monotonic()) <= 0:
-                        raise WorkerLost(f"expert worker {self.address} did not answer within {timeout_s:.1f} s")
-                    if self._polled:
+                        if looked or self._polled:
+                            raise WorkerSilent(f"expert worker {self.address} did not answer in time")
+                        looked = True
+                        self._look()  # it may lie in the socket: nobody read while the caller did other work
+                    elif self._polled:
                         self._changed.wait(left_s)
                     else:
                         self._poll(deadline)
@@ -118,6 +125,11 @@ class WorkerLink:
     def idle(self) -> bool:
         """Whether no reply is awaited."""
         return not self._unanswered
+
+    @property
+    def broken(self) -> DeepsplitError | None:
+        """Why the link is of no use any more."""
+        return self._broken
 
     def tend(self, now: float) -> None:
         """Let a thread give up whose `receive` has passed its deadline; where no thread waits, answer pings and notice
@@ -164,6 +176,13 @@ class WorkerLink:
 
     # --- under the lock ---
 
+    def _look(self) -> None:
+        self._lock.release()
+        try:
+            self.attend(0.0)
+        finally:
+            self._lock.acquire()
+
     def _poll(self, deadline: float) -> None:
         self._polled, self._poll_until = True, deadline
         self._lock.release()
@@ -205,7 +224,7 @@ class WorkerLink:
         try:
             reply = decode_reply(frame)
         except FrameError as error:
-            self._break(WorkerLost(f"expert worker {self.address} sent a broken reply: {error}"))
+            self._break(WorkerUnusable(f"expert worker {self.address} sent a reply that is none: {error}"))
             return
         if reply.frame_id in self._unanswered:
             self._unanswered.remove(reply.frame_id)
@@ -223,7 +242,7 @@ class WorkerLink:
     def _explain(self, end: Ended) -> DeepsplitError:
         if end.code is grpc.StatusCode.OK:
             return WorkerLost(f"expert worker {self.address} closed the stream")
-        if end.code is grpc.StatusCode.FAILED_PRECONDITION:
-            return FrameError(f"expert worker {self.address} refused the stream: {end.details}")
+        if end.code in _UNUSABLE:
+            return WorkerUnusable(f"expert worker {self.address} refused the stream: {end.details}")
         hint = handshake_hint(end.details, self._secure)
         return WorkerLost(f"expert worker {self.address}{hint}: {end.code.name}: {end.details}")

@@ -11,11 +11,13 @@ import torch
 
 from cluster.addresses import bracketed
 from cluster.config import DispatchConfig, InternalTlsConfig
-from cluster.errors import DeepsplitError, FrameError, StartupError
+from cluster.errors import DeepsplitError, FrameError, StartupError, WorkerFailing
+from cluster.model.identity import same_model
 from cluster.tls.grpc_credentials import expert_server_credentials, peer_is
 from monitoring.expert_meter import ExpertMeter
-from routing.tokens.batcher import Batcher, QueuedRequest
+from routing.tokens.batcher import Batcher, QueuedRequest, Turn
 from routing.tokens.channel import METHOD_PATH, MODEL_KEY, channel_options
+from routing.tokens.fence import Fence
 from routing.tokens.frame_server import FrameServer, Refusal, Stream
 from routing.tokens.kept_memory import keep_freed_memory
 from routing.tokens.turn_runner import ComputeExperts, TurnRunner
@@ -52,9 +54,10 @@ class ExpertServer:
         self._model_id = model_id
         self._tls = tls
         self._batcher = Batcher(settings.batch_rows)
-        self._runner = TurnRunner(experts, self._finish, time.monotonic, meter)
+        self._fence = Fence(settings.call_timeout_s)
+        self._runner = TurnRunner(experts, self._finish, time.monotonic, self._fence, meter)
         self._frames = FrameServer(METHOD_PATH, self, channel_options(settings), _MAX_STREAMS)
-        self._threads = TurnThreads(self._batcher, self._runner.run, self._frames, settings.keepalive_timeout_s / 4)
+        self._threads = TurnThreads(self._batcher, self._run, self._frames, settings.keepalive_timeout_s / 4)
         self._started = False
 
     def start(self, host: str, port: int = 0) -> str:
@@ -92,9 +95,12 @@ class ExpertServer:
         """Return the seconds in which experts were computed, so far."""
         return self._runner.busy_s
 
-    def computing_s(self) -> float:
-        """Return how long the present turn has been computed, 0 between turns. A hung kernel shows here."""
-        return self._threads.computing_s()
+    def failure(self) -> str | None:
+        """Return why this worker must be replaced, None while it is well. Refuses what waits if it must."""
+        reason = self._fence.look(self._threads.computing_s())
+        if reason is not None:
+            self._refuse_waiting(reason)
+        return reason
 
     def admit(self, metadata: Mapping[str, str], auth_context: Mapping[str, Sequence[bytes]]) -> Refusal | None:
         """Refuse callers of another name or model."""
@@ -104,7 +110,7 @@ class ExpertServer:
                 f"the caller's certificate is not for {self._tls.server_name} (internal_tls.server_name)",
             )
         theirs = metadata.get(MODEL_KEY)
-        if theirs != self._model_id:
+        if theirs is None or not same_model(self._model_id, theirs):
             return Refusal(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"this worker serves model {self._model_id}, the caller {theirs}: one cluster, one checkpoint",
@@ -126,14 +132,24 @@ class ExpertServer:
         """Queue a request, or refuse a frame that is none."""
         arrived = time.monotonic()
         try:
+            if (reason := self._fence.look(self._threads.computing_s())) is not None:
+                raise WorkerFailing(reason, fenced=True)
             request = decode_request(frame, self._hidden_size)
+            self._threads.add(QueuedRequest(request, stream, len(frame), arrived))
         except Exception as error:  # the worker lives on, whatever a frame holds
             refusal = error if isinstance(error, DeepsplitError) else FrameError(f"frame not understood: {error!r}")
             if refusal is not error:
                 refusal.__cause__ = error
             stream.answer(self._refused(peek_frame_id(frame), peek_request_ids(frame), refusal), len(frame))
-        else:
-            self._threads.add(QueuedRequest(request, stream, len(frame), arrived))
+
+    def _run(self, turn: Turn) -> None:
+        self._runner.run(turn)
+        if self._fence.reason is not None:
+            self._refuse_waiting(self._fence.reason)
+
+    def _refuse_waiting(self, reason: str) -> None:
+        for work in self._threads.drop_untouched():
+            self._finish(work, WorkerFailing(reason, fenced=True))
 
     def _finish(self, work: QueuedRequest, result: torch.Tensor | DeepsplitError) -> None:
         request = work.request

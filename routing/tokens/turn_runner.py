@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import torch
 
-from cluster.errors import DeepsplitError, DispatchTimeout, WorkerLost
+from cluster.errors import DeepsplitError, WorkerBusy, WorkerFailing
 from monitoring.expert_meter import BatchSample, ExpertMeter
 from routing.tokens.batcher import QueuedRequest, Slice, Turn
+from routing.tokens.fence import Fence
 from routing.tokens.request_ids import join_request_ids
 
 logger = logging.getLogger(__name__)
@@ -28,9 +29,12 @@ class TurnRunner:
     """Not thread-safe: one thread computes."""
 
     def __init__(
-        self, experts: ComputeExperts, finish: Finish, clock: Callable[[], float], meter: ExpertMeter | None = None
-    ) -> None:
+        self, experts: ComputeExperts, finish: Finish, clock: Callable[[], float], fence: Fence,
+        meter: ExpertMeter | None = None,
+    ) -> None:  # fmt: skip
+        """`fence` hears how each turn went."""
         self._experts = experts
+        self._fence = fence
         self._finish = finish
         self._clock = clock
         self._meter = meter
@@ -39,17 +43,30 @@ class TurnRunner:
     def run(self, turn: Turn) -> None:
         """Compute the turn and finish the requests of which it was the last, and those that fail or came too late."""
         for work in turn.expired:
-            self._finish(work, DispatchTimeout("the caller's deadline passed before the experts were free"))
+            waited_s = self._clock() - work.arrived
+            self._finish(work, WorkerBusy("the caller's deadline passed before the experts were free", waited_s))
         if not turn.slices:
             return
         error = self._compute(turn.slices, turn.rows)
         if error is None:
+            self._fence.computed()
             return
-        for part in turn.slices:
-            # One bad request must not fail those that shared its batch.
-            failed = self._compute([part], part.last - part.first) if len(turn.slices) > 1 else error
-            if failed is not None:
-                self._finish(part.work, failed)
+        errors = [error]
+        if len(turn.slices) > 1:  # one bad request must not fail those that shared its batch
+            errors = [failed for part in turn.slices if (failed := self._alone(part)) is not None]
+        else:
+            self._finish(turn.slices[0].work, error)
+        if len(errors) < len(turn.slices):
+            self._fence.computed()
+        elif broken := [failed.__cause__ for failed in errors if failed.__cause__ is not None]:
+            self._fence.failed(broken[-1])
+
+    def _alone(self, part: Slice) -> DeepsplitError | None:
+        """Compute one request's slice by itself; returns the error with which it was finished, if it was."""
+        failed = self._compute([part], part.last - part.first)
+        if failed is not None:
+            self._finish(part.work, failed)
+        return failed
 
     def _compute(self, slices: list[Slice], rows: int) -> DeepsplitError | None:
         first = slices[0].work.request
@@ -65,8 +82,8 @@ class TurnRunner:
         except DeepsplitError as error:
             return error
         except Exception as error:  # the worker lives on, whatever a kernel raises
-            failed = WorkerLost(f"expert computation failed: {error!r}")
-            failed.__cause__ = error
+            failed = WorkerFailing(f"expert computation failed: {error!r}")
+            failed.__cause__ = error  # the kernel's own, which tells it from a refusal
             return failed
         took_s = self._clock() - started
         self.busy_s += took_s
@@ -80,7 +97,7 @@ class TurnRunner:
             try:
                 self._take(part, piece_TH, took_s)
             except Exception as error:  # such as no memory for a large reply: the others get theirs
-                failed = WorkerLost(f"a reply could not be made: {error!r}")
+                failed = WorkerFailing(f"a reply could not be made: {error!r}")
                 failed.__cause__ = error
                 self._finish(part.work, failed)
         return None

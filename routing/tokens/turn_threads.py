@@ -60,7 +60,7 @@ class TurnThreads:
             thread.join(timeout_s)
 
     def add(self, work: QueuedRequest) -> None:
-        """Queue a request."""
+        """Queue a request. Raises WorkerBusy as the batcher does."""
         with self._changed:
             self._batcher.add(work)
             if self._idle:
@@ -70,6 +70,11 @@ class TurnThreads:
         """Take a request out of the queue."""
         with self._changed:
             self._batcher.drop(work)
+
+    def drop_untouched(self) -> list[QueuedRequest]:
+        """Take all requests out of the queue of which nothing is being or was computed, and return them."""
+        with self._changed:
+            return self._batcher.drop_untouched()
 
     def drop_owner(self, owner: Owner) -> None:
         """Take all requests of one owner out of the queue."""

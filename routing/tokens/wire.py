@@ -15,13 +15,13 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from cluster.errors import DeepsplitError, DispatchTimeout, FrameError, StalePlacement, WorkerLost
+from cluster.errors import DeepsplitError, FrameError, StalePlacement, WorkerBusy, WorkerFailing
 from routing.tokens import float8
 from routing.tokens.request_ids import MAX_BYTES as MAX_REQUEST_IDS_BYTES
 
 MAGIC = b"DSX1"
-# magic, kind, dtype, reply dtype, error code or bytes of request ids, frame id, epoch, layer, rows, hidden, top-k or
-# queue time, deadline or compute time
+# magic, kind, dtype, reply dtype or whether the worker is fenced, error code or bytes of request ids, frame id, epoch,
+# layer, rows, hidden or number of stale experts, top-k or queue time, deadline or compute time
 _HEADER = struct.Struct("<4sBBBBQIIIIII")
 HEADER_BYTES = _HEADER.size
 _MAX_U32 = 2**32 - 1
@@ -44,8 +44,8 @@ _DTYPES = {0: torch.float32, 1: torch.bfloat16, 2: torch.float16}
 FLOAT8 = torch.float8_e4m3fn
 _ROW_DTYPES = {**_DTYPES, 3: FLOAT8}  # of hidden states on their way to the experts
 _CODES = {dtype: code for code, dtype in _ROW_DTYPES.items()}
-_ERRORS: dict[int, type[DeepsplitError]] = {1: FrameError, 2: StalePlacement, 3: DispatchTimeout, 4: WorkerLost}
-_ERROR_CODES = {error: code for code, error in _ERRORS.items()}
+_BAD_FRAME, _STALE, _BUSY, _FAILING = 1, 2, 3, 4  # error codes
+_MAX_MESSAGE_BYTES = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,10 +197,35 @@ def encode_reply(reply: DispatchReply) -> bytes:
 
 
 def encode_error(frame_id: int, error: DeepsplitError) -> bytes:
-    """Header, the message in UTF-8 (at most 64 KiB)."""
-    code = next((_ERROR_CODES[cls] for cls in type(error).__mro__ if cls in _ERROR_CODES), 1)
-    message = str(error).encode()[:65536]
-    return _HEADER.pack(MAGIC, Kind.ERROR, 0, 0, code, frame_id, 0, 0, len(message), 0, 0, 0) + message
+    """Header, the message in UTF-8 (at most 64 KiB), and the stale experts (int16), if any."""
+    code, fenced, queue_us, stale = _FAILING, False, 0, b""
+    if isinstance(error, FrameError):
+        code = _BAD_FRAME
+    elif isinstance(error, StalePlacement):
+        code, stale = _STALE, np.array(error.experts, dtype=np.int16).tobytes()
+    elif isinstance(error, WorkerBusy):
+        code, queue_us = _BUSY, min(int(error.queue_s * 1e6), _MAX_U32)
+    elif isinstance(error, WorkerFailing):
+        fenced = error.fenced
+    body = str(error).encode()[:_MAX_MESSAGE_BYTES] + stale
+    header = _HEADER.pack(
+        MAGIC, Kind.ERROR, 0, fenced, code, frame_id, 0, 0, len(body), len(stale) // 2, queue_us, 0
+    )  # fmt: skip
+    return header + body
+
+
+def _decode_error(code: int, fenced: int, body: bytes, stale_experts: int, queue_us: int) -> DeepsplitError:
+    if 2 * stale_experts > len(body):
+        raise FrameError(f"an error reply of {len(body)} bytes cannot name {stale_experts} stale experts")
+    end = len(body) - 2 * stale_experts
+    message = body[:end].decode(errors="replace")
+    if code == _BAD_FRAME:
+        return FrameError(message)
+    if code == _STALE:
+        return StalePlacement(message, tuple(np.frombuffer(body, np.int16, stale_experts, end).tolist()))
+    if code == _BUSY:
+        return WorkerBusy(message, queue_us / 1e6)
+    return WorkerFailing(message, bool(fenced))  # also what a newer worker says that we do not know
 
 
 def _tensor(frame: bytes, offset: int, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
@@ -295,11 +320,10 @@ def decode_request(frame: bytes, hidden_size: int) -> DispatchRequest:
 
 def decode_reply(frame: bytes) -> DispatchReply | ErrorReply:
     """Raises FrameError for anything but a well-formed reply or error. Tensors are views of `frame`."""
-    kind, dtype_code, _, error_code, frame_id, epoch, layer, rows, hidden, queue_us, compute_us = _unpack(frame)
+    kind, dtype_code, fenced, error_code, frame_id, epoch, layer, rows, hidden, queue_us, compute_us = _unpack(frame)
     if kind == _ERROR:
         _check_length(frame, HEADER_BYTES + rows, "error reply")
-        message = frame[HEADER_BYTES:].decode(errors="replace")
-        return ErrorReply(frame_id, _ERRORS.get(error_code, FrameError)(message))
+        return ErrorReply(frame_id, _decode_error(error_code, fenced, frame[HEADER_BYTES:], hidden, queue_us))
     if kind != _REPLY:
         raise FrameError(f"expected a reply, got kind {kind}")
     dtype = _dtype(dtype_code)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Set
 
+from cluster.errors import DeepsplitError
 from routing.tokens.link import WorkerLink
 from routing.tokens.placement import WorkerEndpoint
 
@@ -19,7 +20,8 @@ class Links:
         self._reply_timeout_s = reply_timeout_s
         self._changing = threading.Lock()
         self._live: dict[str, WorkerLink] = {}  # worker_id -> link
-        self._retired: list[tuple[float, WorkerLink]] = []  # monotonic seconds since when, of workers that left
+        # Of workers that left: monotonic seconds since when, worker_id.
+        self._retired: list[tuple[float, str, WorkerLink]] = []
         self._closed = False
 
     def of(self, worker: WorkerEndpoint) -> WorkerLink:
@@ -34,13 +36,16 @@ class Links:
         return link
 
     def discard(self, worker_id: str, link: WorkerLink) -> bool:
-        """Close a link that broke. Returns whether it was the worker's current one."""
+        """Close a link that broke. Returns whether this is the first to say so."""
         with self._changing:
-            current = self._live.get(worker_id) is link
-            if current:
+            first = self._live.get(worker_id) is link
+            if first:
                 del self._live[worker_id]
+            elif known := [one for one in self._retired if one[2] is link]:
+                first = True
+                self._retired.remove(known[0])
         link.close()
-        return current
+        return first
 
     def prepare(self, workers: Iterable[WorkerEndpoint]) -> None:
         """Begin to connect to workers before the first rows go there."""
@@ -52,29 +57,37 @@ class Links:
         now = time.monotonic()
         with self._changing:
             for worker_id in self._live.keys() - live:
-                self._retired.append((now, self._live.pop(worker_id)))
+                self._retired.append((now, worker_id, self._live.pop(worker_id)))
 
-    def tend(self) -> None:
-        """Break the wait of receivers whose deadline has passed, and close retired links."""
+    def tend(self) -> list[tuple[str, DeepsplitError]]:
+        """Break the wait of receivers whose deadline has passed, and close retired links. Returns the workers whose
+        links broke while nobody waited for a reply, and why; they are discarded.
+        """
         now = time.monotonic()
-        for link in list(self._live.values()):
+        broke = []
+        for worker_id, link in list(self._live.items()):
             link.tend(now)
-        if not self._retired:
-            return
+            if (error := link.broken) is not None and link.idle and self.discard(worker_id, link):
+                broke.append((worker_id, error))
+        if self._retired:
+            self._tend_retired(now)
+        return broke
+
+    def _tend_retired(self, now: float) -> None:
         with self._changing:
-            over = [link for since, link in self._retired if link.idle or now - since > self._reply_timeout_s]
-            self._retired = [(since, link) for since, link in self._retired if link not in over]
-            waiting = [link for _, link in self._retired]
-        for link in over:
+            over = [one for one in self._retired if one[2].idle or now - one[0] > self._reply_timeout_s]
+            self._retired = [one for one in self._retired if one not in over]
+            waiting = list(self._retired)
+        for _, _, link in over:
             link.close()
-        for link in waiting:
+        for _, _, link in waiting:
             link.tend(now)
 
     def close(self) -> None:
         """Close all, for good."""
         with self._changing:
             self._closed = True
-            links = [*self._live.values(), *(link for _, link in self._retired)]
+            links = [*self._live.values(), *(link for _, _, link in self._retired)]
             self._live.clear()
             self._retired.clear()
         for link in links:

@@ -1,4 +1,15 @@
-"""Takes the replies of a dispatch, and sorts what went wrong into lost rows and errors."""
+"""Takes the replies of a dispatch, and judges what went wrong: of the worker, of this dispatch, or of both.
+
+Each kind has its own remedy; rows that did not come are always split again, by what is then known:
+
+| error | the worker | its link |
+|---|---|---|
+| WorkerLost, WorkerSilent | lost: no rows for a while | closed |
+| WorkerUnusable, WorkerFailing (fenced) | set aside | closed when unusable |
+| StalePlacement | these experts are not asked there before the next table | stays |
+| WorkerBusy, WorkerFailing | this dispatch asks there again after a pause, if it must | stays |
+| FrameError | this dispatch does not ask there again | stays |
+"""
 
 from __future__ import annotations
 
@@ -7,31 +18,41 @@ import time
 import torch
 
 from cluster.config import DispatchConfig
-from cluster.errors import DispatchTimeout, StalePlacement, WorkerLost
+from cluster.errors import (
+    DeepsplitError,
+    ElsewhereError,
+    FrameError,
+    StalePlacement,
+    WorkerBusy,
+    WorkerFailing,
+    WorkerLost,
+    WorkerSilent,
+    WorkerUnusable,
+)
+from routing.tokens.dispatching.fault_book import FaultBook
 from routing.tokens.dispatching.links import Links
-from routing.tokens.dispatching.loss_book import LossBook
 from routing.tokens.dispatching.pace import Pace
 from routing.tokens.in_flight import Dispatch, SentPart
-from routing.tokens.wire import HEADER_BYTES
+from routing.tokens.wire import HEADER_BYTES, NO_EXPERT
 
 
 class Receiver:
     """Thread-safe."""
 
     def __init__(
-        self, settings: DispatchConfig, links: Links, losses: LossBook, pace: Pace, hidden_size: int
+        self, settings: DispatchConfig, links: Links, faults: FaultBook, pace: Pace, hidden_size: int
     ) -> None:
-        self._call_timeout_s = settings.call_timeout_s
+        self._pause_s = settings.reconnect_interval_s
         self._links = links
-        self._losses = losses
+        self._faults = faults
         self._pace = pace
         self._hidden_size = hidden_size
 
-    def collect(self, dispatch: Dispatch) -> Exception | None:
+    def collect(self, dispatch: Dispatch) -> DeepsplitError | None:
         """Take every outstanding reply into `dispatch.sum`. Returns the last error that cost rows; `dispatch` keeps
         which. Raises what no repeat can mend; what is then outstanding stays in `dispatch.sent`.
         """
-        last: Exception | None = None
+        last: DeepsplitError | None = None
         waited_us = queued_us = 0  # of the slowest worker
         away_s: list[tuple[str, float]] = []
         sent_parts = dispatch.sent
@@ -39,16 +60,14 @@ class Receiver:
             sent = sent_parts[0]
             try:
                 queue_us, compute_us = self._take(dispatch, sent)
-            except (WorkerLost, StalePlacement, DispatchTimeout) as error:
+            except (ElsewhereError, FrameError) as error:
                 last = error
                 dispatch.stopwatch.sample.retries.append(error.outcome)
                 dispatch.lose(sent.part)
-                self._lose(sent, error, dispatch.request_ids)
-            except BaseException:
-                self._links.discard(sent.worker_id, sent.link)  # it may have refused the whole stream
-                raise
+                sent.forget()
+                self._judge(dispatch, sent, error)
             else:
-                self._losses.answered(sent.worker_id)
+                self._faults.answered(sent.worker_id)
                 away_s.append((sent.worker_id, (queue_us + compute_us) / 1e6))
                 if queue_us + compute_us > waited_us:
                     waited_us, queued_us = queue_us + compute_us, queue_us
@@ -61,11 +80,10 @@ class Receiver:
     def _take(self, dispatch: Dispatch, sent: SentPart) -> tuple[int, int]:
         pieces, queue_us, compute_us = [], 0, 0
         for frame_id, rows in sent.frames:
-            timeout_s = min(self._call_timeout_s, dispatch.deadline - time.monotonic())
-            reply = sent.link.receive(frame_id, timeout_s)
+            reply = sent.link.receive(frame_id, dispatch.attempt_deadline - time.monotonic())
             if reply.output_TH.shape != (rows, self._hidden_size):
                 shape = tuple(reply.output_TH.shape)
-                raise WorkerLost(f"expert worker {sent.link.address} answered with shape {shape}")
+                raise WorkerUnusable(f"expert worker {sent.link.address} answered with shape {shape}")
             pieces.append(reply.output_TH)
             queue_us += reply.queue_us
             compute_us += reply.compute_us
@@ -78,9 +96,29 @@ class Receiver:
         watch.sample.combine_s += time.monotonic() - began
         return queue_us, compute_us
 
-    def _lose(self, sent: SentPart, error: Exception, request_ids: str) -> None:
-        if isinstance(error, StalePlacement):  # the worker is well, and so are others' frames on its link
-            sent.forget()
-            self._losses.lose(sent.worker_id, error, request_ids)
-        elif self._links.discard(sent.worker_id, sent.link):
-            self._losses.lose(sent.worker_id, error, request_ids)
+    def _judge(self, dispatch: Dispatch, sent: SentPart, error: DeepsplitError) -> None:
+        worker_id, now_s = sent.worker_id, time.monotonic()
+        if isinstance(error, WorkerSilent) and dispatch.attempt_deadline >= dispatch.deadline:
+            return  # the dispatch is over, but the worker did not have all of its time
+        if isinstance(error, WorkerLost):
+            if self._links.discard(worker_id, sent.link):  # else somebody else saw it first, and said so
+                self._faults.lost(worker_id, error, dispatch.request_ids)
+            return
+        if isinstance(error, WorkerUnusable):
+            self._links.discard(worker_id, sent.link)
+            self._faults.set_aside(worker_id, error, dispatch.request_ids)
+            return
+        self._faults.answered(worker_id)
+        if isinstance(error, StalePlacement):
+            asked = set(sent.part.expert_ids_RK.ravel().tolist()) - {NO_EXPERT}
+            experts = asked.intersection(error.experts) or asked  # a worker of an older version does not say which
+            self._faults.stale(worker_id, dispatch.layer, experts, dispatch.stamp, error, dispatch.request_ids)
+        elif isinstance(error, WorkerBusy):
+            dispatch.met().busy(worker_id, error.queue_s, self._pause_s, now_s)
+        elif isinstance(error, WorkerFailing) and error.fenced:
+            self._faults.set_aside(worker_id, error, dispatch.request_ids)
+        elif isinstance(error, WorkerFailing):
+            dispatch.met().failed(worker_id, self._pause_s, error, now_s)
+        else:
+            assert isinstance(error, FrameError)
+            dispatch.met().refused[worker_id] = error

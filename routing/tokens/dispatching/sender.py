@@ -29,19 +29,23 @@ class Sender:
     ) -> None:  # fmt: skip
         self._links = links
         self._combine_dtype = combine_dtype
-        self._deadline_ms = int(settings.call_timeout_s * 1000)
+        self._call_timeout_s = settings.call_timeout_s
         self._ids = count(1)
         # Request and reply both stay under the message bound.
         self._row_bytes = max(row_bytes(hidden_size, dtype) for dtype in (dispatch_dtype, combine_dtype))
         self._rows_bytes = (settings.max_message_mib << 20) - HEADER_BYTES - MAX_REQUEST_IDS_BYTES
 
     def send(self, dispatch: Dispatch, parts: Sequence[Part], table: PlacementTable) -> None:
-        """Send all parts; each is in `dispatch.sent` as soon as its first frame may have left."""
+        """Send all parts; each is in `dispatch.sent` as soon as its first frame may have left. They share a deadline,
+        which the frames carry.
+        """
         weights_TK, request_ids = dispatch.weights_TK, dispatch.request_ids.encode()
         most = max(1, self._rows_bytes // (self._row_bytes + 6 * weights_TK.shape[1]))
         pack_s = send_s = 0.0
         bytes_out = 0
         began = time.monotonic()
+        dispatch.stamp = table.stamp
+        dispatch.attempt_deadline = min(began + self._call_timeout_s, dispatch.deadline)
         for part in parts:
             worker = table.workers[part.worker]
             link = self._links.of(worker)
@@ -49,9 +53,10 @@ class Sender:
             frames = [(next(self._ids), len(ids_RK)) for _, ids_RK, _ in pieces]
             dispatch.sent.append(SentPart(part, worker.worker_id, link, frames))
             for (frame_id, _), (rows_R, ids_RK, weights_RK) in zip(frames, pieces, strict=True):
+                deadline_ms = max(0, int((dispatch.attempt_deadline - began) * 1000))
                 frame = pack_request(
-                    frame_id, table.stamp.n, dispatch.layer, self._deadline_ms, dispatch.rows, rows_R, ids_RK,
-                    weights_RK, self._combine_dtype, request_ids,
+                    frame_id, table.stamp.n, dispatch.layer, deadline_ms, dispatch.rows, rows_R, ids_RK, weights_RK,
+                    self._combine_dtype, request_ids,
                 )  # fmt: skip
                 bytes_out += len(frame)
                 packed = time.monotonic()

@@ -47,6 +47,17 @@ def _experts() -> Iterator[Case]:
         "DeepsplitExpertWorkerFlapping", "two losses, many starts", {lost: "0x9 1x9 2x20", ready_again: "0+1x40"}, 38
     )
 
+    aside = 'deepsplit_dispatch_workers_set_aside{model="m",worker="%s",reason="worker_unusable"}'
+    yield Case(
+        "DeepsplitExpertWorkerSetAside", "two of them, by one of two engines", {aside % "a": "0x9", aside % "b": "2x9"},
+        5,
+        (Firing(
+            {"severity": "ticket", "reason": "worker_unusable", **model},
+            "2 expert workers are set aside (worker_unusable); others have to do without them.",
+        ),),
+    )  # fmt: skip
+    yield Case("DeepsplitExpertWorkerSetAside", "replaced within two minutes", {aside % "a": "0x3 1 1 0x9"}, 6)
+
     for others in (1, 3):
         yield Case(
             "DeepsplitExpertStraggler", f"three times as slow as the other {others}",

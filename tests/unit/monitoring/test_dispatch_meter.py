@@ -99,3 +99,22 @@ def test_the_routers_choice_is_counted() -> None:
     meter.fold()
     assert registry.get_sample_value("deepsplit_layer_routed_tokens_total", {"layer": "5"}) == 6
     assert registry.get_sample_value("deepsplit_layer_routed_tokens_total", {"layer": "6"}) == 3
+
+
+def test_workers_that_are_lost_or_set_aside() -> None:
+    world = World()
+    assert world.value("workers_set_aside", reason="worker_unusable") == 0
+    world.meter.worker_lost("worker_silent")
+    world.meter.worker_lost("worker_silent")
+    assert world.value("workers_lost_total", reason="worker_silent") == 2
+    world.meter.set_aside(["worker_unusable", "worker_failing", "worker_unusable"])
+    assert world.value("workers_set_aside", reason="worker_unusable") == 2
+    world.meter.set_aside(["worker_failing"])
+    assert world.value("workers_set_aside", reason="worker_unusable") == 0
+    assert world.value("workers_set_aside", reason="worker_failing") == 1
+
+
+def test_waits_for_busy_workers() -> None:
+    world = World()
+    world.record(sample(backoff_s=0.5))
+    assert world.value("backoff_seconds_total") == 0.5

@@ -71,6 +71,8 @@ workers: 3
         ("experts: {shares: [1, .inf]}", "experts.shares[1]: must be a finite number, but is inf"),
         ("experts: {shares: 3}", "experts.shares: must be a list, such as [3, 1], but is 3"),
         ("experts: {replicas_per_expert: 3}", "experts.replicas_per_expert: 3 copies of each expert need as many"),
+        ("dispatch: {call_timeout_s: 90}", "dispatch.call_timeout_s: must be below dispatch.dispatch_timeout_s (90.0)"),
+        ("dispatch: {dispatch_timeout_s: 40}", "dispatch.uncovered_timeout_s: must not be above dispatch.dispatch_"),
         ("experts: {heartbeat_timeout_s: 0.1}", "experts.heartbeat_timeout_s: must be above experts.heartbeat_int"),
         ("attention: {engine_args: {load_format: dummy}}", "attention.engine_args.load_format: cannot be set here"),
         ("attention: {max_num_seqs: 0}", "attention.max_num_seqs: must be at least 1, but is 0"),

@@ -134,14 +134,16 @@ def test_hidden_states_of_another_dtype(checkpoint: Path) -> None:
 
 
 def test_an_unknown_layer(checkpoint: Path) -> None:
-    with pytest.raises(FrameError, match="unknown layer 0; this worker has routed experts of layers 1-2"):
+    with pytest.raises(StalePlacement, match=r"layer 0 is not held by .* layers 1-2") as caught:
         compute_of(checkpoint, [1]).forward(0, *rows(1, [1], top_k=1))
+    assert caught.value.experts == (1,)
 
 
 def test_an_expert_that_is_not_held(checkpoint: Path) -> None:
-    ids_TK = torch.tensor([[3, -1], [3, 8]], dtype=torch.int32)
-    with pytest.raises(StalePlacement, match="layer 2: expert 8 is not held by this worker"):
+    ids_TK = torch.tensor([[9, -1], [3, 8]], dtype=torch.int32)
+    with pytest.raises(StalePlacement, match=r"layer 2: expert\(s\) 8, 9 not held by this worker") as caught:
         compute_of(checkpoint, [3, 4]).forward(2, some_hidden(2), ids_TK, torch.ones(2, 2))
+    assert caught.value.experts == (8, 9)
 
 
 @pytest.mark.parametrize("bad", [60, -2, 2**31 - 1])

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.errors import CheckpointError
+from deployments.directory.members import HeartbeatReply
 from deployments.experts.worker import ExpertWorker
 from routing.tokens.membership import WorkerMember
+from routing.tokens.placement import NO_TABLE
 from routing.tokens.share import Share, without
 
 
@@ -18,29 +20,57 @@ class _Worker(ExpertWorker):
         pass
 
 
-def worker(computing_s: float, loading: bool = False) -> ExpertWorker:
-    """A worker that never went through its constructor, which needs Ray: `check_health` reads these four."""
+def worker(failure: str | None, loading: bool = False) -> ExpertWorker:
+    """A worker that never went through its constructor, which needs Ray: `check_health` reads these three."""
     made = object.__new__(_Worker)
     made._failure = None
-    made._call_timeout_s = 30.0
     made._beating = SimpleNamespace(done=lambda: False)  # type: ignore[assignment]
     if not loading:
-        made._host = SimpleNamespace(computing_s=lambda: computing_s)  # type: ignore[assignment]
+        made._host = SimpleNamespace(failure=lambda: failure)  # type: ignore[assignment]
     return made
 
 
-@pytest.mark.parametrize("one", [worker(0.0), worker(29.0), worker(0.0, loading=True)])
+@pytest.mark.parametrize("one", [worker(None), worker(None, loading=True)])
 def test_a_worker_that_computes_or_loads_is_well(one: ExpertWorker) -> None:
     asyncio.run(one.check_health())
 
 
-def test_a_worker_whose_kernel_hangs_is_replaced() -> None:
-    hung = worker(31.0)
-    with pytest.raises(RuntimeError, match=r"more than dispatch\.call_timeout_s \(30 s\): .* the kernel seems to hang"):
-        asyncio.run(hung.check_health())
-    hung._host.computing_s = lambda: 0.0  # type: ignore[method-assign]
+def test_a_worker_that_fenced_itself_is_replaced() -> None:
+    fenced = worker("3 turns of the experts in a row failed")
+    with pytest.raises(RuntimeError, match="3 turns of the experts in a row failed"):
+        asyncio.run(fenced.check_health())
+    fenced._host.failure = lambda: None  # type: ignore[method-assign]
     with pytest.raises(RuntimeError):  # Serve asks several times before it acts
-        asyncio.run(hung.check_health())
+        asyncio.run(fenced.check_health())
+
+
+class _Directory:
+    """Answers heartbeats, and keeps who left."""
+
+    def __init__(self) -> None:
+        self.left: list[str] = []
+        self.heartbeat = SimpleNamespace(remote=self._heartbeat)
+        self.leave = SimpleNamespace(remote=self._leave)
+
+    async def _heartbeat(self, worker_id: str, busy: float) -> HeartbeatReply:
+        return HeartbeatReply(True, NO_TABLE, 0.0)
+
+    async def _leave(self, worker_id: str) -> None:
+        self.left.append(worker_id)
+
+
+def test_a_worker_that_fenced_itself_leaves_the_table_at_once() -> None:
+    fenced, directory = worker(None), _Directory()
+    fenced._directory = directory  # type: ignore[assignment]
+    fenced._heartbeat_interval_s, fenced._seen = 0.001, NO_TABLE
+    fenced._cores, fenced._left = None, False
+    fenced._member = WorkerMember("w", 0, 1, "node", "h:1", "ready")
+    answers = iter([None, None, "3 turns failed"])
+    fenced._host = SimpleNamespace(failure=lambda: next(answers), busy_s=lambda: 0.0)  # type: ignore[assignment]
+    asyncio.run(asyncio.wait_for(fenced._beat(), 10))
+    assert directory.left == ["w"]
+    with pytest.raises(RuntimeError, match="3 turns failed"):
+        asyncio.run(fenced.check_health())
 
 
 # --- what the directory wants ---

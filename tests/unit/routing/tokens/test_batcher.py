@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from cluster.errors import DispatchTimeout, FrameError, WorkerLost
+from cluster.errors import FrameError, WorkerBusy, WorkerFailing
 from routing.tokens.batcher import QueuedRequest
 from tests.unit.routing.tokens.turns import Nobody, Turns, request
 
@@ -134,7 +134,7 @@ def test_a_deadline_that_passed_in_the_queue_costs_no_computation() -> None:
     late = turns.add(request(2, deadline_ms=3000))
     turns.all()
     assert turns.batches == [(1, 2)]
-    assert isinstance(turns.ended(late).result, DispatchTimeout)
+    assert isinstance(turns.ended(late).result, WorkerBusy)
 
 
 def test_a_deadline_that_passes_between_slices_ends_the_request() -> None:
@@ -142,7 +142,7 @@ def test_a_deadline_that_passes_between_slices_ends_the_request() -> None:
     late = turns.add(request(1, rows=640, deadline_ms=2500))
     turns.all()
     assert len(turns.batches) == 3
-    assert isinstance(turns.ended(late).result, DispatchTimeout)
+    assert isinstance(turns.ended(late).result, WorkerBusy)
     assert len(turns.batcher) == 0
 
 
@@ -174,7 +174,7 @@ def test_a_slice_that_fails_ends_its_request_and_no_other() -> None:
     turns.all()
     assert turns.batches == [(1, 64), (1, 64), (2, 64), (2, 64)]
     result = turns.ended(bad).result
-    assert isinstance(result, WorkerLost)
+    assert isinstance(result, WorkerFailing)
     assert isinstance(result.__cause__, ZeroDivisionError)
     torch.testing.assert_close(turns.ended(good).result, request(2, rows=128).hidden_TH * 2)
 
@@ -185,7 +185,7 @@ def test_experts_that_return_another_shape_are_an_error(part: tuple[slice, slice
     turns.runner._experts = lambda layer, hidden_TH, ids_TK, weights_TK: hidden_TH[part]
     work = turns.add(request(1))
     turns.turn()
-    assert isinstance(turns.ended(work).result, WorkerLost)
+    assert isinstance(turns.ended(work).result, WorkerFailing)
 
 
 def test_requests_of_one_that_left_are_not_computed() -> None:
@@ -219,3 +219,27 @@ def test_a_reply_is_in_the_dtype_that_was_asked_for() -> None:
         result = turns.ended(work).result
         assert isinstance(result, torch.Tensor)
         assert result.dtype is torch.bfloat16
+
+
+def test_a_queue_that_waits_too_long_for_a_caller_is_full() -> None:
+    turns = Turns(lambda layer, rows: 0.0)
+    turns.add(request(1, rows=640))
+    turns.now += 6.0
+    turns.add(request(1, rows=640, deadline_ms=12_000))
+    with pytest.raises(WorkerBusy, match=r"waiting for 6\.0 s, too long") as caught:
+        turns.add(request(1, rows=640, deadline_ms=11_000))
+    assert caught.value.queue_s == 6.0
+    turns.add(request(1, rows=2, deadline_ms=1000))  # light ones do not wait for heavy ones
+    assert len(turns.batcher) == 3
+    turns.all()
+    turns.add(request(1, rows=640, deadline_ms=1000))
+
+
+def test_what_nothing_was_computed_of_can_be_taken_out() -> None:
+    turns = Turns(per_row, max_rows=64)
+    begun = turns.add(request(1, rows=640))
+    turns.turn()
+    waits = [turns.add(request(2, rows=640)), turns.add(request(1))]
+    assert sorted(map(id, turns.batcher.drop_untouched())) == sorted(map(id, waits))
+    turns.all()
+    assert [one.work for one in turns.finished] == [begun]

@@ -150,8 +150,8 @@ def test_a_failed_dispatch_leaves_the_client_usable(cluster: Cluster) -> None:
 def test_another_model_is_refused(cluster: Cluster) -> None:
     cluster.start("a", ALL, model="other")
     cluster.publish("a")
-    with pytest.raises(FrameError, match="one cluster, one checkpoint"):
-        dispatch(cluster.client(), 1)
+    with pytest.raises(UncoveredExperts, match=r"set aside: .* one cluster, one checkpoint"):
+        dispatch(cluster.client(uncovered_timeout_s=0.5), 1)
 
 
 def test_total_deadline_bounds_the_retry_loop(cluster: Cluster) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cluster.config import DispatchConfig
-from cluster.errors import FrameError, StalePlacement, StartupError, WorkerLost
+from cluster.errors import FrameError, StalePlacement, StartupError, WorkerLost, WorkerSilent, WorkerUnusable
 from routing.tokens import frame_stream
 from routing.tokens.link import WorkerLink
 from routing.tokens.link_poller import LinkPoller
@@ -146,7 +146,7 @@ def test_a_reply_that_does_not_come_in_time(cluster: Cluster, links: Callable[..
     thread = threading.Thread(target=watchdog)
     thread.start()
     link.send(frame(1))
-    with pytest.raises(WorkerLost, match=r"did not answer within 0\.3 s"):
+    with pytest.raises(WorkerSilent, match="did not answer in time"):
         link.receive(1, 0.3)
     link.send(frame(2))  # the stream is well, and the late reply is nobody's
     assert link.receive(2, 20).frame_id == 2
@@ -195,7 +195,7 @@ def test_a_worker_of_another_model_and_its_errors(cluster: Cluster, links: Calla
     assert link.receive(3, 20).frame_id == 3
     other = links(address, "another")
     other.send(frame(1))
-    with pytest.raises(FrameError, match="refused the stream: this worker serves model test-model, the caller another"):
+    with pytest.raises(WorkerUnusable, match="refused the stream: this worker serves model test-model, the caller an"):
         other.receive(1, 20)
 
 

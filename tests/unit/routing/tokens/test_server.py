@@ -18,7 +18,7 @@ from cluster.errors import FrameError, StartupError
 from monitoring.expert_meter import ExpertMeter
 from monitoring.metrics import ExpertMetrics
 from routing.tokens import frame_server
-from routing.tokens.frame_server import READ_AHEAD_FRAMES, Stream
+from routing.tokens.frame_server import READ_AHEAD_FRAMES, FrameServer, Stream
 from routing.tokens.server import _MAX_STREAMS, ExpertServer
 from routing.tokens.wire import DispatchReply, ErrorReply
 from tests.unit.routing.tokens.expert_calls import HIDDEN, MODEL, WAIT_S, Gate, eventually, frame, serving, twice
@@ -223,7 +223,7 @@ def test_pings_are_answered_and_frames_read_while_a_kernel_runs() -> None:
         assert gate.entered.wait(WAIT_S)
         for number in (1, 2):
             streams[number].send(frame(number))
-        eventually(lambda: server.computing_s() > 2.0)  # five times what a ping may take
+        eventually(lambda: server._threads.computing_s() > 2.0)  # five times what a ping may take
         assert server.waiting() == 2
         late = connect()
         late.send(frame(9))
@@ -231,7 +231,7 @@ def test_pings_are_answered_and_frames_read_while_a_kernel_runs() -> None:
         gate.open.set()
         for number, stream in enumerate([*streams, late]):
             assert is_right(stream.reply(), 9 if stream is late else number)
-        eventually(lambda: server.computing_s() == 0.0)
+        eventually(lambda: server._threads.computing_s() == 0.0)
 
 
 def test_stop_lets_running_requests_end_and_then_cuts() -> None:
@@ -320,3 +320,23 @@ def test_a_grpcio_without_what_we_use_of_it_is_named_at_start(monkeypatch: pytes
     monkeypatch.setitem(frame_server._NEEDED, frame_server.cygrpc, ("Server", "NoLongerThere"))
     with pytest.raises(StartupError, match=rf"grpcio {grpc.__version__} has no NoLongerThere .* lock file"):
         ExpertServer(twice, HIDDEN, MODEL, DispatchConfig())
+
+
+def test_a_stream_that_comes_as_the_server_stops_is_refused_quietly(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_call = FrameServer._on_call
+
+    def stopped_first(self: FrameServer, event: object) -> None:
+        self.shut_down()
+        on_call(self, event)
+
+    monkeypatch.setattr(FrameServer, "_on_call", stopped_first)
+    with serving() as (server, connect):
+        stream = connect()
+        with pytest.raises(grpc.RpcError):
+            stream.ask(frame())
+        assert stream.call.code() is grpc.StatusCode.UNAVAILABLE
+        assert stream.call.details() == "this worker is being stopped"
+        server.stop(WAIT_S)
+    assert caplog.records == []

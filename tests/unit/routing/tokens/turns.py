@@ -9,6 +9,7 @@ import torch
 
 from cluster.errors import DeepsplitError
 from routing.tokens.batcher import Batcher, QueuedRequest
+from routing.tokens.fence import Fence
 from routing.tokens.turn_runner import TurnRunner
 from routing.tokens.wire import DispatchRequest
 
@@ -49,7 +50,8 @@ class Turns:
         self.finished: list[Finished] = []
         self.batcher = Batcher(max_rows)
         self._kernel = kernel
-        self.runner = TurnRunner(self._experts, self._finish, lambda: self.now)
+        self.fence = Fence(30.0)
+        self.runner = TurnRunner(self._experts, self._finish, lambda: self.now, self.fence)
 
     def _experts(self, layer: int, hidden_TH: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         self.batches.append((layer, len(hidden_TH)))

@@ -1,4 +1,4 @@
-"""The client's parts that need no worker: the loss book, the watchdog, the placement watch."""
+"""The client's parts that need no worker: the watchdog, the placement watch."""
 
 from __future__ import annotations
 
@@ -7,24 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import WorkerLost
-from routing.tokens.dispatching.loss_book import LossBook
 from routing.tokens.dispatching.placement_watch import PlacementWatch
 from routing.tokens.dispatching.watchdog import Watchdog
 from routing.tokens.placement import PlacementFile, PlacementTable, Stamp, WorkerEndpoint
-
-
-def test_a_lost_worker_is_out_until_it_answers_or_leaves() -> None:
-    book = LossBook()
-    book.lose("a", WorkerLost("a went"), "")
-    book.lose("b", WorkerLost("b went"), "")
-    assert book.within(60.0) == {"a", "b"}
-    assert book.within(-1.0) == frozenset()
-    assert book.explain() == "; last lost: b went"
-    book.answered("a")
-    assert book.within(60.0) == {"b"}
-    book.keep({"a"})
-    assert book.within(60.0) == frozenset()
 
 
 def test_a_chore_that_fails_does_not_stop_the_others(caplog: pytest.LogCaptureFixture) -> None:
