@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from functools import partial
 
 from cluster.config import Config
 from cluster.model.spec import load_checkpoint_index, load_model_spec
 from cluster.tls.certificates import load_internal
+from deployments.experts.calibration import fastest_form, many_rows_from
 from deployments.experts.compute import ExpertCompute
 from deployments.experts.forms import choose_form
 from deployments.experts.weights import load_experts
@@ -41,19 +43,22 @@ class ExpertHost:
         if config.internal_tls is not None:
             load_internal(config.internal_tls, time.time())  # before a load of minutes
         spec = load_model_spec(config.model.path)
-        form = choose_form(config.experts.dtype, config.model.dtype, spec, config.experts.device)
+        threads, device = config.experts.threads, config.experts.device
+        fastest = partial(fastest_form, spec=spec, threads=threads)
+        form = choose_form(config.experts.dtype, config.model.dtype, spec, device, fastest)
         index = load_checkpoint_index(config.model.path)
         began_s = time.monotonic()
-        weights = load_experts(index, spec, experts, form, config.experts.device, _Progress())
+        weights = load_experts(index, spec, experts, form, device, _Progress())
         meter.metrics.load.set(time.monotonic() - began_s)
         meter.metrics.weights.set(weights.nbytes)
         meter.metrics.held.set(sum(map(len, experts.values())))
         self.bytes_read = weights.bytes_read
-        self.form = form.value
+        many_rows = many_rows_from(weights, threads)
+        self.form = form.value if many_rows is None else f"{form.value}; in slices from {many_rows} rows per expert"
         logger.info("experts: %s", self.form)
         self._meter = meter
         self._server = ExpertServer(
-            ExpertCompute(weights, config.experts.threads, on_rows=meter.gemms).forward,
+            ExpertCompute(weights, threads, meter.gemms, many_rows).forward,
             spec.hidden_size,
             model_id((config.model.path / "config.json").read_bytes(), spec.moe_layers),
             config.dispatch,
