@@ -59,6 +59,11 @@ def many_rows_from(weights: ExpertWeights, threads: int) -> int | None:
     return least_rows(lambda rows: _least_s(computes, number, layer, rows, _SLICED_TURNS))
 
 
+def choice_text(form: Form, many_rows: int | None) -> str:
+    """Return what was chosen, for logs and `deepsplit status`."""
+    return form.value if many_rows is None else f"{form.value}; in slices from {many_rows} rows per expert"
+
+
 def least_rows(measure: Callable[[int], Sequence[float]]) -> int | None:
     """Return the least of the tried row counts from which on slices are always clearly faster.
 

@@ -10,7 +10,7 @@ from functools import partial
 from cluster.config import Config
 from cluster.model.spec import load_checkpoint_index, load_model_spec
 from cluster.tls.certificates import load_internal
-from deployments.experts.calibration import fastest_form, many_rows_from
+from deployments.experts.calibration import choice_text, fastest_form, many_rows_from
 from deployments.experts.compute import ExpertCompute
 from deployments.experts.forms import choose_form
 from deployments.experts.weights import load_experts
@@ -54,7 +54,7 @@ class ExpertHost:
         meter.metrics.held.set(sum(map(len, experts.values())))
         self.bytes_read = weights.bytes_read
         many_rows = many_rows_from(weights, threads)
-        self.form = form.value if many_rows is None else f"{form.value}; in slices from {many_rows} rows per expert"
+        self.form = choice_text(form, many_rows)
         logger.info("experts: %s", self.form)
         self._meter = meter
         self._server = ExpertServer(

@@ -24,7 +24,7 @@ _LONGEST = 2048  # columns of a slice: from here on the rate falls (cache of 1 M
 _LEAST_COLUMNS = 32  # a slice is a multiple of these
 # Rows computed at once, and rows that several blocks make a call of when there are threads to wake: with copies of the
 # hidden states, which should stay in the third cache.
-_CHUNK, _CALL_ROWS = 128, 512
+_CHUNK, _CALL_ROWS = 256, 512
 
 
 def slices_of(columns: int) -> int:
