@@ -31,14 +31,19 @@ def test_another_form_has_to_be_clearly_faster(seconds: dict[Form, Sequence[floa
 @pytest.mark.parametrize(
     ("gain", "least"),
     [
-        ({128: 0.6, 64: 0.7, 32: 0.8, 16: 1.0}, 32),
-        ({128: 0.6, 64: 0.7, 32: 0.8, 16: 0.8}, 16),
-        ({128: 0.6, 64: 0.95}, 128),  # fewer rows are not tried then
-        ({128: 0.95}, None),
+        ({96: 0.6, 48: 0.7, 24: 1.0}, 48),
+        ({96: 0.6, 48: 0.7, 24: 0.8}, 24),
+        ({96: 0.6, 48: 0.95}, 96),  # fewer rows are not tried then
+        ({96: 0.95}, None),
     ],
 )
 def test_slices_have_to_be_clearly_faster_from_there_on(gain: dict[int, float], least: int | None) -> None:
     assert least_rows(lambda rows: (1.0, gain[rows])) == least
+
+
+def test_one_disturbed_measurement_does_not_rule_slices_out() -> None:
+    answers = {96: [(1.0, 5.0), (1.0, 0.7)], 48: [(3.0, 2.9), (1.0, 3.0)]}
+    assert least_rows(lambda rows: answers[rows].pop(0)) == 96
 
 
 def test_a_choice_says_from_how_many_rows() -> None:
@@ -67,5 +72,5 @@ def test_slices_are_measured_with_a_layer_that_has_experts() -> None:
     layers = {3: empty_layer(spec, (), PACKED), 4: empty_layer(spec, (5, 7), PACKED)}
     layers[4].gate_up.fill_(0.01)
     layers[4].down.fill_(0.01)
-    assert many_rows_from(ExpertWeights(layers, spec.num_experts, 0), threads=1) in {None, 16, 32, 64, 128}
+    assert many_rows_from(ExpertWeights(layers, spec.num_experts, 0), threads=1) in {None, 24, 48, 96}
     assert many_rows_from(ExpertWeights({}, spec.num_experts, 0), threads=1) is None
