@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,12 +15,14 @@ import torch
 from cluster.errors import FrameError, StalePlacement
 from deployments.experts.forms import Form
 from deployments.experts.kernels import Pairs, fused_experts, gemm_per_expert, grouped_gemm
+from deployments.experts.many_rows import few_and_many
 from deployments.experts.weights import ExpertWeights, LayerExperts
 
 _NOT_ASKED, _NOT_HELD, _NO_EXPERT = -1, -2, -3  # in the lookup table, where there is no held expert
 _IDS = 1 << 16  # int16 ids, looked up as uint16
 
-_KERNELS = {
+_Kernel = Callable[[LayerExperts, torch.Tensor, Pairs], torch.Tensor]
+_KERNELS: dict[Form, _Kernel] = {
     Form.FLOAT32: gemm_per_expert, Form.FLOAT16: gemm_per_expert, Form.BFLOAT16: gemm_per_expert,
     Form.GROUPED_BFLOAT16: grouped_gemm, Form.VECTOR_BFLOAT16: fused_experts, Form.PACKED_BFLOAT16: fused_experts,
     Form.PACKED_INT8: fused_experts, Form.PACKED_FP8: fused_experts,
@@ -30,12 +33,21 @@ class ExpertCompute:
     """Computes one worker's experts. Not thread-safe; the server computes one batch at a time."""
 
     def __init__(
-        self, weights: ExpertWeights, threads: int, on_rows: Callable[[np.ndarray], None] = lambda rows_N: None
+        self,
+        weights: ExpertWeights,
+        threads: int,
+        on_rows: Callable[[np.ndarray], None] = lambda rows_N: None,
+        many_rows: int | None = None,
     ) -> None:
         """Computes all of `weights` until `serve` says which of them are held. `on_rows` is called with each batch's
         number of rows per place of the layer, int64 [N].
+
+        `many_rows`: packed bfloat16 experts with as many rows in a batch are computed in slices; None: no expert is.
         """
         torch.set_num_threads(threads)
+        self._kernels = dict(_KERNELS)
+        if many_rows is not None:
+            self._kernels[Form.PACKED_BFLOAT16] = partial(few_and_many, many_rows=many_rows)
         self._on_rows = on_rows
         self._layers = weights.layers
         self._num_experts = weights.num_experts
@@ -82,7 +94,7 @@ class ExpertCompute:
         pairs = Pairs(at_P // expert_ids_TK.shape[1], local_P, weights_TK.float().numpy().ravel()[at_P])
         self._on_rows(np.bincount(local_P, minlength=len(experts.ids)))
         hidden_TH = hidden_TH.to(device=experts.down.device, dtype=experts.compute_dtype)
-        return _KERNELS[experts.form](experts, hidden_TH, pairs).cpu()
+        return self._kernels[experts.form](experts, hidden_TH, pairs).cpu()
 
     def _local_ids(self, layer: int, ids_TK: np.ndarray) -> np.ndarray:
         """Return each pair's index among the held experts, -1 for those of other workers."""

@@ -7,6 +7,7 @@ benchmarks/expert_kernels.py: it is 2-4x faster at decode than a GEMM per expert
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 from cluster.errors import StartupError
@@ -36,11 +37,18 @@ class Form(Enum):
 _PLAIN = {"float32": Form.FLOAT32, "float16": Form.FLOAT16, "bfloat16": Form.BFLOAT16}
 
 
-def choose_form(wanted: str, model_dtype: str, spec: ModelSpec, device: str) -> Form:
+def choose_form(
+    wanted: str,
+    model_dtype: str,
+    spec: ModelSpec,
+    device: str,
+    fastest: Callable[[Sequence[Form]], Form] = lambda forms: forms[0],
+) -> Form:
     """Return the best form on this host for `experts.dtype: wanted`; `auto` leaves the weights as they are stored.
 
-    Logs a warning that names the reason when the host cannot do what would be fast. Raises StartupError when it cannot
-    do what was asked for.
+    `fastest` is asked where bfloat16 can be held in several ways, the one that is commonly fastest first. Logs a
+    warning that names the reason when the host cannot do what would be fast. Raises StartupError when it cannot do what
+    was asked for.
     """
     stored_fp8 = spec.expert_quant is not None
     if wanted == "auto" and stored_fp8 and device == "cpu":
@@ -60,12 +68,13 @@ def choose_form(wanted: str, model_dtype: str, spec: ModelSpec, device: str) -> 
         return _PLAIN[dtype]
     if device == "cuda":
         return Form.GROUPED_BFLOAT16
-    if _packed_fits(spec):
-        return Form.PACKED_BFLOAT16
-    logger.warning("the experts' GEMMs will be slow: the packed kernel needs %s, and sizes that are multiples of %d "
-                   "(hidden %d, intermediate %d); this host has %s", _NEEDS, _PACKED_MULTIPLE, spec.hidden_size,
-                   spec.moe_intermediate_size, load_operators() or "no library of vLLM's")  # fmt: skip
-    return Form.VECTOR_BFLOAT16 if _even(spec) and has_vector_kernel() else Form.BFLOAT16
+    forms = [Form.PACKED_BFLOAT16] if _packed_fits(spec) else []
+    forms += [Form.VECTOR_BFLOAT16] if _even(spec) and has_vector_kernel() else []
+    if Form.PACKED_BFLOAT16 not in forms:
+        logger.warning("the experts' GEMMs will be slow: the packed kernel needs %s, and sizes that are multiples of "
+                       "%d (hidden %d, intermediate %d); this host has %s", _NEEDS, _PACKED_MULTIPLE, spec.hidden_size,
+                       spec.moe_intermediate_size, load_operators() or "no library of vLLM's")  # fmt: skip
+    return fastest([*forms, Form.BFLOAT16])
 
 
 def _even(spec: ModelSpec) -> bool:

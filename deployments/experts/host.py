@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 
 from cluster.config import Config
 from cluster.model.identity import model_identity
 from cluster.model.spec import load_checkpoint_index, load_model_spec
 from cluster.tls.certificates import load_internal
+from deployments.experts.calibration import choice_text, fastest_form, many_rows_from
 from deployments.experts.compute import ExpertCompute
 from deployments.experts.forms import choose_form
 from deployments.experts.store import ExpertStore
@@ -41,16 +43,19 @@ class ExpertHost:
         if config.internal_tls is not None:
             load_internal(config.internal_tls, time.time())  # before a load of minutes
         spec = load_model_spec(config.model.path)
-        form = choose_form(config.experts.dtype, config.model.dtype, spec, config.experts.device)
+        threads, device = config.experts.threads, config.experts.device
+        fastest = partial(fastest_form, spec=spec, threads=threads)
+        form = choose_form(config.experts.dtype, config.model.dtype, spec, device, fastest)
         index = load_checkpoint_index(config.model.path)
         began_s = time.monotonic()
-        self._store = ExpertStore(index, spec, form, config.experts.device, experts)
+        self._store = ExpertStore(index, spec, form, device, experts)
         self._store.load(experts, _Progress())
         meter.metrics.load.set(time.monotonic() - began_s)
-        self.form = form.value
+        many_rows = many_rows_from(self._store.weights, self._store.held, threads)
+        self.form = choice_text(form, many_rows)
         logger.info("experts: %s", self.form)
         self._meter = meter
-        self._compute = ExpertCompute(self._store.weights, config.experts.threads, on_rows=meter.gemms)
+        self._compute = ExpertCompute(self._store.weights, threads, meter.gemms, many_rows)
         self._serve_held()
         self._server = ExpertServer(
             self._compute.forward,

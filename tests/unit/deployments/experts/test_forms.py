@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import pytest
 
@@ -64,6 +65,28 @@ def test_a_slower_host_is_told_why(form: Form, said: str, caplog: pytest.LogCapt
     assert said in caplog.text
     with pytest.raises(StartupError, match=r"experts\.dtype: int8 needs vLLM's CPU library .*: set bfloat16"):
         choose_form("int8", "auto", spec_of(), "cpu")
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize(
+    ("host", "possible"),
+    [
+        ("packed", [Form.PACKED_BFLOAT16, Form.VECTOR_BFLOAT16, Form.BFLOAT16]),
+        ("vector", [Form.VECTOR_BFLOAT16, Form.BFLOAT16]),
+        ("none", [Form.BFLOAT16]),
+    ],
+    indirect=["host"],
+)
+def test_bfloat16_is_held_as_is_fastest_here(possible: list[Form]) -> None:
+    asked: list[list[Form]] = []
+
+    def last(forms: Sequence[Form]) -> Form:
+        asked.append(list(forms))
+        return forms[-1]
+
+    assert choose_form("auto", "auto", spec_of(), "cpu", last) is Form.BFLOAT16
+    assert choose_form("auto", "float32", spec_of(), "cpu", last) is Form.FLOAT32
+    assert asked == [possible]  # float32 is nobody's choice
 
 
 @pytest.mark.usefixtures("host")
