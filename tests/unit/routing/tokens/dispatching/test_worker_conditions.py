@@ -24,6 +24,8 @@ def test_a_stale_entry_is_of_one_worker_layer_and_expert() -> None:
     stale = WorkerConditions(epoch=3).found_stale("a", 1, {4, 5}, 3).found_stale("b", 1, {5}, 3)
     assert stale.stale == {1: {4: {"a"}, 5: {"a", "b"}}}
     assert stale.excluded(10.0, 0.0) == frozenset()
+    assert not stale.all_well
+    assert WorkerConditions(epoch=3).all_well
 
 
 def test_what_an_older_table_said_is_no_news() -> None:
