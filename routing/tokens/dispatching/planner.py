@@ -39,6 +39,9 @@ class Planner:
         expert. Raises FrameError if all holders of some experts refused the frame.
         """
         conditions, setbacks = self._faults.conditions, dispatch.setbacks
+        if setbacks is None and conditions.all_well:
+            planned = split(dispatch.remaining_TK, plane.routes.layer(dispatch.layer))
+            return Planned(planned, planned.uncovered)
         held_back = setbacks.held_back(now_s) if setbacks is not None else frozenset()
         long_s, short_s = self._pauses_s
         excluded = conditions.excluded(long_s, now_s)

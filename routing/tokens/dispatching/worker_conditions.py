@@ -58,9 +58,12 @@ class WorkerConditions:
             {worker_id: outcome for worker_id, outcome in self.aside.items() if worker_id in live},
         )
 
+    @property
+    def all_well(self) -> bool:
+        """Whether no worker has any condition."""
+        return not (self.lost_at or self.aside or self.stale)
+
     def excluded(self, pause_s: float, now_s: float) -> frozenset[str]:
         """Return who gets no rows: those set aside, and those lost in the last `pause_s` seconds."""
-        if not self.lost_at and not self.aside:
-            return _NOBODY
         since = now_s - pause_s
         return frozenset(worker_id for worker_id, at in self.lost_at.items() if at > since).union(self.aside)

@@ -25,6 +25,8 @@ def test_a_stale_entry_is_of_one_worker_layer_and_expert() -> None:
     stale = WorkerConditions(Stamp(1, 3)).found_stale("a", 1, {4, 5}, Stamp(1, 3)).found_stale("b", 1, {5}, Stamp(1, 3))
     assert stale.stale == {1: {4: {"a"}, 5: {"a", "b"}}}
     assert stale.excluded(10.0, 0.0) == frozenset()
+    assert not stale.all_well
+    assert WorkerConditions(epoch=3).all_well
 
 
 def test_what_another_table_said_is_no_news() -> None:
