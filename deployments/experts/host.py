@@ -52,8 +52,9 @@ class ExpertHost:
         self.form = form.value
         logger.info("experts: %s", self.form)
         self._meter = meter
+        self._compute = ExpertCompute(weights, config.experts.threads, on_rows=meter.gemms)
         self._server = ExpertServer(
-            ExpertCompute(weights, config.experts.threads, on_rows=meter.gemms).forward,
+            self._compute.forward,
             spec.hidden_size,
             model_id((config.model.path / "config.json").read_bytes(), spec.moe_layers),
             config.dispatch,
@@ -65,6 +66,10 @@ class ExpertHost:
         """Bring the metrics up to date, before a scrape."""
         self._meter.fold()
         self._meter.metrics.waiting.set(self._server.waiting())
+
+    def failure(self) -> str | None:
+        """Return why nothing more can be computed, as on a GPU after a fault; None while all is well."""
+        return self._compute.failure
 
     def computing_s(self) -> float:
         """Return how long the present turn has been computed, 0 between turns. A hung kernel shows here."""

@@ -9,6 +9,7 @@ Legend of shape suffixes: N held experts of a layer, H hidden size, I intermedia
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -31,9 +32,10 @@ _FILE_DTYPES = {
 _DTYPES = {
     Form.FLOAT32: torch.float32, Form.FLOAT16: torch.float16, Form.BFLOAT16: torch.bfloat16,
     Form.GROUPED_BFLOAT16: torch.bfloat16, Form.VECTOR_BFLOAT16: torch.bfloat16, Form.PACKED_BFLOAT16: torch.bfloat16,
-    Form.PACKED_INT8: torch.float32, Form.PACKED_FP8: torch.float8_e4m3fn,
+    Form.PACKED_INT8: torch.float32, Form.PACKED_FP8: torch.float8_e4m3fn, Form.GROUPED_FP8: torch.float8_e4m3fn,
 }  # fmt: skip
 _PACKED = (Form.VECTOR_BFLOAT16, Form.PACKED_BFLOAT16, Form.PACKED_INT8, Form.PACKED_FP8)
+_FP8 = (Form.PACKED_FP8, Form.GROUPED_FP8)
 _INT8_MAX, _LEAST_ABS = 127, 1e-30  # a row of zeros has a scale too
 _THREADS = 4  # of a load: more wait for the same disk or memory
 
@@ -63,7 +65,7 @@ class LayerExperts:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Return the dtype in which the kernel takes hidden states."""
-        return torch.bfloat16 if self.form in _PACKED else self.gate_up.dtype
+        return torch.bfloat16 if self.form in (*_PACKED, *_FP8) else self.gate_up.dtype
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +105,7 @@ def load_experts(
     layers = {layer: empty_layer(spec, tuple(sorted(assignment[layer])), form, device) for layer in sorted(assignment)}
     reader = _Reader(index, spec, on_progress)
     reader.read(layers)
+    layers = {number: _with_scales_beside(layer) for number, layer in layers.items()}
     return ExpertWeights(layers, spec.num_experts, reader.bytes_read)
 
 
@@ -114,7 +117,7 @@ def empty_layer(spec: ModelSpec, ids: tuple[int, ...], form: Form, device: str =
     if form is Form.PACKED_INT8:
         dtype, extra = torch.int8, 4  # a float32 or int32 per row, behind it
         up_scale, down_scale = torch.empty(held, 2 * inner), torch.empty(held, hidden)
-    elif form is Form.PACKED_FP8:
+    elif form in _FP8:  # on the CPU while a load fills them
         up_scale = torch.empty(held, 2 * inner // 128, hidden // 128)
         down_scale = torch.empty(held, hidden // 128, inner // 128)
     return LayerExperts(
@@ -144,7 +147,19 @@ def store(layer: LayerExperts, local: int, gate_up_2IH: torch.Tensor, down_HI: t
                 lift_low_blocks(weight, scales[local], (128, 128))
             pack(weight, stack[local])
         elif weight.data_ptr() != stack[local].data_ptr():
-            stack[local] = weight
+            stack[local].copy_(weight, non_blocking=True)
+    if layer.down.is_cuda:
+        torch.cuda.current_stream().synchronize()  # the next expert is read into the same pinned buffers
+
+
+def _with_scales_beside(layer: LayerExperts) -> LayerExperts:
+    """Return the layer with its scales where its weights are."""
+    if layer.gate_up_scale is None or layer.down_scale is None:
+        return layer
+    device = layer.down.device
+    return dataclasses.replace(
+        layer, gate_up_scale=layer.gate_up_scale.to(device), down_scale=layer.down_scale.to(device)
+    )
 
 
 def dequantise(weight_RC: torch.Tensor, scale_inv: torch.Tensor, block: tuple[int, int], out_RC: torch.Tensor) -> None:
@@ -244,7 +259,7 @@ class _Reader:
         entry = self._entry(tensor)
         self._check(tensor, entry, wanted, set(_FILE_DTYPES))
         if entry.dtype != "F8_E4M3":
-            if form is Form.PACKED_FP8:
+            if form in _FP8:
                 raise CheckpointError(
                     f"tensor {tensor.name} in {self._index.path / tensor.shard} is {entry.dtype}, where config.json "
                     f"says FP8: set experts.dtype: bfloat16"
@@ -300,7 +315,8 @@ class _Reader:
             inner, hidden = self._spec.moe_intermediate_size, self._spec.hidden_size
             dtype = _DTYPES[layer.form]
             self._buffers.places = (
-                torch.empty(2 * inner, hidden, dtype=dtype), torch.empty(hidden, inner, dtype=dtype),
+                torch.empty(2 * inner, hidden, dtype=dtype, pin_memory=layer.down.is_cuda),
+                torch.empty(hidden, inner, dtype=dtype, pin_memory=layer.down.is_cuda),
             )  # fmt: skip
         places: tuple[torch.Tensor, torch.Tensor] = self._buffers.places
         return places
@@ -311,7 +327,7 @@ class _Reader:
         if tensor.scale is None:
             return None
         name, entry = tensor.scale
-        if layer.form is Form.PACKED_FP8:
+        if layer.form in _FP8:
             assert layer.gate_up_scale is not None
             assert layer.down_scale is not None
             half = len(layer.gate_up_scale[job.local]) // 2

@@ -167,6 +167,8 @@ class ExpertWorker:
                 f"one turn of the experts has been computed for more than dispatch.call_timeout_s "
                 f"({self._call_timeout_s:.0f} s): its callers have given up, and the kernel seems to hang"
             )
+        if self._failure is None and host is not None:
+            self._failure = host.failure()
         if self._failure is not None:
             raise RuntimeError(self._failure)
 
