@@ -9,6 +9,8 @@ Legend: T rows (tokens), H hidden size, I intermediate size, P pairs of row and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -29,6 +31,15 @@ CHUNK_ROWS, CHUNK_PAIRS = 1024, 8192
 _SLOTS = 2
 
 
+def chunks(pairs: Pairs, rows: int, experts_per_row: int) -> Iterator[tuple[int, int, Pairs]]:
+    """Yield each chunk's first row, number of rows, and pairs, whose tokens count from that row."""
+    step = max(1, min(CHUNK_ROWS, CHUNK_PAIRS // experts_per_row))
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        begin, end = np.searchsorted(pairs.tokens_P, (first, first + count))
+        yield first, count, Pairs(pairs.tokens_P[begin:end] - first, pairs.local_P[begin:end], pairs.scale_P[begin:end])
+
+
 class _Slot:
     """The buffers of one chunk on both sides, and the events after which they are free again."""
 
@@ -47,8 +58,8 @@ class GpuTurns:
     def __init__(self, form: Form, hidden: int, inner: int, most_held: int) -> None:
         """`most_held`: experts of the layer that has most."""
         self._launches = FP8_LAUNCHES if form is Form.GROUPED_FP8 else BFLOAT16_LAUNCHES
-        words = words_for(CHUNK_ROWS, CHUNK_PAIRS, most_held, self._launches[0].rows)
-        self._slots = [_Slot(hidden, words) for _ in range(_SLOTS)]
+        self.words = words_for(CHUNK_ROWS, CHUNK_PAIRS, most_held, self._launches[0].rows)  # of a chunk's layout
+        self._slots = [_Slot(hidden, self.words) for _ in range(_SLOTS)]
         self._scratch = Scratch(CHUNK_ROWS, CHUNK_PAIRS, hidden, inner, form is Form.GROUPED_FP8)
         self._out_TH = torch.empty(CHUNK_ROWS, hidden, dtype=torch.bfloat16, pin_memory=True)
         self._in, self._kernels, self._back = (torch.cuda.Stream() for _ in range(3))
@@ -71,17 +82,14 @@ class GpuTurns:
         rows = len(hidden_TH)
         if rows > len(self._out_TH):
             self._out_TH = torch.empty(rows, hidden_TH.shape[1], dtype=torch.bfloat16, pin_memory=True)
-        step = max(1, min(CHUNK_ROWS, CHUNK_PAIRS // experts_per_row))
-        bounds = np.searchsorted(pairs.tokens_P, range(0, rows + step, step))
-        for number, (first, begin, end) in enumerate(zip(range(0, rows, step), bounds, bounds[1:], strict=False)):
-            chunk = Pairs(pairs.tokens_P[begin:end] - first, pairs.local_P[begin:end], pairs.scale_P[begin:end])
+        for number, (first, count, chunk) in enumerate(chunks(pairs, rows, experts_per_row)):
             slot = self._slots[number % _SLOTS]
-            self._run(experts, hidden_TH[first : first + step], chunk, first, None, slot)
+            self._run(experts, hidden_TH[first : first + count], chunk, first, None, slot)
         slot.returned.synchronize()  # chunks come back in their order
         return self._out_TH[:rows]
 
-    def _launch(self, counts_N: np.ndarray) -> Launch:
-        """The smallest tile that holds the mean rows of an expert that is met, or the largest."""
+    def launch(self, counts_N: np.ndarray) -> Launch:
+        """Return the smallest tile that holds the mean rows of an expert that is met, or the largest."""
         rows = counts_N.sum() / max(1, np.count_nonzero(counts_N))
         return next((launch for launch in self._launches if rows <= launch.rows), self._launches[-1])
 
@@ -96,7 +104,7 @@ class GpuTurns:
     ) -> None:
         rows = len(hidden_TH)
         counts_N = np.bincount(pairs.local_P, minlength=len(experts.ids))
-        launch = launch or self._launch(counts_N)
+        launch = launch or self.launch(counts_N)
         slot.copied.synchronize()  # the pinned buffers of the slot's last chunk
         sections = lay_out(slot.words.numpy(), pairs, rows, counts_N, launch.rows)
         slot.rows_TH[:rows] = hidden_TH
