@@ -8,6 +8,7 @@ has its own random weights. Without sizes it measures DeepSeek-V3's experts, and
 
     python -m benchmarks.expert_kernels --json
     python -m benchmarks.expert_kernels --hidden 1024 --intermediate 512 --experts 32
+    python -m benchmarks.expert_kernels --device cuda --experts 32 --rows 1 8 32 128 1024 4096
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Row:
 def main() -> None:
     """Print the table, and with --json its rows and the machine's rates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: this machine's GPU")
     parser.add_argument("--hidden", type=int, nargs="+", default=[7168, 1024], help="hidden size (DeepSeek-V3: 7168)")
     parser.add_argument("--intermediate", type=int, nargs="+", default=[2048, 512], help="of one expert")
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 32], help="experts that the worker holds")
@@ -60,6 +62,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="rounds; a fifth of them above 64 rows")
     parser.add_argument("--json", action="store_true", help="everything as JSON on stdout, the table on stderr")
     args = parser.parse_args()
+    if args.device == "cuda":
+        from benchmarks.gpu_expert_kernels import report
+
+        report(args)
+        return
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read when torch is loaded
     out = sys.stderr if args.json else sys.stdout
     import torch

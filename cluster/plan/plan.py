@@ -187,14 +187,14 @@ def model_facts(config: Config, spec: ModelSpec) -> ModelFacts:
 
 
 def _expert_form(config: Config, spec: ModelSpec, dtype: str) -> str:
-    """As deployments.experts.forms chooses on a host that has vLLM's packed kernel; the largest form of all pools."""
+    """As deployments.experts.forms chooses on a host that has vLLM's packed kernel, or a GPU that computes FP8."""
     if config.experts.dtype != "auto":
         return config.experts.dtype
     if spec.expert_quant is None:
         return dtype
-    devices = {pool.experts.device for pool in expert_pools(config.experts)}
-    blocks = all(size % 128 == 0 for size in (spec.hidden_size, spec.moe_intermediate_size))
-    return "fp8" if devices == {"cpu"} and blocks else "bfloat16"
+    sizes = (spec.hidden_size, spec.moe_intermediate_size)
+    fits = tuple(spec.expert_quant.block_shape) == (128, 128) and all(size % 128 == 0 for size in sizes)
+    return "fp8" if fits else "bfloat16"
 
 
 def turn_bytes(config: Config, spec: ModelSpec) -> int:

@@ -13,10 +13,11 @@ Legend: T rows (tokens), H hidden size, K experts per token.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import torch
 
-from deployments.attention.vllm_internals import get_forward_context
+from deployments.attention.pinned_rows import PinnedRows
 from routing.tokens.client import ExpertClient
 from routing.tokens.in_flight import Dispatch
 
@@ -28,22 +29,36 @@ class RemoteLayer:
     vLLM sums the ranks' outputs.
     """
 
-    def __init__(self, index: int, client: ExpertClient, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        index: int,
+        client: ExpertClient,
+        rows_of_requests: Callable[[int], int],
+        pinned: PinnedRows,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        """`rows_of_requests(rows)`: how many rows of the present forward are to be sent, from the first on. `pinned`:
+        the client's buffers, for rows that are on a GPU; its layers share them.
+        """
         self.index = index
         self.client = client
+        self._rows_of_requests, self._pinned = rows_of_requests, pinned
         self._rank, self._ranks = rank, ranks
         self._begun = _Begun()  # each micro-batch of vLLM has a thread of its own
 
     def dispatch(self, hidden_TH: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor) -> None:
         """Send this rank's share of the rows."""
-        rows = share_of(_rows_of_requests(len(hidden_TH)), self._rank, self._ranks)
+        rows = share_of(self._rows_of_requests(len(hidden_TH)), self._rank, self._ranks)
         self._begun.rows = rows
         if self._begun.dispatch is not None:  # the step before this one failed between its two operators
             self.client.abandon(self._begun.dispatch)
             self._begun.dispatch = None
         if rows.stop > rows.start:
-            hidden_RH, ids_RK, weights_RK = (x[rows].cpu() for x in (hidden_TH, topk_ids_TK, topk_weights_TK))
-            self._begun.dispatch = self.client.begin(self.index, hidden_RH, ids_RK, weights_RK)
+            sent = hidden_TH[rows], topk_ids_TK[rows], topk_weights_TK[rows]
+            if hidden_TH.is_cuda:
+                sent = self._pinned.to_host(*sent)
+            self._begun.dispatch = self.client.begin(self.index, *sent)
 
     def collect(self, output_TH: torch.Tensor) -> None:
         """Write the weighted sums of the rows that `dispatch` sent, and zeros for the others."""
@@ -51,7 +66,11 @@ class RemoteLayer:
         if rows.stop - rows.start < len(output_TH):
             output_TH.zero_()
         if begun is not None:
-            output_TH[rows] = self.client.finish(begun)
+            output_RH = self.client.finish(begun)
+            if output_TH.is_cuda:
+                self._pinned.to_gpu(output_RH, output_TH[rows])
+            else:
+                output_TH[rows] = output_RH
 
 
 class _Begun(threading.local):
@@ -65,18 +84,6 @@ class _Begun(threading.local):
 def share_of(rows: int, rank: int, ranks: int) -> slice:
     """Return the rows that `rank` of `ranks` sends: equal shares of consecutive rows, as near as can be."""
     return slice(rows * rank // ranks, rows * (rank + 1) // ranks)
-
-
-def _rows_of_requests(rows: int) -> int:
-    """Return how many of a forward's rows, from the first on, are requests' tokens: vLLM pads a step to a size that it
-    has captured, and its runs for profiling and warm-up have none.
-    """
-    metadata = get_forward_context().attn_metadata
-    if not metadata:
-        return 0
-    assert isinstance(metadata, dict), "RemoteRoutedExperts refuses two-batch overlap"
-    actual: int = getattr(next(iter(metadata.values())), "num_actual_tokens", rows)
-    return min(rows, actual)
 
 
 _layers: dict[str, RemoteLayer] = {}  # by vLLM's name of the layer: operators take no objects

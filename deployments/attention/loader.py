@@ -14,7 +14,9 @@ from cluster.errors import CheckpointError, StartupError
 from cluster.model.identity import model_identity
 from cluster.model.spec import is_routed_expert, load_checkpoint_index, load_model_spec
 from deployments.attention.dispatch_ops import RemoteLayer, connect
+from deployments.attention.forward_rows import rows_of_requests
 from deployments.attention.parent_watch import end_with_parent
+from deployments.attention.pinned_rows import PinnedRows
 from deployments.attention.remote_experts import RemoteRoutedExperts
 from deployments.attention.settings import RemoteExpertsSettings, settings_of
 from deployments.attention.vllm_internals import (
@@ -63,9 +65,9 @@ class AttentionOnlyLoader(DefaultModelLoader):
         end_with_parent()
         _wait_for_experts(settings, sorted(layer.layer_index for layer in layers))
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        client = _client(settings, model_config.dtype, rank)
+        client, pinned = _client(settings, model_config.dtype, rank), PinnedRows()
         for layer in layers:
-            connect(layer.layer_name, RemoteLayer(layer.layer_index, client, rank, ranks))
+            connect(layer.layer_name, RemoteLayer(layer.layer_index, client, rows_of_requests, pinned, rank, ranks))
         return model
 
     def get_all_weights(

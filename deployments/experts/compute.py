@@ -8,15 +8,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from cluster.errors import FrameError, StalePlacement
 from deployments.experts.forms import Form
-from deployments.experts.kernels import Pairs, fused_experts, gemm_per_expert, grouped_gemm
+from deployments.experts.kernels import Pairs, fused_experts, gemm_per_expert
 from deployments.experts.many_rows import few_and_many
 from deployments.experts.weights import ExpertWeights, LayerExperts
+
+if TYPE_CHECKING:
+    from deployments.experts.gpu_turns import GpuTurns
 
 _NOT_ASKED, _NOT_HELD, _NO_EXPERT = -1, -2, -3  # in the lookup table, where there is no held expert
 _IDS = 1 << 16  # int16 ids, looked up as uint16
@@ -24,9 +28,10 @@ _IDS = 1 << 16  # int16 ids, looked up as uint16
 _Kernel = Callable[[LayerExperts, torch.Tensor, Pairs], torch.Tensor]
 _KERNELS: dict[Form, _Kernel] = {
     Form.FLOAT32: gemm_per_expert, Form.FLOAT16: gemm_per_expert, Form.BFLOAT16: gemm_per_expert,
-    Form.GROUPED_BFLOAT16: grouped_gemm, Form.VECTOR_BFLOAT16: fused_experts, Form.PACKED_BFLOAT16: fused_experts,
+    Form.VECTOR_BFLOAT16: fused_experts, Form.PACKED_BFLOAT16: fused_experts,
     Form.PACKED_INT8: fused_experts, Form.PACKED_FP8: fused_experts,
 }  # fmt: skip
+_GROUPED = (Form.GROUPED_BFLOAT16, Form.GROUPED_FP8)  # whose turns GpuTurns computes
 
 
 class ExpertCompute:
@@ -54,6 +59,8 @@ class ExpertCompute:
         self._turn = threading.Lock()
         self._local: dict[int, np.ndarray] = {}
         self.serve({layer: experts.ids for layer, experts in weights.layers.items()})
+        self._gpu = _gpu_turns(self._layers)
+        self.failure: str | None = None  # why nothing more can be computed: the worker must be replaced
 
     def serve(self, held: Mapping[int, Sequence[int]]) -> None:
         """Compute these experts, by layer, and no others. Returns when nothing is computed by an earlier call's. The
@@ -69,8 +76,8 @@ class ExpertCompute:
         """sum_k weights[t, k] * expert_k(hidden[t]) -> [T, H] (DeepSeek-V3 report, equations 12 and 13).
 
         `expert_ids_TK` integer, global, -1 where an expert is another worker's; `weights_TK` float32. The result is
-        float32, or bfloat16 from vLLM's kernels, rounded once. Raises FrameError for an unknown id or shape,
-        StalePlacement for a layer or an expert that is not held here.
+        float32, or bfloat16, rounded once, from vLLM's kernels and grouped GEMMs; it is valid until the next call.
+        Raises FrameError for an unknown id or shape, StalePlacement for a layer or an expert that is not held here.
         """
         with self._turn, torch.inference_mode():
             return self._forward(layer, hidden_TH, expert_ids_TK, weights_TK)
@@ -93,6 +100,19 @@ class ExpertCompute:
         local_P = local[at_P]
         pairs = Pairs(at_P // expert_ids_TK.shape[1], local_P, weights_TK.float().numpy().ravel()[at_P])
         self._on_rows(np.bincount(local_P, minlength=len(experts.ids)))
+        if not experts.down.is_cuda:
+            return self._kernels[experts.form](experts, hidden_TH.to(experts.compute_dtype), pairs)
+        try:
+            return self._on_gpu(experts, hidden_TH, pairs, expert_ids_TK.shape[1])
+        except RuntimeError:
+            self.failure = _gpu_failure()
+            raise
+
+    def _on_gpu(
+        self, experts: LayerExperts, hidden_TH: torch.Tensor, pairs: Pairs, experts_per_row: int
+    ) -> torch.Tensor:
+        if self._gpu is not None:
+            return self._gpu.forward(experts, hidden_TH, pairs, experts_per_row)
         hidden_TH = hidden_TH.to(device=experts.down.device, dtype=experts.compute_dtype)
         return self._kernels[experts.form](experts, hidden_TH, pairs).cpu()
 
@@ -116,6 +136,27 @@ class ExpertCompute:
 
     def _unknown_id(self) -> FrameError:
         return FrameError(f"expert ids must be from -1 to {self._num_experts - 1}")
+
+
+def _gpu_turns(layers: Mapping[int, LayerExperts]) -> GpuTurns | None:
+    """Return what computes grouped forms, its kernels compiled. Only here is Triton imported: CPU hosts have none."""
+    largest = max(layers.values(), key=lambda layer: len(layer.ids), default=None)
+    if largest is None or largest.form not in _GROUPED or not largest.ids:
+        return None
+    from deployments.experts.gpu_turns import GpuTurns
+
+    turns = GpuTurns(largest.form, largest.hidden_size, largest.down.shape[2], len(largest.ids))
+    turns.compile(largest)
+    return turns
+
+
+def _gpu_failure() -> str | None:
+    """After an error: whether the GPU is lost to this process, as it is after a fault in a kernel."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return f"the GPU refuses every call since a kernel failed: {error}"
+    return None
 
 
 def _lookup_tables(

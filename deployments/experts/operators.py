@@ -1,4 +1,7 @@
-"""vLLM's CPU operators, from its own library: never `import vllm`, which takes many seconds."""
+"""What this host can compute with: vLLM's CPU operators, from its own library, and its GPU.
+
+Never `import vllm`, which takes many seconds.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,15 @@ def load_operators() -> str:
 def has_packed_kernel() -> bool:
     """Return whether `fused_experts_cpu` is there: only for AVX-512 with bfloat16 (vLLM 0.32)."""
     return bool(load_operators()) and hasattr(torch.ops._C, "fused_experts_cpu")
+
+
+def gpu_can(major: int, minor: int) -> bool:
+    """Return whether there is a CUDA GPU of at least this compute capability, and Triton, which compiles for it."""
+    return (
+        torch.cuda.is_available()
+        and torch.cuda.get_device_capability() >= (major, minor)
+        and importlib.util.find_spec("triton") is not None
+    )
 
 
 def has_vector_kernel() -> bool:

@@ -31,9 +31,10 @@ _FILE_DTYPES = {
 _DTYPES = {
     Form.FLOAT32: torch.float32, Form.FLOAT16: torch.float16, Form.BFLOAT16: torch.bfloat16,
     Form.GROUPED_BFLOAT16: torch.bfloat16, Form.VECTOR_BFLOAT16: torch.bfloat16, Form.PACKED_BFLOAT16: torch.bfloat16,
-    Form.PACKED_INT8: torch.float32, Form.PACKED_FP8: torch.float8_e4m3fn,
+    Form.PACKED_INT8: torch.float32, Form.PACKED_FP8: torch.float8_e4m3fn, Form.GROUPED_FP8: torch.float8_e4m3fn,
 }  # fmt: skip
 _PACKED = (Form.VECTOR_BFLOAT16, Form.PACKED_BFLOAT16, Form.PACKED_INT8, Form.PACKED_FP8)
+_FP8 = (Form.PACKED_FP8, Form.GROUPED_FP8)
 _INT8_MAX, _LEAST_ABS = 127, 1e-30  # a row of zeros has a scale too
 _THREADS = 4  # of a load: more wait for the same disk or memory
 
@@ -63,7 +64,7 @@ class LayerExperts:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Return the dtype in which the kernel takes hidden states."""
-        return torch.bfloat16 if self.form in _PACKED else self.gate_up.dtype
+        return torch.bfloat16 if self.form in (*_PACKED, *_FP8) else self.gate_up.dtype
 
     @property
     def expert_bytes(self) -> int:
@@ -134,7 +135,7 @@ def shapes_of(spec: ModelSpec, experts: int, form: Form) -> list[tuple[tuple[int
             ((experts, 2 * inner), torch.float32), ((experts, hidden), torch.float32),
         ]  # fmt: skip
     stacks = [((experts, 2 * inner, hidden), _DTYPES[form]), ((experts, hidden, inner), _DTYPES[form])]
-    if form is Form.PACKED_FP8:
+    if form in _FP8:
         scales = ((experts, 2 * inner // 128, hidden // 128), (experts, hidden // 128, inner // 128))
         return [*stacks, *((shape, torch.float32) for shape in scales)]
     return [*stacks]
@@ -172,7 +173,9 @@ def store(layer: LayerExperts, local: int, gate_up_2IH: torch.Tensor, down_HI: t
                 lift_low_blocks(weight, scales[local], (128, 128))
             pack(weight, stack[local])
         elif weight.data_ptr() != stack[local].data_ptr():
-            stack[local] = weight
+            stack[local].copy_(weight, non_blocking=True)
+    if layer.down.is_cuda:
+        torch.cuda.current_stream().synchronize()  # the next expert is read into the same pinned buffers
 
 
 def dequantise(weight_RC: torch.Tensor, scale_inv: torch.Tensor, block: tuple[int, int], out_RC: torch.Tensor) -> None:
@@ -273,7 +276,7 @@ class _Reader:
         entry = self._entry(tensor)
         self._check(tensor, entry, wanted, set(_FILE_DTYPES))
         if entry.dtype != "F8_E4M3":
-            if form is Form.PACKED_FP8:
+            if form in _FP8:
                 raise CheckpointError(
                     f"tensor {tensor.name} in {self._index.path / tensor.shard} is {entry.dtype}, where config.json "
                     f"says FP8: set experts.dtype: bfloat16"
@@ -329,7 +332,8 @@ class _Reader:
             inner, hidden = self._spec.moe_intermediate_size, self._spec.hidden_size
             dtype = _DTYPES[layer.form]
             self._buffers.places = (
-                torch.empty(2 * inner, hidden, dtype=dtype), torch.empty(hidden, inner, dtype=dtype),
+                torch.empty(2 * inner, hidden, dtype=dtype, pin_memory=layer.down.is_cuda),
+                torch.empty(hidden, inner, dtype=dtype, pin_memory=layer.down.is_cuda),
             )  # fmt: skip
         places: tuple[torch.Tensor, torch.Tensor] = self._buffers.places
         return places
@@ -340,15 +344,19 @@ class _Reader:
         if tensor.scale is None:
             return None
         name, entry = tensor.scale
-        if layer.form is Form.PACKED_FP8:
+        if layer.form in _FP8:
             assert layer.gate_up_scale is not None
             assert layer.down_scale is not None
             half = len(layer.gate_up_scale[job.local]) // 2
             up = layer.gate_up_scale[job.local]
-            scale = (up[:half], up[half:], layer.down_scale[job.local])[number]
-        else:
-            scale = torch.empty(entry.shape, dtype=torch.float32)
+            place = (up[:half], up[half:], layer.down_scale[job.local])[number]
+            if place.device.type == "cpu":
+                self._fill(name, entry, place)
+                return place
+        scale = torch.empty(entry.shape, dtype=torch.float32)
         self._fill(name, entry, scale)
+        if layer.form in _FP8:
+            place.copy_(scale)
         return scale
 
     def _read_as(self, tensor: _Tensor, out: torch.Tensor, scale: torch.Tensor | None) -> None:

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from deployments.attention import dispatch_ops
+from deployments.attention import dispatch_ops, forward_rows
 from deployments.attention.dispatch_ops import RemoteLayer, connect, share_of
 from deployments.attention.engine_args import REMOTE_OPS
+from deployments.attention.forward_rows import rows_of_requests
+from deployments.attention.pinned_rows import PinnedRows
 
 ROWS, HIDDEN, TOP_K = 5, 8, 2
 
@@ -40,14 +42,18 @@ class Experts:
 def step(monkeypatch: pytest.MonkeyPatch, rows_of_requests: int | None) -> None:
     """From now on a forward has so many rows of requests; None: it is vLLM's own, for profiling."""
     metadata = {} if rows_of_requests is None else {"attn": SimpleNamespace(num_actual_tokens=rows_of_requests)}
-    monkeypatch.setattr(dispatch_ops, "get_forward_context", lambda: SimpleNamespace(attn_metadata=metadata))
+    monkeypatch.setattr(forward_rows, "get_forward_context", lambda: SimpleNamespace(attn_metadata=metadata))
+
+
+def layer_of(experts: Experts, rank: int = 0, ranks: int = 1) -> RemoteLayer:
+    return RemoteLayer(3, experts, rows_of_requests, PinnedRows(), rank, ranks)  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def experts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Experts]:
     experts = Experts()
     monkeypatch.setattr(dispatch_ops, "_layers", {})
-    connect("model.layers.3", RemoteLayer(3, experts))  # type: ignore[arg-type]
+    connect("model.layers.3", layer_of(experts))
     step(monkeypatch, ROWS)
     return experts
 
@@ -111,7 +117,7 @@ def test_the_ranks_outputs_add_up(experts: Experts, ranks: int) -> None:
     hidden_TH, weights_TK, ids_TK = routed()
     total_TH = torch.zeros_like(hidden_TH)
     for rank in range(ranks):
-        connect("model.layers.3", RemoteLayer(3, experts, rank, ranks))  # type: ignore[arg-type]
+        connect("model.layers.3", layer_of(experts, rank, ranks))
         total_TH += moe(torch.zeros_like)(hidden_TH, weights_TK, ids_TK)
     assert torch.equal(total_TH, hidden_TH * 2)
     assert len(experts.calls) == 2 * min(ranks, ROWS)  # a rank without rows sends nothing

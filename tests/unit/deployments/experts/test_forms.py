@@ -13,6 +13,7 @@ from deployments.experts.forms import Form, choose_form
 from tests.unit.deployments.experts.layers import spec_of
 
 FP8 = (128, 128)
+GPUS = {"packed": (9, 0), "ampere": (8, 0), "vector": (0, 0), "none": (0, 0)}  # compute capability beside the CPU
 
 
 @pytest.fixture
@@ -22,6 +23,7 @@ def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(forms, "has_packed_kernel", lambda: kind == "packed")
     monkeypatch.setattr(forms, "has_vector_kernel", lambda: kind != "none")
     monkeypatch.setattr(forms, "load_operators", lambda: "" if kind == "none" else "_C_AVX2")
+    monkeypatch.setattr(forms, "gpu_can", lambda major, minor: (major, minor) <= GPUS[kind])
 
 
 @pytest.mark.usefixtures("host")
@@ -38,7 +40,8 @@ def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         ("int8", "auto", None, "cpu", Form.PACKED_INT8),
         ("int8", "auto", FP8, "cpu", Form.PACKED_INT8),
         ("auto", "auto", None, "cuda", Form.GROUPED_BFLOAT16),
-        ("auto", "auto", FP8, "cuda", Form.GROUPED_BFLOAT16),
+        ("auto", "auto", FP8, "cuda", Form.GROUPED_FP8),
+        ("bfloat16", "auto", FP8, "cuda", Form.GROUPED_BFLOAT16),
         ("float32", "auto", None, "cuda", Form.FLOAT32),
     ],
 )
@@ -87,6 +90,21 @@ def test_bfloat16_is_held_as_is_fastest_here(possible: list[Form]) -> None:
     assert choose_form("auto", "auto", spec_of(), "cpu", last) is Form.BFLOAT16
     assert choose_form("auto", "float32", spec_of(), "cpu", last) is Form.FLOAT32
     assert asked == [possible]  # float32 is nobody's choice
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("host", ["ampere"], indirect=True)
+def test_a_gpu_without_fp8_is_said_to_have_none(caplog: pytest.LogCaptureFixture) -> None:
+    assert choose_form("auto", "auto", spec_of(fp8_block=FP8), "cuda") is Form.GROUPED_BFLOAT16
+    assert "FP8 needs a GPU of compute capability 8.9" in caplog.text
+
+
+@pytest.mark.usefixtures("host")
+def test_sizes_that_the_gpus_kernels_cannot_do(caplog: pytest.LogCaptureFixture) -> None:
+    assert choose_form("auto", "auto", spec_of(inner=96), "cuda") is Form.BFLOAT16
+    assert "sizes that are multiples of 64 (hidden 256, intermediate 96)" in caplog.text
+    assert choose_form("auto", "auto", spec_of(inner=64, fp8_block=FP8), "cuda") is Form.GROUPED_BFLOAT16
+    assert choose_form("auto", "auto", spec_of(fp8_block=(64, 64)), "cuda") is Form.GROUPED_BFLOAT16
 
 
 @pytest.mark.usefixtures("host")
