@@ -93,6 +93,7 @@ def test_killed_in_the_middle_of_a_request(cli: Cli) -> None:
 
 
 def test_killed_directory_stops_nothing(cli: Cli) -> None:
+    wait_until("the worker that replaces the killed one", lambda: len(ready_workers(cli)) == 2, 60)
     before = cli.status()
     url = before["gateway"]["rest"]
     expected = complete(url, "demo", PROMPT, 24)
