@@ -141,7 +141,8 @@ def _layer(form: Form, size: tuple[int, int, int]) -> LayerExperts:
     """Random experts in `form`, made one at a time as a load does."""
     import torch
 
-    from deployments.experts.weights import empty_layer, store
+    from deployments.experts.storing import store
+    from deployments.experts.weights import empty_layer
     from tests.checkpoints import quantise_fp8
     from tests.unit.deployments.experts.layers import spec_of
 

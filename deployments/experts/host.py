@@ -15,6 +15,7 @@ from deployments.experts.compute import ExpertCompute
 from deployments.experts.forms import choose_form
 from deployments.experts.store import ExpertStore
 from monitoring.expert_meter import ExpertMeter
+from routing.tokens.kept_memory import keep_freed_memory
 from routing.tokens.server import ExpertServer
 from routing.tokens.share import Share
 
@@ -42,6 +43,7 @@ class ExpertHost:
     def __init__(self, config: Config, experts: Share, meter: ExpertMeter) -> None:
         if config.internal_tls is not None:
             load_internal(config.internal_tls, time.time())  # before a load of minutes
+        keep_freed_memory()  # packing asks for the same few MiB again and again
         spec = load_model_spec(config.model.path)
         threads, device = config.experts.threads, config.experts.device
         fastest = partial(fastest_form, spec=spec, threads=threads)

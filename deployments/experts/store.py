@@ -12,16 +12,9 @@ from collections.abc import Mapping
 from cluster.model.checkpoint import CheckpointIndex
 from cluster.model.spec import ModelSpec
 from deployments.experts.forms import Form
+from deployments.experts.loading import OnProgress, read_experts
 from deployments.experts.sparse_memory import SparseStack
-from deployments.experts.weights import (
-    ExpertWeights,
-    LayerExperts,
-    OnProgress,
-    empty_layer,
-    layer_of,
-    read_experts,
-    shapes_of,
-)
+from deployments.experts.weights import ExpertWeights, LayerExperts, empty_layer, layer_of, shapes_of
 from routing.tokens.share import Share
 
 logger = logging.getLogger(__name__)

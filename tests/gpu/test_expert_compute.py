@@ -11,7 +11,7 @@ import torch
 from cluster.model.spec import load_checkpoint_index, load_model_spec
 from deployments.experts.compute import ExpertCompute
 from deployments.experts.forms import Form, choose_form
-from deployments.experts.weights import load_experts
+from deployments.experts.loading import load_experts
 from tests.gpu.layers import BOUNDS, LAYER, batch, gpu_experts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and this machine has none")

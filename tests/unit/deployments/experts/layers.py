@@ -8,7 +8,8 @@ import torch
 
 from cluster.model.spec import ExpertQuant, ModelSpec
 from deployments.experts.forms import Form
-from deployments.experts.weights import ExpertWeights, empty_layer, store
+from deployments.experts.storing import store
+from deployments.experts.weights import ExpertWeights, empty_layer
 from tests.checkpoints import quantise_fp8
 
 HIDDEN, INNER, EXPERTS, HELD = 256, 128, 12, 5

@@ -13,7 +13,7 @@ from cluster.model.checkpoint import load_checkpoint_index
 from cluster.model.spec import load_model_spec
 from deployments.experts.compute import ExpertCompute
 from deployments.experts.forms import choose_form
-from deployments.experts.weights import load_experts
+from deployments.experts.loading import load_experts
 from tests.checkpoint_edits import tensors_of
 
 MakeCheckpoint = Callable[..., Path]

@@ -12,7 +12,8 @@ import torch
 from deployments.experts.compute import ExpertCompute
 from deployments.experts.forms import Form
 from deployments.experts.operators import has_packed_kernel, has_vector_kernel
-from deployments.experts.weights import ExpertWeights, empty_layer, store
+from deployments.experts.storing import store
+from deployments.experts.weights import ExpertWeights, empty_layer
 from tests.unit.deployments.experts.layers import EXPERTS, HELD, HIDDEN, INNER, spec_of, weights_of
 
 # Relative error (norm) against the same weights in float32; for FP8 after the rounding to FP8, for INT8 before its own.

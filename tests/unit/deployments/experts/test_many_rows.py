@@ -9,7 +9,8 @@ from deployments.experts.compute import ExpertCompute
 from deployments.experts.forms import Form
 from deployments.experts.many_rows import slices_of
 from deployments.experts.operators import has_packed_kernel
-from deployments.experts.weights import ExpertWeights, empty_layer, store
+from deployments.experts.storing import store
+from deployments.experts.weights import ExpertWeights, empty_layer
 from tests.unit.deployments.experts.layers import spec_of
 
 HIDDEN, INNER, HELD, MANY = 4096, 64, 3, 32

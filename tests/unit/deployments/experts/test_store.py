@@ -15,9 +15,9 @@ from cluster.model.spec import load_checkpoint_index, load_model_spec
 from deployments.experts import store as store_module
 from deployments.experts.compute import ExpertCompute
 from deployments.experts.forms import Form, choose_form
+from deployments.experts.loading import load_experts
 from deployments.experts.sparse_memory import SparseStack
 from deployments.experts.store import ExpertStore
-from deployments.experts.weights import load_experts
 from tests.checkpoint_edits import drop_tensor
 
 MakeCheckpoint = Callable[..., Path]

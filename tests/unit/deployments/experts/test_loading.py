@@ -16,7 +16,9 @@ from cluster.errors import CheckpointError
 from cluster.model.checkpoint import load_checkpoint_index
 from cluster.model.spec import load_model_spec
 from deployments.experts.forms import Form
-from deployments.experts.weights import ExpertWeights, dequantise, load_experts
+from deployments.experts.loading import load_experts
+from deployments.experts.storing import dequantise
+from deployments.experts.weights import ExpertWeights
 from tests.checkpoint_edits import dequantised, drop_tensor, shard_files, tensors_of, truncate_shard, without
 from tests.checkpoints import SHAPES
 
@@ -139,7 +141,7 @@ if sys.argv[1] == "make":
 else:
     from cluster.model.spec import load_checkpoint_index, load_model_spec
     from deployments.experts.forms import Form, choose_form
-    from deployments.experts.weights import load_experts
+    from deployments.experts.loading import load_experts
     def kib(key):
         return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
     index, spec = load_checkpoint_index(path), load_model_spec(path)
