@@ -95,7 +95,7 @@ def _measure(checkpoint: Path, dtype: str, pairs: int) -> dict[str, object]:
     index, spec = load_checkpoint_index(checkpoint), load_model_spec(checkpoint)
     form = choose_form(dtype, "auto", spec, "cpu")
     share = dict.fromkeys(spec.moe_layers, tuple(range(spec.num_experts)))
-    threads = max(2, min(4, len(os.sched_getaffinity(0))))
+    threads = max(2, min(8, len(os.sched_getaffinity(0))))
     _plain_read(checkpoint, threads)  # into the page cache
 
     def load() -> tuple[float, ExpertStore]:

@@ -28,9 +28,9 @@ from deployments.experts.weights import DTYPES, FP8, PACKED, ExpertWeights, Laye
 _FILE_DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
-# Two at least, so that one packs while another waits for the disk, even on a single core; more than four wait for the
+# Two at least, so that one packs while another waits for the disk, even on a single core; more than eight wait for the
 # same disk or memory.
-_LEAST_THREADS, _MOST_THREADS = 2, 4
+_LEAST_THREADS, _MOST_THREADS = 2, 8
 _STRIP_BYTES = 1 << 19  # of the file
 
 OnProgress = Callable[[int, int], None]
