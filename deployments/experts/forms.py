@@ -1,4 +1,5 @@
-"""In which form a worker holds and computes its experts: chosen from the configuration, the checkpoint and the host.
+"""In which form a worker holds and computes its experts: chosen from the configuration, the checkpoint and the host,
+and among forms of the same precision by calibration.
 
 The packed kernel is vLLM's `fused_experts_cpu`. Relative error against float32 weights, and time, are those of
 benchmarks/expert_kernels.py: it is 2-4x faster at decode than a GEMM per expert, and as exact.
