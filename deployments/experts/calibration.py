@@ -1,10 +1,10 @@
 """What is fastest on this host, measured when a worker starts: the form of 16-bit weights, and when slices pay.
 
-Calls of the candidates take turns and the least time of each counts, so a busy host disturbs them alike; with one thread
-what others take of its core does not count at all. A candidate must be clearly faster to displace the one that is
-preferred, and what is commonly slower must be so in a second measurement too. It takes about half a second with experts
-of DeepSeek-V3's size, and nothing with small ones. The choice changes how a result is rounded, not what it is; float32
-is never calibrated.
+Calls of the candidates take turns and the least time of each counts, so a busy host disturbs them alike; with one
+thread what others take of its core does not count at all. A candidate must be clearly faster to displace the one that
+is preferred, and win a second measurement; slices are given up only after a second one too. It takes about half a
+second with experts of DeepSeek-V3's size, and nothing with small ones. The choice changes how a result is rounded, not
+what it is; float32 is never calibrated.
 """
 
 from __future__ import annotations
