@@ -1,4 +1,5 @@
-"""In which form a worker holds and computes its experts: chosen from the configuration, the checkpoint and the host.
+"""In which form a worker holds and computes its experts: chosen from the configuration, the checkpoint and the host,
+and among forms of the same precision by calibration.
 
 The packed kernel is vLLM's `fused_experts_cpu`; the grouped GEMMs are our own (deployments/experts/grouped_gemm.py).
 Relative error against float32 weights, and time, are those of benchmarks/expert_kernels.py: the packed kernel is 2-4x

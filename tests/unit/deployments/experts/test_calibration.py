@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 import pytest
 
-from deployments.experts.calibration import choice_text, fastest_form, least_rows, many_rows_from, quickest
+from deployments.experts.calibration import (
+    choice_text,
+    confirmed,
+    fastest_form,
+    least_rows,
+    many_rows_from,
+    quickest,
+)
 from deployments.experts.forms import Form
 from deployments.experts.operators import has_packed_kernel, has_vector_kernel
 from deployments.experts.weights import ExpertWeights, empty_layer
@@ -26,6 +33,13 @@ PACKED, VECTOR, PLAIN = Form.PACKED_BFLOAT16, Form.VECTOR_BFLOAT16, Form.BFLOAT1
 )
 def test_another_form_has_to_be_clearly_faster(seconds: dict[Form, Sequence[float]], form: Form) -> None:
     assert quickest(seconds) is form
+
+
+def test_one_disturbed_measurement_does_not_displace_the_first_form() -> None:
+    disturbed, quiet = [(9.0, 9.0), (1.1, 7.0)], [(1.0, 5.0), (1.2, 7.0)]
+    answers = [disturbed, quiet]
+    assert confirmed([PACKED, VECTOR], lambda: answers.pop(0)) is PACKED
+    assert confirmed([PACKED, VECTOR], lambda: disturbed) is VECTOR
 
 
 @pytest.mark.parametrize(
