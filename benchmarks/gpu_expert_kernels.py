@@ -72,7 +72,7 @@ def report(args: argparse.Namespace) -> None:
     print(f"{'rows':>5} {'form':24} {'kernels ms':>10} {'GB/s':>6} {'TFLOP/s':>8} {'bandwidth':>10} {'rate':>6} "
           f"{'forward ms':>11}", file=out)  # fmt: skip
     rows = []
-    for row in measure(card, args.hidden, args.intermediate, args.experts, args.top_k, args.rows):
+    for row in measure(card, args.hidden, args.intermediate, args.experts, args.top_k, args.rows, args.threads):
         rows.append(row)
         print(f"{row.rows:>5} {row.form:24} {row.kernels_ms:>10.3f} {row.gb_per_s:>6.0f} {row.tflop_per_s:>8.1f} "
               f"{row.of_bandwidth:>10.0%} {row.of_matrix_rate:>6.0%} {row.forward_ms:>11.3f}",
@@ -98,12 +98,19 @@ def measure_card() -> Card:
 
 
 def measure(
-    card: Card, hidden: int, inner: int, held: int, top_k: int, rows: list[int], forms: tuple[Form, ...] = FORMS
+    card: Card,
+    hidden: int,
+    inner: int,
+    held: int,
+    top_k: int,
+    rows: list[int],
+    threads: int = 1,
+    forms: tuple[Form, ...] = FORMS,
 ) -> Iterator[GpuRow]:
     """Yield a row for each form and number of rows. A row's experts are all held, and drawn at random."""
     for form in forms:
         layer = gpu_experts(form, hidden, inner, held, first=0)
-        compute, turns = ExpertCompute(layer.weights, 1), GpuTurns(form, hidden, inner, held)
+        compute, turns = ExpertCompute(layer.weights, threads), GpuTurns(form, hidden, inner, held)
         for number in rows:
             turn = batch(number, hidden, top_k, held, first=0, elsewhere=0.0)
             calls, experts_read = _calls(turns, layer.layer, turn)
