@@ -41,10 +41,10 @@ class ExpertsConfig(Section):
         None, description="Relative share of the experts per worker, such as [3, 1]; equal shares if not set.")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where experts compute.")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
-        "auto", description="How workers hold and compute the experts. `auto`: as stored, so FP8 stays FP8 on CPU "
-                            "(on CUDA it becomes bfloat16), anything else takes the model's dtype. `int8` (CPU): "
+        "auto", description="How workers hold and compute the experts. `auto`: as stored, so FP8 stays FP8 (on CUDA "
+                            "from compute capability 8.9 on), anything else takes the model's dtype. `int8` (CPU): "
                             "quantised when loaded, one scale per row: half of bfloat16's memory, and faster.")
-    threads: int = Field(1, ge=1, description="Compute threads of one CPU worker.")
+    threads: int = Field(1, ge=1, description="Compute threads of one CPU worker; a GPU worker copies rows with them.")
     pin_cores: PinCores = Field(
         "auto", description="Whether each CPU worker gets cores of its own: `auto` where its host has one for each "
                             "compute thread and one more, `always` (it does not start without), or `never`.")

@@ -29,6 +29,7 @@ from deployments.experts.weights import LayerExperts
 
 CHUNK_ROWS, CHUNK_PAIRS = 1024, 8192
 _SLOTS = 2
+_ROOM = 1.5  # of a tile over an expert's mean rows: some have more, and a second tile reads the weight again
 
 
 def chunks(pairs: Pairs, rows: int, experts_per_row: int) -> Iterator[tuple[int, int, Pairs]]:
@@ -63,13 +64,16 @@ class GpuTurns:
         self._scratch = Scratch(CHUNK_ROWS, CHUNK_PAIRS, hidden, inner, form is Form.GROUPED_FP8)
         self._out_TH = torch.empty(CHUNK_ROWS, hidden, dtype=torch.bfloat16, pin_memory=True)
         self._in, self._kernels, self._back = (torch.cuda.Stream() for _ in range(3))
+        # The allocator knows nothing of these streams: what it gave may still be used by work queued on another.
+        torch.cuda.synchronize()
 
     def compile(self, experts: LayerExperts) -> None:
         """Have every kernel compiled, or loaded from Triton's cache, before the first request needs it."""
         hidden_TH = torch.zeros(1, experts.hidden_size, dtype=torch.bfloat16)
         pairs = Pairs(np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones(1, np.float32))
-        for launch in self._launches:
-            self._run(experts, hidden_TH, pairs, 0, launch, self._slots[0])
+        with torch.cuda.stream(self._kernels):
+            for launch in self._launches:
+                self._run(experts, hidden_TH, pairs, 0, launch, self._slots[0])
         torch.cuda.synchronize()
 
     def forward(
@@ -82,15 +86,16 @@ class GpuTurns:
         rows = len(hidden_TH)
         if rows > len(self._out_TH):
             self._out_TH = torch.empty(rows, hidden_TH.shape[1], dtype=torch.bfloat16, pin_memory=True)
-        for number, (first, count, chunk) in enumerate(chunks(pairs, rows, experts_per_row)):
-            slot = self._slots[number % _SLOTS]
-            self._run(experts, hidden_TH[first : first + count], chunk, first, None, slot)
+        with torch.cuda.stream(self._kernels):
+            for number, (first, count, chunk) in enumerate(chunks(pairs, rows, experts_per_row)):
+                slot = self._slots[number % _SLOTS]
+                self._run(experts, hidden_TH[first : first + count], chunk, first, None, slot)
         slot.returned.synchronize()  # chunks come back in their order
         return self._out_TH[:rows]
 
     def launch(self, counts_N: np.ndarray) -> Launch:
-        """Return the smallest tile that holds the mean rows of an expert that is met, or the largest."""
-        rows = counts_N.sum() / max(1, np.count_nonzero(counts_N))
+        """Return the smallest tile that has room for the mean rows of an expert that is met, or the largest."""
+        rows = _ROOM * counts_N.sum() / max(1, np.count_nonzero(counts_N))
         return next((launch for launch in self._launches if rows <= launch.rows), self._launches[-1])
 
     def _run(
@@ -108,20 +113,21 @@ class GpuTurns:
         slot.copied.synchronize()  # the pinned buffers of the slot's last chunk
         sections = lay_out(slot.words.numpy(), pairs, rows, counts_N, launch.rows)
         slot.rows_TH[:rows] = hidden_TH
-        with torch.cuda.stream(self._in):
-            self._in.wait_event(slot.computed)
-            slot.on_gpu_words[: sections.end].copy_(slot.words[: sections.end], non_blocking=True)
-            slot.on_gpu_rows_TH[:rows].copy_(slot.rows_TH[:rows], non_blocking=True)
-            slot.copied.record()
-        with torch.cuda.stream(self._kernels):
-            self._kernels.wait_event(slot.copied)
-            self._kernels.wait_event(slot.returned)
-            self.compute(experts, slot.on_gpu_rows_TH[:rows], slot.on_gpu_words, sections, launch, slot.on_gpu_out_TH)
-            slot.computed.record()
-        with torch.cuda.stream(self._back):
-            self._back.wait_event(slot.computed)
-            self._out_TH[first : first + rows].copy_(slot.on_gpu_out_TH[:rows], non_blocking=True)
-            slot.returned.record()
+        # `set_stream`: a context for each stream would take a tenth of a decode step's time on the CPU.
+        torch.cuda.set_stream(self._in)
+        self._in.wait_event(slot.computed)
+        slot.on_gpu_words[: sections.end].copy_(slot.words[: sections.end], non_blocking=True)
+        slot.on_gpu_rows_TH[:rows].copy_(slot.rows_TH[:rows], non_blocking=True)
+        slot.copied.record(self._in)
+        torch.cuda.set_stream(self._kernels)
+        self._kernels.wait_event(slot.copied)
+        self._kernels.wait_event(slot.returned)
+        self.compute(experts, slot.on_gpu_rows_TH[:rows], slot.on_gpu_words, sections, launch, slot.on_gpu_out_TH)
+        slot.computed.record(self._kernels)
+        torch.cuda.set_stream(self._back)
+        self._back.wait_event(slot.computed)
+        self._out_TH[first : first + rows].copy_(slot.on_gpu_out_TH[:rows], non_blocking=True)
+        slot.returned.record(self._back)
 
     def compute(
         self,

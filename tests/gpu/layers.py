@@ -15,7 +15,7 @@ from deployments.experts.weights import ExpertWeights, LayerExperts
 from tests.checkpoints import quantise_fp8
 
 # Relative error (norm) of each form against float64 on the same weights: of rounding rows, and sums, to its dtype.
-BOUNDS = {Form.GROUPED_FP8: 0.05, Form.GROUPED_BFLOAT16: 0.006, Form.FLOAT32: 1e-5, Form.BFLOAT16: 0.006}
+BOUNDS = {Form.GROUPED_FP8: 0.06, Form.GROUPED_BFLOAT16: 0.006, Form.FLOAT32: 1e-5, Form.BFLOAT16: 0.006}
 LAYER = 3
 
 

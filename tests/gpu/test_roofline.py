@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.parametrize("form", [Form.GROUPED_FP8, Form.GROUPED_BFLOAT16])
 def test_decode_is_bound_by_memory_and_prefill_by_the_tensor_cores(form: Form) -> None:
     rows: dict[int, GpuRow] = {
-        row.rows: row for row in measure(measure_card(), 7168, 2048, 32, 8, [1, 8, 32, 128, 1024], (form,))
+        row.rows: row for row in measure(measure_card(), 7168, 2048, 32, 8, [1, 8, 32, 128, 1024], forms=(form,))
     }
     assert rows[1].of_bandwidth > 0.5
     assert min(rows[number].of_bandwidth for number in (8, 32, 128)) > 0.6

@@ -8,9 +8,10 @@ from cluster.cli import cli
 from cluster.config import Config
 from cluster.config.file import load_config
 from cluster.errors import CheckpointError, ConfigError, PlanError
+from cluster.model.spec import load_model_spec
 from cluster.plan.checks import load_model, plan_for
 from cluster.plan.nodes import GIB, load_nodes
-from cluster.plan.plan import Plan, to_json
+from cluster.plan.plan import Plan, model_facts, to_json
 from cluster.plan.text import plan_text
 from tests.tiny_checkpoint import EXPERTS, HIDDEN, INNER, write_tiny_checkpoint
 
@@ -179,3 +180,14 @@ def test_local_file_is_valid() -> None:
     config = load_config(EXAMPLES / "local.yaml")
     assert config.model.path.resolve() == EXAMPLES.parent / "models" / "demo"
     assert (config.gateway.host, config.gateway.port, config.experts.workers) == ("127.0.0.1", 8000, 2)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fp8_experts_stay_fp8_in_memory(device: str) -> None:
+    config = Config.model_validate(
+        {"model": {"path": EXAMPLES / "deepseek-v3", "dtype": "bfloat16"}, "experts": {"device": device}}
+    )
+    facts = model_facts(config, load_model_spec(EXAMPLES / "deepseek-v3"))
+    assert facts.expert_form == "fp8"
+    weights, blocks = 3 * 7168 * 2048, 3 * 56 * 16
+    assert facts.expert_bytes_in_memory == weights + 4 * blocks
