@@ -5,6 +5,7 @@ Nothing here loads, drops or publishes: who has loads, capacities and a placemen
 """
 
 from routing.tokens.balancing.balance import balance, place, score
-from routing.tokens.balancing.records import BalanceOptions, Move, Placement, Plan, Score, WorkerCapacity
+from routing.tokens.balancing.plan import Move, Plan
+from routing.tokens.balancing.records import BalanceOptions, Placement, Score, WorkerCapacity
 
 __all__ = ["BalanceOptions", "Move", "Placement", "Plan", "Score", "WorkerCapacity", "balance", "place", "score"]

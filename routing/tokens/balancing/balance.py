@@ -11,7 +11,8 @@ Legend: L layers, E experts of a layer, W workers, R the most replicas of one ex
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -19,14 +20,16 @@ from routing.tokens.balancing.building import build, copies
 from routing.tokens.balancing.division import divide
 from routing.tokens.balancing.exchanging import exchange
 from routing.tokens.balancing.fleet import Fleet, make_fleet
-from routing.tokens.balancing.loss import scored, times_L
+from routing.tokens.balancing.loss import cost_L, scored, times_L
 from routing.tokens.balancing.moving import Mover, Step
-from routing.tokens.balancing.records import BalanceOptions, Move, Placement, Plan, Score, WorkerCapacity
+from routing.tokens.balancing.plan import Move, Plan
+from routing.tokens.balancing.records import BalanceOptions, Placement, Score, WorkerCapacity
+from routing.tokens.balancing.shedding import build_by_shedding
 from routing.tokens.balancing.slots import Slots
 
-_DIVISIONS = 60  # rounds of division where a placement begins or ends
-_EXCHANGES = 12  # of each layer that may follow then
-_POLISH = 8  # moves per layer that may follow on a new placement
+_DIVISIONS = 30  # rounds of division where a placement begins or ends
+# A new placement is polished so often, by at most so many moves and exchanges of each layer.
+_POLISHES, _MOVES, _EXCHANGES = 2, 8, 12
 
 
 def place(loads_LE: np.ndarray, workers: Sequence[WorkerCapacity], options: BalanceOptions) -> Placement:
@@ -38,16 +41,27 @@ def place(loads_LE: np.ndarray, workers: Sequence[WorkerCapacity], options: Bala
     """
     loads_LE = _known(loads_LE)
     held_LW = _nothing(loads_LE, workers)
-    fleet = make_fleet(workers, *loads_LE.shape, options.expert_bytes, options.replica_floor, held_LW)
-    slots = Slots.empty(loads_LE, fleet, _most_copies(loads_LE, fleet))
-    build(slots, fleet)
-    divide(slots, fleet.rows_per_s_W, _DIVISIONS)
+    fleet = make_fleet(workers, loads_LE.shape[1], options.expert_bytes, options.replica_floor, held_LW)
+    empty = Slots.empty(loads_LE, fleet, _most_copies(loads_LE, fleet))
+    slots = _built(empty, fleet, build)
+    if not fleet.alike:
+        other = _built(empty, fleet, build_by_shedding)
+        better_L = np.flatnonzero(cost_L(other, fleet, options.loss_weight) < cost_L(slots, fleet, options.loss_weight))
+        slots.take(better_L, other, better_L)
     mover = Mover(slots, fleet, options.loss_weight)
     mover.mend()
-    mover.improve(_POLISH, options.least_gain)
-    exchange(slots, fleet, options.loss_weight, _EXCHANGES, options.least_gain)
+    for _ in range(_POLISHES):
+        mover.improve(_MOVES, options.least_gain)
+        exchange(slots, fleet, options.loss_weight, _EXCHANGES, options.least_gain)
     divide(slots, fleet.rows_per_s_W, _DIVISIONS)
     return slots.placement()
+
+
+def _built(empty: Slots, fleet: Fleet, builder: Callable[[Slots, Fleet], None]) -> Slots:
+    slots = empty.of(empty.every_L)
+    builder(slots, fleet)
+    divide(slots, fleet.rows_per_s_W, _DIVISIONS)
+    return slots
 
 
 def score(
@@ -72,16 +86,16 @@ def balance(
     divide(slots, fleet.rows_per_s_W, _DIVISIONS)
     time_L = times_L(slots, fleet)
     redivided, start = scored(slots, fleet, options.loss_weight), slots.placement()
+    target = slots.of(slots.every_L)
     mover = Mover(slots, fleet, options.loss_weight)
     mover.mend()
     mover.improve(options.rounds, options.least_gain)
     moves = _ordered(mover.steps, options.least_gain * time_L, options)
-    stages = {
-        (layer, n + 1): stage for layer, of_layer in enumerate(mover.stages) for n, stage in enumerate(of_layer)
-    }  # fmt: skip
-    plan = Plan(before, redivided, before, moves, False, start, stages)
-    after = score(plan.target, loads_LE, workers, options)
+    for layer, taken in Counter(move.layer for move in moves).items():
+        target.take(np.array([layer]), mover.steps[layer][taken - 1].after, np.array([0]))
+    after = scored(target, fleet, options.loss_weight)
     worth_it = after.missing < before.missing or after.seconds <= before.seconds * (1 - options.threshold)
+    stages = {(layer, n + 1): step.after for layer, taken in enumerate(mover.steps) for n, step in enumerate(taken)}
     return Plan(before, redivided, after, moves, worth_it, start, stages)
 
 
@@ -108,7 +122,7 @@ def _load(
     worker_N = workers_LER[layer_N, expert_N, at_N].astype(np.int64)
     held_LW = _nothing(loads_LE, workers)
     np.add.at(held_LW, (layer_N, worker_N), 1)
-    fleet = make_fleet(workers, *loads_LE.shape, options.expert_bytes, options.replica_floor, held_LW)
+    fleet = make_fleet(workers, loads_LE.shape[1], options.expert_bytes, options.replica_floor, held_LW)
     most = max(_most_copies(loads_LE, fleet), int(held_LER.sum(axis=2).max(initial=0)))
     return fleet, Slots.holding(Placement(workers_LER, weights_LER), loads_LE, fleet, most)
 

@@ -4,7 +4,7 @@ Replicas go to the experts with the most rows per replica, one by one. Then the 
 rows per replica first, each on the worker that would be done with it the soonest and that has room ("longest
 processing time first").
 
-Legend: L layers, E experts of a layer, W workers, S = sequence of placements, R the most replicas of one expert.
+Legend: L layers, E experts of a layer, W workers, S steps of a sequence, R replicas.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from routing.tokens.balancing.slots import Slots
 
 def build(slots: Slots, fleet: Fleet) -> None:
     """Fill empty `slots`. Rows are divided evenly among the replicas."""
-    copies_LE = copies(slots.loads_LE, fleet, slots.slot_LER.shape[2])
+    fill(slots, fleet, copies(slots.loads_LE, fleet, slots.slot_LER.shape[2]), by_slot=False)
+
+
+def fill(slots: Slots, fleet: Fleet, copies_LE: np.ndarray, by_slot: bool) -> None:
+    """Place `copies_LE` replicas of each expert, and divide its rows evenly."""
     piece_LE = slots.loads_LE / copies_LE
     order_LE = np.argsort(-piece_LE, axis=1, kind="stable")
     floor = fleet.floor
     if floor > 1:  # all of the floor first: there is room for it only if nothing else is in the way
-        _place(slots, fleet, np.repeat(order_LE, floor, axis=1), copies_LE, floor)
-        _place(slots, fleet, _sequence(order_LE, copies_LE - floor), copies_LE, 0)
+        place_in_turn(slots, fleet, np.repeat(order_LE, floor, axis=1), copies_LE, floor, by_slot)
+        place_in_turn(slots, fleet, in_turn(order_LE, copies_LE - floor), copies_LE, 0, by_slot)
     else:
-        _place(slots, fleet, _sequence(order_LE, copies_LE), copies_LE, 0)
+        place_in_turn(slots, fleet, in_turn(order_LE, copies_LE), copies_LE, 0, by_slot)
     rows_LER = np.where(slots.slot_LER != slots.nowhere, slots.loads_LE[:, :, None], 0.0)
     np.put_along_axis(
         slots.rows_LP, slots.slot_LER.reshape(len(rows_LER), -1),
@@ -51,7 +55,7 @@ def copies(loads_LE: np.ndarray, fleet: Fleet, most: int) -> np.ndarray:
     return copies_LE
 
 
-def _sequence(order_LE: np.ndarray, times_LE: np.ndarray) -> np.ndarray:
+def in_turn(order_LE: np.ndarray, times_LE: np.ndarray) -> np.ndarray:
     """Each expert as often as `times_LE` says, in the order given, int[L, S]; -1 at the end of shorter layers."""
     length = int(times_LE.sum(axis=1).max(initial=0))
     sequence_LS = np.full((len(order_LE), length), -1)
@@ -61,15 +65,21 @@ def _sequence(order_LE: np.ndarray, times_LE: np.ndarray) -> np.ndarray:
     return sequence_LS
 
 
-def _place(slots: Slots, fleet: Fleet, sequence_LS: np.ndarray, copies_LE: np.ndarray, floor: int) -> None:
-    """Place the experts of `sequence_LS` one after the other. `floor` > 0: it names each expert `floor` times in a
-    row, and they must be in different domains if there is a way; 0: they should be where there is room.
+def place_in_turn(
+    slots: Slots, fleet: Fleet, sequence_LS: np.ndarray, copies_LE: np.ndarray, floor: int, by_slot: bool
+) -> None:
+    """Place the experts of `sequence_LS` one after the other, as if `copies_LE` replicas shared the rows of each.
+
+    `floor` > 0: it names each expert `floor` times in a row, and they must be in different domains if there is a way;
+    0: they should be where there is room. `by_slot`: an expert goes to the worker that lacks the most rows per free
+    slot, not to the one that would be done the soonest.
     """
-    every_L, workers = slots.every_L, slots.slots_LW.shape[1]
+    every_L = slots.every_L
     piece_LE = slots.loads_LE / copies_LE
     free_LW = slots.slots_LW - slots.used_LW()
     load_LW = np.zeros(free_LW.shape)
     np.add.at(load_LW, *_placed(slots, piece_LE))
+    share_LW = slots.loads_LE.sum(axis=1, keepdims=True) * fleet.rows_per_s_W / fleet.rows_per_s_W.sum()
     several_S = (copies_LE[every_L[:, None], sequence_LS] > 1).any(axis=0)  # else an expert cannot meet itself
     for step in range(sequence_LS.shape[1]):
         expert_L = sequence_LS[:, step]
@@ -78,13 +88,16 @@ def _place(slots: Slots, fleet: Fleet, sequence_LS: np.ndarray, copies_LE: np.nd
         if several_S[step]:
             held_LW = slots.held_LW(expert_L)
             may_LW &= ~held_LW
-            best_LW = may_LW & apart(held_LW, fleet)
+            may_LW = _narrow(may_LW, ~same_domain(held_LW, fleet.spread_WD))
             if floor:
                 todo = sequence_LS.shape[1] // floor - step // floor
-                best_LW &= _leaves_room(free_LW, held_LW, fleet, todo, floor - step % floor)
-            may_LW = np.where(best_LW.any(axis=1, keepdims=True), best_LW, may_LW)
-        done_LW = (load_LW + piece_LE[every_L, expert_L][:, None]) / fleet.rows_per_s_W
-        worker_L = np.where(may_LW, done_LW, np.inf).argmin(axis=1)
+                may_LW = _narrow(may_LW, _leaves_room(free_LW, held_LW, fleet, todo, floor - step % floor))
+            may_LW = _narrow(may_LW, ~same_domain(held_LW, fleet.host_WD))
+        if by_slot:
+            late_LW = (load_LW - share_LW) / np.maximum(free_LW, 1)
+        else:
+            late_LW = (load_LW + piece_LE[every_L, expert_L][:, None]) / fleet.rows_per_s_W
+        worker_L = np.where(may_LW, late_LW, np.inf).argmin(axis=1)
         layer_N = np.flatnonzero(named_L & may_LW.any(axis=1))
         expert_N, worker_N = expert_L[layer_N], worker_L[layer_N]
         taken_N = slots.slots_LW[layer_N, worker_N] - free_LW[layer_N, worker_N]
@@ -102,11 +115,14 @@ def apart(held_LW: np.ndarray, fleet: Fleet) -> np.ndarray:
     """Workers that a further replica may go to, bool[L, W]: in a domain that has none; where all have one, on a host
     that has none; where all have one, anywhere.
     """
-    may_LW = np.ones(held_LW.shape, dtype=bool)
-    for one_of_WD in (fleet.spread_WD, fleet.host_WD) if fleet.spread_W is not fleet.host_W else (fleet.host_WD,):
-        other_LW = may_LW & ~same_domain(held_LW, one_of_WD)
-        may_LW = np.where(other_LW.any(axis=1, keepdims=True), other_LW, may_LW)
-    return may_LW & ~held_LW
+    may_LW = _narrow(~held_LW, ~same_domain(held_LW, fleet.spread_WD))
+    return _narrow(may_LW, ~same_domain(held_LW, fleet.host_WD))
+
+
+def _narrow(may_LW: np.ndarray, better_LW: np.ndarray) -> np.ndarray:
+    """Those that are better as well, in layers where there are any."""
+    both_LW = may_LW & better_LW
+    return np.where(both_LW.any(axis=1, keepdims=True), both_LW, may_LW)
 
 
 def same_domain(held_LW: np.ndarray, one_of_WD: np.ndarray) -> np.ndarray:

@@ -45,10 +45,8 @@ def best_of(layer_K: np.ndarray, gain_K: np.ndarray, layers: int) -> tuple[np.nd
 
 def highest(value_LN: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return layer and column of the `count` highest finite values of each layer, from the highest on."""
-    if count == 1:
-        at_LC = value_LN.argmax(axis=1)[:, None]
-    else:
-        at_LC = np.argsort(-value_LN, axis=1, kind="stable")[:, :count]
+    best = count == 1
+    at_LC = value_LN.argmax(axis=1)[:, None] if best else np.argsort(-value_LN, axis=1, kind="stable")[:, :count]
     layer_N, column_N = np.nonzero(np.isfinite(np.take_along_axis(value_LN, at_LC, axis=1)))
     return layer_N, at_LC[layer_N, column_N]
 

@@ -1,6 +1,6 @@
 """Exchanges experts between workers of a placement that nobody has loaded yet, so that no order of moves matters.
 
-Legend: L layers, K candidates, W workers, P slots of a layer, S slots of a worker, R replicas.
+Legend: L layers, K candidates, W workers, V of them, S slots of a worker, Q slots of the V, R replicas.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from routing.tokens.balancing.slots import EMPTY, Slots
 
 _DIVISIONS = 12  # rounds of division after an exchange
 _PROGRESS = 1e-4  # share of a layer's time
+_PARTNERS = 8  # the fastest workers of a layer, with which its slowest may exchange
 
 
 def exchange(slots: Slots, fleet: Fleet, loss_weight: float, rounds: int, least_gain: float) -> None:
@@ -45,34 +46,39 @@ def _candidates(slots: Slots, fleet: Fleet, count: int) -> tuple[np.ndarray, np.
     """
     every_L, every_L1 = slots.every_L, slots.every_L[:, None]
     speed_W, load_LW = fleet.rows_per_s_W, slots.load_LW()
-    slowest_L = (load_LW / speed_W).argmax(axis=1)
+    time_LW = load_LW / speed_W
+    slowest_L = time_LW.argmax(axis=1)
     slot_LS = slowest_L[:, None] * slots.width + np.arange(slots.width)
-    expert_LS, expert_LP = slots.expert_LP[every_L1, slot_LS], slots.expert_LP[:, :-1]
-    worker_P = np.arange(expert_LP.shape[1]) // slots.width
+    partner_LV = np.argsort(time_LW, axis=1, kind="stable")[:, :_PARTNERS]
+    other_LQ = (partner_LV[:, :, None] * slots.width + np.arange(slots.width)).reshape(len(load_LW), -1)
+    expert_LS, expert_LQ = slots.expert_LP[every_L1, slot_LS], slots.expert_LP[every_L1, other_LQ]
+    worker_LQ = other_LQ // slots.width
 
-    # Neither expert may meet another replica of its own, nor come into a domain of one where the floor keeps them apart.
+    # Neither may meet another replica of its expert, nor come into the domain of one where the floor keeps them apart.
     held_LSW = slots.held_LSW(expert_LS)
     met_LSW = held_LSW.copy()
-    other_LPR = slots.slot_LER[every_L1, expert_LP] // slots.width
-    met_LP = (other_LPR == slowest_L[:, None, None]).any(axis=2)
+    holder_LQR = slots.slot_LER[every_L1, expert_LQ] // slots.width
+    met_LQ = (holder_LQR == slowest_L[:, None, None]).any(axis=2)
     if fleet.floor > 1:
         held_LSW[every_L, :, slowest_L] = False
         met_LSW |= same_domain(held_LSW, fleet.spread_WD)
         domain_W1 = np.append(fleet.spread_W, -1)
         of_slowest_L11 = fleet.spread_W[slowest_L][:, None, None]
-        met_LP |= ((domain_W1[other_LPR] == of_slowest_L11) & (other_LPR != worker_P[:, None])).any(axis=2)
-    may_LSP = ~met_LSW[:, :, worker_P] & ~met_LP[:, None, :]
-    may_LSP &= (expert_LS != EMPTY)[:, :, None] & (expert_LP != EMPTY)[:, None, :]
+        met_LQ |= ((domain_W1[holder_LQR] == of_slowest_L11) & (holder_LQR != worker_LQ[:, :, None])).any(axis=2)
+    may_LSQ = ~met_LSW[every_L1[:, :, None], np.arange(slots.width)[:, None], worker_LQ[:, None, :]]
+    may_LSQ &= ~met_LQ[:, None, :] & (expert_LS != EMPTY)[:, :, None] & (expert_LQ != EMPTY)[:, None, :]
 
     # Replicas that are not the only ones can leave a part of their rows with the others.
-    moved_LSP = slots.rows_LP[every_L1, slot_LS][:, :, None] - slots.rows_LP[:, None, :-1]
+    moved_LSQ = slots.rows_LP[every_L1, slot_LS][:, :, None] - slots.rows_LP[every_L1, other_LQ][:, None, :]
     slow_L1, slow_speed_L1 = load_LW[every_L, slowest_L][:, None], speed_W[slowest_L][:, None]
-    level_LW = (slow_L1 * speed_W - load_LW * slow_speed_L1) / (slow_speed_L1 + speed_W)
-    several_LS, several_LP = slots.copies_LE[every_L1, expert_LS] > 1, slots.copies_LE[every_L1, expert_LP] > 1
-    part_LSP = several_LS[:, :, None] | several_LP[:, None, :]
-    moved_LSP = np.where(part_LSP, np.minimum(moved_LSP, level_LW[:, None, worker_P]), moved_LSP)
-    gap_LW, slowness_LW = 2 * (slow_L1 / slow_speed_L1 - load_LW / speed_W), 1 / slow_speed_L1 + 1 / speed_W
-    gain_LSP = moved_LSP * (gap_LW[:, None, worker_P] - moved_LSP * slowness_LW[:, None, worker_P])
-    gain_LSP = np.where(may_LSP & (gain_LSP > 0), gain_LSP, -np.inf)
-    layer_K, at_K = highest(gain_LSP.reshape(len(load_LW), -1), count)
-    return layer_K, slot_LS[layer_K, at_K // len(worker_P)], at_K % len(worker_P)
+    load_LQ, speed_LQ = load_LW[every_L1, worker_LQ], speed_W[worker_LQ]
+    level_LQ = (slow_L1 * speed_LQ - load_LQ * slow_speed_L1) / (slow_speed_L1 + speed_LQ)
+    several_LS, several_LQ = slots.copies_LE[every_L1, expert_LS] > 1, slots.copies_LE[every_L1, expert_LQ] > 1
+    part_LSQ = several_LS[:, :, None] | several_LQ[:, None, :]
+    moved_LSQ = np.where(part_LSQ, np.minimum(moved_LSQ, level_LQ[:, None, :]), moved_LSQ)
+    gap_LQ, slowness_LQ = 2 * (slow_L1 / slow_speed_L1 - load_LQ / speed_LQ), 1 / slow_speed_L1 + 1 / speed_LQ
+    gain_LSQ = moved_LSQ * (gap_LQ[:, None, :] - moved_LSQ * slowness_LQ[:, None, :])
+    gain_LSQ = np.where(may_LSQ & (gain_LSQ > 0), gain_LSQ, -np.inf)
+    layer_K, at_K = highest(gain_LSQ.reshape(len(load_LW), -1), count)
+    others = other_LQ.shape[1]
+    return layer_K, slot_LS[layer_K, at_K // others], other_LQ[layer_K, at_K % others]

@@ -28,6 +28,11 @@ class Fleet:
     spread_W: np.ndarray  # int
     floor: int  # replicas of every expert, not more than there is room for
 
+    @property
+    def alike(self) -> bool:
+        """Whether all workers have the same speed and the same slots."""
+        return bool((self.rows_per_s_W == self.rows_per_s_W[0]).all() and (self.slots_LW == self.slots_LW[:, :1]).all())
+
     @cached_property
     def host_WD(self) -> np.ndarray:
         """float32: 1 where the worker is on the host."""
@@ -40,7 +45,7 @@ class Fleet:
 
 
 def make_fleet(
-    workers: Sequence[WorkerCapacity], layers: int, experts: int, expert_bytes: int, floor: int, held_LW: np.ndarray
+    workers: Sequence[WorkerCapacity], experts: int, expert_bytes: int, floor: int, held_LW: np.ndarray
 ) -> Fleet:
     """Divide every worker's memory among the layers. `held_LW`: experts that it holds already, for which it has room.
 

@@ -1,16 +1,18 @@
 """What a placement costs: the time of its slowest worker, and the same after the worst loss of one host.
 
-Legend: L layers, E experts of a layer, M those with several replicas, R replicas, W workers, D hosts.
+Legend: L layers, E experts of a layer, R replicas, W workers, D hosts; N replicas of experts that have several, Q pairs
+of them.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from routing.tokens.balancing.division import several
 from routing.tokens.balancing.fleet import Fleet
 from routing.tokens.balancing.records import Score
-from routing.tokens.balancing.slots import Slots
+from routing.tokens.balancing.slots import Slots, shared_experts
+
+_TRACE = 1e-9  # rows
 
 
 def times_L(slots: Slots, fleet: Fleet) -> np.ndarray:
@@ -50,38 +52,26 @@ def uneven_L(slots: Slots, fleet: Fleet, share: float) -> np.ndarray:
 
 def _caught(slots: Slots, fleet: Fleet) -> tuple[np.ndarray, np.ndarray]:
     """Rows that each worker takes over when a host is lost [L, D, W], and how many those are in all [L, D]."""
-    layers, workers = slots.slots_LW.shape
-    hosts = fleet.host_WD.shape[1]
-    expert_LM = several(slots)
-    if not expert_LM.shape[1]:
-        return np.zeros((layers, hosts, workers)), np.zeros((layers, hosts))
-    every_L1 = slots.every_L[:, None]
-    slot_KR = slots.slot_LER[every_L1, expert_LM].reshape(-1, slots.slot_LER.shape[2])
-    copies_K = slots.copies_LE[every_L1, expert_LM].reshape(-1)
-    layer_K = np.repeat(slots.every_L, expert_LM.shape[1])
-    most = max(2, int(copies_K.max(initial=0)))
-    slot_KR = slot_KR[:, :most]
-    held_KR = slot_KR != slots.nowhere
-    worker_KR = np.where(held_KR, slot_KR // slots.width, 0)
-    host_KR = np.where(held_KR, fleet.host_W[worker_KR], -1)
-    rows_KR = slots.rows_LP[layer_K[:, None], slot_KR]
-    # Replicas without rows take over evenly where no other is left.
-    weight_KR = np.where(held_KR, rows_KR + 1e-9 * (rows_KR.sum(axis=1, keepdims=True) + 1e-30), 0.0)
-    extra_N, caught_N = np.zeros(layers * hosts * workers), np.zeros(layers * hosts)
-    for at in range(most):
-        host_K = host_KR[:, at]
-        seen_K = (host_KR[:, :at] == host_K[:, None]).any(axis=1)
-        gone_KR = host_KR == host_K[:, None]
-        left_KR = np.where(gone_KR, 0.0, weight_KR)
-        left_K = left_KR.sum(axis=1)
-        some_K = np.flatnonzero((host_K >= 0) & ~seen_K & (left_K > 0))
-        lost_K = (rows_KR[some_K] * gone_KR[some_K]).sum(axis=1)
-        taken_KR = left_KR[some_K] * (lost_K / left_K[some_K])[:, None]
-        group_K = layer_K[some_K] * hosts + host_K[some_K]
-        caught_N += np.bincount(group_K, lost_K, len(caught_N))
-        index_KR = group_K[:, None] * workers + worker_KR[some_K]
-        extra_N += np.bincount(index_KR.reshape(-1), taken_KR.reshape(-1), len(extra_N))
-    return extra_N.reshape(layers, hosts, workers), caught_N.reshape(layers, hosts)
+    layers, workers, hosts = len(slots.loads_LE), *fleet.host_WD.shape
+    shared = shared_experts(slots)
+    # All pairs of replicas of one expert: `mine` is lost, `other` takes over unless it is lost with it.
+    pairs_N = shared.copies_K[shared.expert_N]
+    mine_Q = np.repeat(np.arange(len(pairs_N)), pairs_N)
+    other_Q = np.arange(len(mine_Q)) - np.repeat(np.cumsum(pairs_N) - pairs_N, pairs_N)
+    other_Q += shared.first_K[shared.expert_N[mine_Q]]
+    layer_N, worker_N = shared.layer_K[shared.expert_N], shared.slot_N // slots.width
+    rows_N, host_N = slots.rows_LP[layer_N, shared.slot_N], fleet.host_W[worker_N]
+    together_Q = host_N[mine_Q] == host_N[other_Q]
+    with_N = np.bincount(mine_Q, together_Q, len(rows_N))  # replicas on its host, itself included
+    lost_N = np.bincount(mine_Q, rows_N[other_Q] * together_Q, len(rows_N)) / with_N  # its part of the host's loss
+    mine_Q, other_Q = mine_Q[~together_Q], other_Q[~together_Q]
+    weight_Q = rows_N[other_Q] + _TRACE  # replicas without rows take over where no other is left
+    left_N = np.bincount(mine_Q, weight_Q, len(rows_N))
+    group_N = layer_N * hosts + host_N
+    caught_X = np.bincount(group_N, np.where(left_N > 0, lost_N, 0.0), layers * hosts)
+    taken_Q = weight_Q * lost_N[mine_Q] / left_N[mine_Q]
+    extra_X = np.bincount(group_N[mine_Q] * workers + worker_N[other_Q], taken_Q, layers * hosts * workers)
+    return extra_X.reshape(layers, hosts, workers), caught_X.reshape(layers, hosts)
 
 
 def missing_LE(slots: Slots, fleet: Fleet) -> np.ndarray:

@@ -5,7 +5,6 @@ Legend: L layers, E experts of a layer, W workers, R the most replicas of one ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,56 +51,3 @@ class Score:
     step_s: float  # sum over layers of the time that the slowest worker needs for its rows
     loss_s: float  # the same after the loss of one host, of each layer's worst; 0 with a single host
     balancedness: float  # mean over layers of mean / max time of a worker; 1 is perfect
-
-
-@dataclass(frozen=True)
-class Move:
-    """Load `expert` of `layer` on `worker`. `replaces` is a redundant replica of the same layer that this worker drops
-    first because it has no room; None where it has.
-    """
-
-    layer: int
-    expert: int
-    worker: int
-    replaces: int | None
-    nbytes: int
-    gain_s: float  # seconds of the score that it wins; 0 for a replica that only brings an expert to the floor
-    mends: bool  # the floor asks for it
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """Moves from one placement to a better one.
-
-    `mends` come first, experts without any replica before all others. The rest goes by gain per byte, the moves of one
-    layer in an order that each can build upon. Wherever one stops, no worker holds more than its capacity, no expert is
-    below a floor that it had reached, and the score is no worse than before the last move.
-    """
-
-    before: Score  # holders and weights as they are
-    redivided: Score  # the same holders with the best weights: what is won without loading anything
-    after: Score
-    moves: tuple[Move, ...]
-    worth_it: bool
-    start: Placement  # the placement with the best weights, before any move
-    stages: Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]  # (layer, n): workers_ER, weights_ER after its n-th
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the moves load."""
-        return sum(move.nbytes for move in self.moves)
-
-    @property
-    def target(self) -> Placement:
-        """The placement after all moves."""
-        return self.placement_after(len(self.moves))
-
-    def placement_after(self, count: int) -> Placement:
-        """The placement after the first `count` moves, with its weights."""
-        workers_LER, weights_LER = self.start.workers_LER.copy(), self.start.weights_LER.copy()
-        done: dict[int, int] = {}
-        for move in self.moves[:count]:
-            done[move.layer] = done.get(move.layer, 0) + 1
-        for layer, last in done.items():
-            workers_LER[layer], weights_LER[layer] = self.stages[layer, last]
-        return Placement(workers_LER, weights_LER)

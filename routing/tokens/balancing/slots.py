@@ -46,19 +46,13 @@ class Slots:
     def holding(cls, placement: Placement, loads_LE: np.ndarray, fleet: Fleet, most_copies: int) -> Slots:
         """The experts of `placement`; rows as its weights divide them."""
         slots = cls.empty(loads_LE, fleet, most_copies)
-        used_LW = np.zeros(fleet.slots_LW.shape, dtype=np.int64)
-        for at in range(placement.workers_LER.shape[2]):
-            layer_N, expert_N = np.nonzero(placement.workers_LER[:, :, at] >= 0)
-            worker_N = placement.workers_LER[layer_N, expert_N, at].astype(np.int64)
-            # The n-th new expert of a worker goes to its n-th free slot.
-            order_N = np.lexsort((worker_N, layer_N))
-            layer_N, expert_N, worker_N = layer_N[order_N], expert_N[order_N], worker_N[order_N]
-            group_N = layer_N * used_LW.shape[1] + worker_N
-            first_N = np.searchsorted(group_N, group_N)
-            slot_N = worker_N * slots.width + used_LW[layer_N, worker_N] + np.arange(len(group_N)) - first_N
-            np.add.at(used_LW, (layer_N, worker_N), 1)
-            slots.put(layer_N, expert_N, slot_N)
-            slots.rows_LP[layer_N, slot_N] = loads_LE[layer_N, expert_N] * placement.weights_LER[layer_N, expert_N, at]
+        layer_N, expert_N, at_N = np.nonzero(placement.workers_LER >= 0)
+        worker_N = placement.workers_LER[layer_N, expert_N, at_N].astype(np.int64)
+        slot_N = worker_N * slots.width + _rank(layer_N * len(fleet.rows_per_s_W) + worker_N)
+        slots.expert_LP[layer_N, slot_N] = expert_N
+        slots.rows_LP[layer_N, slot_N] = loads_LE[layer_N, expert_N] * placement.weights_LER[layer_N, expert_N, at_N]
+        slots.slot_LER[layer_N, expert_N, _rank(layer_N * loads_LE.shape[1] + expert_N)] = slot_N
+        slots.copies_LE[:] = (placement.workers_LER >= 0).sum(axis=2)
         return slots
 
     @property
@@ -135,12 +129,20 @@ class Slots:
             self.slot_LER[every_L, expert_L, at_L] = new_L
         for of_LP in (self.expert_LP, self.rows_LP):
             of_LP[every_L, one_L], of_LP[every_L, other_L] = of_LP[every_L, other_L], of_LP[every_L, one_L]
-            
+
     def of(self, layers: np.ndarray) -> Slots:
         """Copy some layers."""
         return Slots(
             self.loads_LE[layers], self.slots_LW[layers], self.expert_LP[layers], self.rows_LP[layers],
             self.slot_LER[layers], self.copies_LE[layers], self.width,
+        )  # fmt: skip
+
+    def view(self, layer: int) -> Slots:
+        """One layer, without a copy."""
+        one = slice(layer, layer + 1)
+        return Slots(
+            self.loads_LE[one], self.slots_LW[one], self.expert_LP[one], self.rows_LP[one], self.slot_LER[one],
+            self.copies_LE[one], self.width,
         )  # fmt: skip
 
     def take(self, layers: np.ndarray, other: Slots, of_other: np.ndarray) -> None:
@@ -160,3 +162,33 @@ class Slots:
         weights_LER = np.where(total_LE1 > 0, rows_LER / np.where(total_LE1 > 0, total_LE1, 1), even_LER)
         workers_LER = np.where(held_LER, self.slot_LER // self.width, -1)
         return Placement(workers_LER.astype(np.int16), weights_LER.astype(np.float32))
+
+
+@dataclass(frozen=True, eq=False)
+class SharedExperts:
+    """The K experts of all layers that have several replicas, and those N replicas, expert by expert."""
+
+    layer_K: np.ndarray
+    first_K: np.ndarray  # number of its first replica
+    copies_K: np.ndarray
+    expert_N: np.ndarray  # number of the expert, 0 to K - 1
+    slot_N: np.ndarray
+
+
+def shared_experts(slots: Slots) -> SharedExperts:
+    """List the experts that have several replicas."""
+    layer_K, expert_K = np.nonzero(slots.copies_LE > 1)
+    copies_K = slots.copies_LE[layer_K, expert_K]
+    first_K = np.cumsum(copies_K) - copies_K
+    expert_N = np.repeat(np.arange(len(copies_K)), copies_K)
+    slot_N = slots.slot_LER[layer_K[expert_N], expert_K[expert_N], np.arange(len(expert_N)) - first_K[expert_N]]
+    return SharedExperts(layer_K, first_K, copies_K, expert_N, slot_N)
+
+
+def _rank(group_N: np.ndarray) -> np.ndarray:
+    """How many of the same group come before each entry."""
+    order_N = np.argsort(group_N, kind="stable")
+    sorted_N = group_N[order_N]
+    rank_N = np.empty_like(order_N)
+    rank_N[order_N] = np.arange(len(group_N)) - np.searchsorted(sorted_N, sorted_N)
+    return rank_N
