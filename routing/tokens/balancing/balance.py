@@ -27,7 +27,7 @@ from routing.tokens.balancing.records import BalanceOptions, Placement, Score, W
 from routing.tokens.balancing.shedding import build_by_shedding
 from routing.tokens.balancing.slots import Slots
 
-_DIVISIONS = 30  # rounds of division where a placement begins or ends
+_DIVISIONS = 60  # rounds of division where a placement begins or ends
 # A new placement is polished so often, by at most so many moves and exchanges of each layer.
 _POLISHES, _MOVES, _EXCHANGES = 2, 8, 12
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from benchmarks.eplb import device_loads, eplb
+from benchmarks.balance.eplb import device_loads, eplb
 from routing.tokens.balancing import BalanceOptions, WorkerCapacity, place, score
 from tests.unit.routing.tokens.balancing.cases import (
     EXPERT_BYTES,
