@@ -28,6 +28,7 @@ from routing.tokens.balancing import BalanceOptions, Placement, WorkerCapacity, 
 
 EXPERT_BYTES = 3 * 7168 * 2048  # one of DeepSeek-V3's, FP8
 OPTIONS = BalanceOptions(EXPERT_BYTES)
+TRACE = Path(__file__).with_name("demo_trace.npz")
 T = TypeVar("T")
 _SPEEDS = {"1 : 1": (1.0,), "3 : 1": (3.0, 1.0)}
 
@@ -76,14 +77,14 @@ class Scale:
 def main() -> None:
     """Print the tables, and with --json their rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, default=Path(__file__).with_name("demo_trace.npz"), help="recorded loads")
+    parser.add_argument("--trace", type=Path, default=TRACE, help="recorded loads")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="rows as JSON on stdout, the tables on stderr")
     args = parser.parse_args()
     out = sys.stderr if args.json else sys.stdout
     trace_NLE = recorded(args.trace)
-    print(f"{'scenario':30} {'devices':>8} {'speeds':>7} {'mean/max EPLB':>14} {'ours':>7} {'max EPLB':>10} {'ours':>10}"
-          f" {'N-1 EPLB':>9} {'ours':>6} {'ms EPLB':>8} {'ours':>7}", file=out)  # fmt: skip
+    print(f"{'scenario':30} {'devices':>8} {'speeds':>7} {'mean/max EPLB':>14} {'ours':>7} {'max EPLB':>10} "
+          f"{'ours':>10} {'N-1 EPLB':>9} {'ours':>6} {'ms EPLB':>8} {'ours':>7}", file=out)  # fmt: skip
     quality = []
     for scenario in scenarios(trace_NLE):
         for speeds in _SPEEDS:
@@ -127,9 +128,9 @@ def measure(scenario: Scenario, speeds: str, repeats: int) -> Quality:
     )  # fmt: skip
 
 
-def measure_shifts(trace_NLE: np.ndarray) -> Iterator[Shift]:
+def measure_shifts(trace_NLE: np.ndarray, layers: int = DEEPSEEK[0]) -> Iterator[Shift]:
     """Yield, for workloads that change, what a budget of moves wins; EPLB places anew, device by device as numbered."""
-    before_LE = skewed(*DEEPSEEK, 0.45, seed=0)
+    before_LE = skewed(layers, DEEPSEEK[1], 0.45, seed=0)
     small_NLE = np.stack([before_LE, *(shifted(before_LE, seed) for seed in range(3))])
     large_NLE = np.stack([before_LE, *(shifted(before_LE, seed, 0.5, 0.3) for seed in range(3))])
     for name, loads_NLE, devices, slots in (

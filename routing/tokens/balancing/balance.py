@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from routing.tokens.balancing.building import build, copies
 from routing.tokens.balancing.division import divide
 from routing.tokens.balancing.exchanging import exchange
 from routing.tokens.balancing.fleet import Fleet, make_fleet
-from routing.tokens.balancing.loss import cost_L, scored, times_L
+from routing.tokens.balancing.loss import scored, times_L
 from routing.tokens.balancing.moving import Mover, Step
 from routing.tokens.balancing.plan import Move, Plan
 from routing.tokens.balancing.records import BalanceOptions, Placement, Score, WorkerCapacity
@@ -28,8 +28,9 @@ from routing.tokens.balancing.shedding import build_by_shedding
 from routing.tokens.balancing.slots import Slots
 
 _DIVISIONS = 60  # rounds of division where a placement begins or ends
-# A new placement is polished so often, by at most so many moves and exchanges of each layer.
-_POLISHES, _MOVES, _EXCHANGES = 2, 8, 12
+# A new placement is polished by at most so many moves of each layer and rounds of exchanges.
+_MOVES, _EXCHANGES = 6, 8
+_LEVEL = 0.005  # share of a layer's time that a new placement may be from level
 
 
 def place(loads_LE: np.ndarray, workers: Sequence[WorkerCapacity], options: BalanceOptions) -> Placement:
@@ -42,26 +43,15 @@ def place(loads_LE: np.ndarray, workers: Sequence[WorkerCapacity], options: Bala
     loads_LE = _known(loads_LE)
     held_LW = _nothing(loads_LE, workers)
     fleet = make_fleet(workers, loads_LE.shape[1], options.expert_bytes, options.replica_floor, held_LW)
-    empty = Slots.empty(loads_LE, fleet, _most_copies(loads_LE, fleet))
-    slots = _built(empty, fleet, build)
-    if not fleet.alike:
-        other = _built(empty, fleet, build_by_shedding)
-        better_L = np.flatnonzero(cost_L(other, fleet, options.loss_weight) < cost_L(slots, fleet, options.loss_weight))
-        slots.take(better_L, other, better_L)
+    slots = Slots.empty(loads_LE, fleet, _most_copies(loads_LE, fleet))
+    (build if fleet.alike else build_by_shedding)(slots, fleet)
+    divide(slots, fleet.rows_per_s_W, _DIVISIONS)
     mover = Mover(slots, fleet, options.loss_weight)
     mover.mend()
-    for _ in range(_POLISHES):
-        mover.improve(_MOVES, options.least_gain)
-        exchange(slots, fleet, options.loss_weight, _EXCHANGES, options.least_gain)
+    mover.improve(_MOVES, _LEVEL)
+    exchange(slots, fleet, options.loss_weight, _EXCHANGES, _LEVEL)
     divide(slots, fleet.rows_per_s_W, _DIVISIONS)
     return slots.placement()
-
-
-def _built(empty: Slots, fleet: Fleet, builder: Callable[[Slots, Fleet], None]) -> Slots:
-    slots = empty.of(empty.every_L)
-    builder(slots, fleet)
-    divide(slots, fleet.rows_per_s_W, _DIVISIONS)
-    return slots
 
 
 def score(
@@ -89,7 +79,8 @@ def balance(
     target = slots.of(slots.every_L)
     mover = Mover(slots, fleet, options.loss_weight)
     mover.mend()
-    mover.improve(options.rounds, options.least_gain)
+    if options.budget_bytes is None or options.budget_bytes >= options.expert_bytes:
+        mover.improve(options.rounds, options.least_gain)
     moves = _ordered(mover.steps, options.least_gain * time_L, options)
     for layer, taken in Counter(move.layer for move in moves).items():
         target.take(np.array([layer]), mover.steps[layer][taken - 1].after, np.array([0]))

@@ -72,7 +72,7 @@ def place_in_turn(
 
     `floor` > 0: it names each expert `floor` times in a row, and they must be in different domains if there is a way;
     0: they should be where there is room. `by_slot`: an expert goes to the worker that lacks the most rows per free
-    slot, not to the one that would be done the soonest.
+    slot, not to the one that would be done the soonest, and slots to spare are left free on all workers alike.
     """
     every_L = slots.every_L
     piece_LE = slots.loads_LE / copies_LE
@@ -80,6 +80,7 @@ def place_in_turn(
     load_LW = np.zeros(free_LW.shape)
     np.add.at(load_LW, *_placed(slots, piece_LE))
     share_LW = slots.loads_LE.sum(axis=1, keepdims=True) * fleet.rows_per_s_W / fleet.rows_per_s_W.sum()
+    reserve_L1 = ((free_LW.sum(axis=1) - (sequence_LS >= 0).sum(axis=1)) // free_LW.shape[1])[:, None]
     several_S = (copies_LE[every_L[:, None], sequence_LS] > 1).any(axis=0)  # else an expert cannot meet itself
     for step in range(sequence_LS.shape[1]):
         expert_L = sequence_LS[:, step]
@@ -94,6 +95,7 @@ def place_in_turn(
                 may_LW = _narrow(may_LW, _leaves_room(free_LW, held_LW, fleet, todo, floor - step % floor))
             may_LW = _narrow(may_LW, ~same_domain(held_LW, fleet.host_WD))
         if by_slot:
+            may_LW = _narrow(may_LW, free_LW > reserve_L1)
             late_LW = (load_LW - share_LW) / np.maximum(free_LW, 1)
         else:
             late_LW = (load_LW + piece_LE[every_L, expert_L][:, None]) / fleet.rows_per_s_W

@@ -16,6 +16,7 @@ from routing.tokens.balancing.slots import EMPTY, Slots
 
 _DIVISIONS = 12  # rounds of division after an exchange
 _PROGRESS = 1e-4  # share of a layer's time
+_LAYERS = 8  # that are worked on at a time
 _PARTNERS = 8  # the fastest workers of a layer, with which its slowest may exchange
 
 
@@ -25,7 +26,7 @@ def exchange(slots: Slots, fleet: Fleet, loss_weight: float, rounds: int, least_
     """
     closed_L = np.zeros(len(slots.loads_LE), dtype=bool)
     for _ in range(rounds):
-        open_L = np.flatnonzero(uneven_L(slots, fleet, least_gain) & ~closed_L)
+        open_L = np.flatnonzero(uneven_L(slots, fleet, least_gain) & ~closed_L)[:_LAYERS]
         if not open_L.size:
             return
         some = slots.of(open_L)

@@ -21,7 +21,7 @@ from routing.tokens.balancing.loss import cost_L, missing_LE, times_L, uneven_L
 from routing.tokens.balancing.slots import EMPTY, Slots
 
 _DIVISIONS = 6  # rounds after a move: what it changes is mostly near it
-_TRIES = 4  # moves in a row without progress after which a layer is left as it is
+_TRIES = 3  # moves in a row without progress after which a layer is left as it is
 _PROGRESS = 1e-4  # share of a layer's time
 
 

@@ -31,7 +31,7 @@ class BalanceOptions:
     budget_bytes: int | None = None  # that moves may load; replicas that the floor asks for are loaded all the same
     threshold: float = 0.03  # share of the score that a plan must win to be worth it
     least_gain: float = 0.002  # share of its layer's time that a move must win
-    rounds: int = 16  # moves of one layer, at most, beside those that the floor asks for
+    rounds: int = 12  # moves of one layer, at most, beside those that the floor asks for
 
 
 @dataclass(frozen=True, eq=False)

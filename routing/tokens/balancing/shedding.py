@@ -18,9 +18,9 @@ _LEVEL = 1e-3  # share of a worker's rows that is worth a replica
 
 
 def build_by_shedding(slots: Slots, fleet: Fleet) -> None:
-    """Fill empty `slots` with the floor alone, then let the slowest worker shed rows to the fastest with a free slot,
-    again and again. Slots that are left get a second replica of the experts with the most rows that have one, without
-    any rows. Where workers differ in speed or size, an even division among replicas misleads `build`.
+    """Fill empty `slots` with the floor alone. Then the slowest worker sheds rows to the one that lacks the most and
+    has a free slot, again and again, but never more than either is away from its share by speed. Slots that are left
+    get a further replica, without rows, of the experts with the most rows.
     """
     fill(slots, fleet, np.full(slots.copies_LE.shape, fleet.floor), by_slot=True)
     _shed(slots, fleet)
@@ -33,24 +33,25 @@ def build_by_shedding(slots: Slots, fleet: Fleet) -> None:
 
 def _shed(slots: Slots, fleet: Fleet) -> None:
     """Add replicas. In the layers `open_L` there was always something to win so far."""
-    every_L, speed_W, most = slots.every_L, fleet.rows_per_s_W, slots.slot_LER.shape[2]
+    speed_W, most = fleet.rows_per_s_W, slots.slot_LER.shape[2]
     load_LW, free_LW = slots.load_LW(), slots.slots_LW - slots.used_LW()
-    open_L = every_L
+    share_LW = load_LW.sum(axis=1, keepdims=True) * speed_W / speed_W.sum()
+    open_L = slots.every_L
     for _ in range(int(free_LW.sum(axis=1).max())):
-        load_NW = load_LW[open_L]
-        from_N = (load_NW / speed_W).argmax(axis=1)
-        to_N = np.where(free_LW[open_L] > 0, load_NW / speed_W, np.inf).argmin(axis=1)
-        slow_N, fast_N = load_LW[open_L, from_N], load_LW[open_L, to_N]
-        level_N = (slow_N * speed_W[to_N] - fast_N * speed_W[from_N]) / (speed_W[from_N] + speed_W[to_N])
+        over_NW = load_LW[open_L] - share_LW[open_L]
+        from_N = (over_NW / speed_W).argmax(axis=1)
+        to_N = np.where(free_LW[open_L] > 0, over_NW, np.inf).argmin(axis=1)
+        every_N = np.arange(len(open_L))
+        most_N = np.minimum(over_NW[every_N, from_N], -over_NW[every_N, to_N])
         slot_NS = from_N[:, None] * slots.width + np.arange(slots.width)
         expert_NS, rows_NS = slots.expert_LP[open_L[:, None], slot_NS], slots.rows_LP[open_L[:, None], slot_NS]
         own_NSR = slots.slot_LER[open_L[:, None], expert_NS]
         may_NS = (own_NSR // slots.width != to_N[:, None, None]).all(axis=2) & (expert_NS >= 0)
         may_NS &= slots.copies_LE[open_L[:, None], expert_NS] < most
-        moved_NS = np.where(may_NS, np.minimum(rows_NS, level_N[:, None]), 0.0)
+        moved_NS = np.where(may_NS, np.minimum(rows_NS, most_N[:, None]), 0.0)
         at_N = moved_NS.argmax(axis=1)
-        moved_N = moved_NS[np.arange(len(open_L)), at_N]
-        goes_N = np.flatnonzero((moved_N > _LEVEL * slow_N) & (free_LW[open_L, to_N] > 0))
+        moved_N = moved_NS[every_N, at_N]
+        goes_N = np.flatnonzero((moved_N > _LEVEL * share_LW[open_L, to_N]) & (free_LW[open_L, to_N] > 0))
         if not goes_N.size:
             return
         open_L, from_N, to_N = open_L[goes_N], from_N[goes_N], to_N[goes_N]
