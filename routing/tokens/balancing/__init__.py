@@ -4,7 +4,7 @@ Nothing here loads, drops or publishes: who has loads, capacities and a placemen
 `balance` (from what is there) and carries the moves out.
 """
 
-from routing.tokens.balancing.balance import balance, place, score
+from routing.tokens.balancing.balancer import balance, place, score
 from routing.tokens.balancing.plan import Move, Plan
 from routing.tokens.balancing.records import BalanceOptions, Placement, Score, WorkerCapacity
 

@@ -29,7 +29,7 @@ from routing.tokens.balancing.slots import Slots
 
 _DIVISIONS = 60  # rounds of division where a placement begins or ends
 # A new placement is polished by at most so many moves of each layer and rounds of exchanges.
-_MOVES, _EXCHANGES = 6, 8
+_MOVES, _EXCHANGES = 4, 6
 _LEVEL = 0.005  # share of a layer's time that a new placement may be from level
 
 
