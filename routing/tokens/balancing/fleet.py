@@ -56,10 +56,11 @@ def make_fleet(
     speed_W = np.array([worker.rows_per_s for worker in workers], dtype=np.float64)
     if not (np.isfinite(speed_W) & (speed_W > 0)).all():
         raise ValueError("rows_per_s of every worker must be positive")
-    slots_LW = np.stack(
-        [_divide(worker.capacity_bytes // expert_bytes, held_LW[:, at], experts, at, worker.worker_id)
-         for at, worker in enumerate(workers)], axis=1,
-    )  # fmt: skip
+    slots_LW, turn = np.zeros_like(held_LW), 0
+    for at, worker in enumerate(workers):
+        slots = worker.capacity_bytes // expert_bytes
+        slots_LW[:, at] = _divide(slots, held_LW[:, at], experts, turn, worker.worker_id)
+        turn += slots  # the next one's remainder goes to the layers after this one's
     room = int(slots_LW.sum(axis=1).min()) // experts
     floor = max(1, min(floor, room, len(workers)))
     zone_W = _indices([worker.zone for worker in workers])
@@ -72,13 +73,12 @@ def make_fleet(
     return Fleet(slots_LW, speed_W, host_W, spread_W, floor)
 
 
-def _divide(slots: int, held_L: np.ndarray, experts: int, offset: int, worker_id: str) -> np.ndarray:
-    """Slots of one worker by layer: even, but never fewer than it holds. Remainders go to layers in turn."""
+def _divide(slots: int, held_L: np.ndarray, experts: int, turn: int, worker_id: str) -> np.ndarray:
+    """Slots of one worker by layer: even, but never fewer than it holds. The rest goes to layers from `turn` on."""
     layers = len(held_L)
     if held_L.sum() > slots:
         raise ValueError(f"worker {worker_id} holds {held_L.sum()} experts and has room for {slots}")
-    turn_L = (np.arange(layers) + offset * max(1, slots % layers)) % layers
-    even_L = slots // layers + (turn_L < slots % layers)
+    even_L = slots // layers + ((np.arange(layers) - turn) % layers < slots % layers)
     slots_L = np.minimum(np.maximum(even_L, held_L), experts)
     for _ in range(int(slots_L.sum() - slots)):
         slots_L[np.argmax(slots_L - held_L)] -= 1

@@ -18,8 +18,8 @@ EMPTY = -1
 
 @dataclass(eq=False)
 class Slots:
-    """Slot s of worker w is number w * S + s. All arrays are changed in place; a worker's first slots fill first only
-    while nothing is dropped.
+    """Slot s of worker w is number w * S + s. Not all S slots are a worker's: it may fill as many as `slots_LW` says.
+    Methods change the arrays in place.
     """
 
     loads_LE: np.ndarray  # float64: rows of each expert
@@ -103,8 +103,8 @@ class Slots:
         self.copies_LE[layer_N, expert_N] = copies_N + 1
 
     def clear(self, layer_N: np.ndarray, slot_N: np.ndarray) -> None:
-        """Empty one slot of each named layer, whose expert has another replica; the least loaded of the slots that
-        are left to the expert is not looked for: its first gets the rows, and `divide` moves them on.
+        """Empty one slot of each named layer, whose expert has another replica. The first that is left gets the rows;
+        `divide` moves them on.
         """
         expert_N = self.expert_LP[layer_N, slot_N]
         last_N = self.copies_LE[layer_N, expert_N] - 1

@@ -75,6 +75,14 @@ def test_a_large_worker_holds_more() -> None:
     assert (placement.workers_LER == 0).sum() == 60
 
 
+def test_memory_that_layers_do_not_divide_is_used_as_well() -> None:
+    workers = [WorkerCapacity(f"w{slots}", slots * EXPERT_BYTES + 3, 1, f"h{slots}") for slots in (7, 2, 11, 4)]
+    placement = place(skewed(3, 8, 0), workers, options())
+    check(placement, workers, 1)
+    assert (placement.workers_LER >= 0).sum() == 24  # not one to spare
+    assert sorted((placement.workers_LER == 1).sum(axis=(1, 2)).tolist()) == [0, 1, 1]
+
+
 def test_hot_experts_get_replicas_and_the_slots_are_used() -> None:
     loads_LE = np.ones((1, 16))
     loads_LE[0, 3] = 100
