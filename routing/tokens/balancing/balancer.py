@@ -27,7 +27,7 @@ from routing.tokens.balancing.records import BalanceOptions, Placement, Score, W
 from routing.tokens.balancing.shedding import build_by_shedding
 from routing.tokens.balancing.slots import Slots
 
-_DIVISIONS = 60  # rounds of division where a placement begins or ends
+_DIVISIONS = 60  # rounds, at most, of division where a placement begins or ends
 # A new placement is polished by at most so many moves of each layer and rounds of exchanges.
 _MOVES, _EXCHANGES = 4, 6
 _LEVEL = 0.005  # share of a layer's time that a new placement may be from level

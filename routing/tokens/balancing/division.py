@@ -2,7 +2,7 @@
 
 The best division is a balanced flow from experts to their holders: the one that minimises the sum over workers of
 rows^2 / speed also minimises the greatest rows / speed (Fujishige, "Lexicographically optimal base of a polymatroid
-with respect to a weight vector", 1980). It is approached by exchanges: every expert moves rows from its slowest holder
+with respect to a weight vector", 1980). It is approached, not reached, by exchanges: every expert moves rows from its slowest holder
 to its fastest one until the two are level. All experts do so at once, each moving a part: one over the number of
 exchanges that its two workers take part in. So no worker ends above the mean of what its exchanges propose, the sum
 falls with every round (it is convex), and the greatest time never rises.
@@ -17,6 +17,7 @@ import numpy as np
 from routing.tokens.balancing.slots import Slots, shared_experts
 
 _LEVEL = 1e-5  # share of a worker's rows that is not worth moving
+_CHECK, _PROGRESS = 20, 1e-3  # so many rounds must win this share of the slowest workers' time, or the division ends
 
 
 def divide(slots: Slots, rows_per_s_W: np.ndarray, rounds: int) -> None:
@@ -28,7 +29,12 @@ def divide(slots: Slots, rows_per_s_W: np.ndarray, rounds: int) -> None:
     rows_N = slots.rows_LP[layer_N, shared.slot_N]
     worker_N = layer_N * workers + shared.slot_N // slots.width
     speed_X, load_X = np.tile(rows_per_s_W, len(slots.loads_LE)), slots.load_LW().reshape(-1)
-    for _ in range(rounds):
+    slowest_s = np.inf
+    for done in range(rounds):
+        if done % _CHECK == 0:
+            last_s, slowest_s = slowest_s, (load_X / speed_X).reshape(-1, workers).max(axis=1).sum()
+            if slowest_s > last_s * (1 - _PROGRESS):
+                break
         time_N = (load_X / speed_X)[worker_N]
         source_K = _first_least(np.where(rows_N > 0, -time_N, 0.0), shared.first_K, shared.expert_N)
         sink_K = _first_least(time_N, shared.first_K, shared.expert_N)
