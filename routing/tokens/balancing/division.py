@@ -3,9 +3,9 @@
 The best division is a balanced flow from experts to their holders: the one that minimises the sum over workers of
 rows^2 / speed also minimises the greatest rows / speed (Fujishige, "Lexicographically optimal base of a polymatroid
 with respect to a weight vector", 1980). It is approached, not reached, by exchanges: every expert moves rows from its
-slowest holder to its fastest one until the two are level. All experts do so at once, each moving a part: one over the number of
-exchanges that its two workers take part in. So no worker ends above the mean of what its exchanges propose, the sum
-falls with every round (it is convex), and the greatest time never rises.
+slowest holder to its fastest one until the two are level. All experts do so at once, each moving a part: one over the
+number of exchanges that its two workers take part in. So no worker ends above the mean of what its exchanges propose,
+the sum falls with every round (it is convex), and the greatest time never rises.
 
 Legend: L layers, W workers, K experts of all layers that have several replicas, N their replicas.
 """
