@@ -1,0 +1,1 @@
+"""Balancing of experts against DeepSeek's EPLB."""
