@@ -65,7 +65,7 @@ def main() -> None:
     if args.device == "cuda":
         from benchmarks.gpu_expert_kernels import report
 
-        report(args)
+        report(args, args.hidden[0], args.intermediate[0], args.experts[0])
         return
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read when torch is loaded
     out = sys.stderr if args.json else sys.stdout

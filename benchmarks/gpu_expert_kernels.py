@@ -62,17 +62,17 @@ class GpuRow:
     forward_ms: float
 
 
-def report(args: argparse.Namespace) -> None:
+def report(args: argparse.Namespace, hidden: int, intermediate: int, experts: int) -> None:
     """Print the table, and with --json its rows and the card's rates."""
     out = sys.stderr if args.json else sys.stdout
     card = measure_card()
-    print(f"{args.experts} experts of {args.hidden} x {args.intermediate}, top-{args.top_k}; {card.name}: "
+    print(f"{experts} experts of {hidden} x {intermediate}, top-{args.top_k}; {card.name}: "
           f"{card.gb_per_s:.0f} GB/s read, {card.bfloat16_tflop_per_s:.0f} TFLOP/s bfloat16, "
           f"{card.fp8_tflop_per_s:.0f} TFLOP/s FP8", file=out)  # fmt: skip
     print(f"{'rows':>5} {'form':24} {'kernels ms':>10} {'GB/s':>6} {'TFLOP/s':>8} {'bandwidth':>10} {'rate':>6} "
           f"{'forward ms':>11}", file=out)  # fmt: skip
     rows = []
-    for row in measure(card, args.hidden, args.intermediate, args.experts, args.top_k, args.rows, args.threads):
+    for row in measure(card, hidden, intermediate, experts, args.top_k, args.rows, args.threads):
         rows.append(row)
         print(f"{row.rows:>5} {row.form:24} {row.kernels_ms:>10.3f} {row.gb_per_s:>6.0f} {row.tflop_per_s:>8.1f} "
               f"{row.of_bandwidth:>10.0%} {row.of_matrix_rate:>6.0%} {row.forward_ms:>11.3f}",

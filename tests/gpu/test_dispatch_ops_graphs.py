@@ -22,7 +22,7 @@ from deployments.attention.pinned_rows import PinnedRows
 from deployments.experts.compute import ExpertCompute
 from deployments.experts.forms import Form
 from routing.tokens.client import ExpertClient, ExpertShape
-from routing.tokens.placement import PlacementFile, PlacementTable, WorkerEndpoint
+from routing.tokens.placement import PlacementFile, PlacementTable, Stamp, WorkerEndpoint
 from routing.tokens.server import ExpertServer
 from tests.gpu.layers import BOUNDS, LAYER, GpuExperts, gpu_experts
 
@@ -52,8 +52,8 @@ def step(experts: GpuExperts, tmp_path: Path) -> Iterator[Step]:
     """The operators' layers, connected through gRPC on loopback to experts on this GPU."""
     server = ExpertServer(ExpertCompute(experts.weights, 1).forward, HIDDEN, "toy", SETTINGS)
     worker = WorkerEndpoint("worker", server.start("127.0.0.1"), {EXPERTS_LAYER: experts.layer.ids})
-    placement = PlacementFile(tmp_path / "placement.json")
-    placement.write(PlacementTable(1, (worker,)))
+    placement = PlacementFile(tmp_path / "placement")
+    placement.write(PlacementTable.of(Stamp(1, 1), (worker,)))
     shape = ExpertShape("toy", HIDDEN, experts.num_experts)
     client = ExpertClient(SETTINGS, shape, placement, torch.bfloat16, torch.bfloat16)
     step, pinned = Step(), PinnedRows()
