@@ -18,6 +18,7 @@ from cluster.errors import CheckpointError, StartupError
 from cluster.plan.cores import CoreShare, ranges
 from cluster.plan.host_cores import this_host
 from deployments.hosting.process_cores import waiting_environment
+from routing.tokens.channel import GRPC_ENVIRONMENT
 
 # Hidden states leave the process inside these ops, so no CUDA graph may span them.
 REMOTE_OPS = ("deepsplit::dispatch", "deepsplit::collect")
@@ -66,7 +67,7 @@ def engine_env(config: Config, share: CoreShare | None = None) -> dict[str, str]
     but one thread per physical core idle and knows nothing of the other processes. Called on the replica's own node,
     whose cores it counts. Raises StartupError if attention.compile cannot work on it.
     """
-    ready = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.ray.start_timeout_s))}
+    ready = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.ray.start_timeout_s)), **GRPC_ENVIRONMENT}
     if config.attention.device != "cpu":
         return ready | {"VLLM_RAY_PER_WORKER_GPUS": str(gpus_per_rank(config))}
     threads = config.attention.threads or (this_host().worth if share is None else share.threads)

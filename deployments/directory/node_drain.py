@@ -2,8 +2,8 @@
 
 It is Kubernetes' preStop hook.
 
-The gateways on this node refuse what is new, its attention replicas get nothing new, and the command waits until
-nothing that runs needs the node any more. Connects to the node's own Ray, with the token in its environment.
+The expert workers on this node hand over to others, its gateways refuse what is new, its attention replicas get nothing
+new, and the command waits until nothing that runs needs the node any more. Connects to the node's own Ray, with the token in its environment.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CALL_TIMEOUT_S = 5.0
 def drain(
     leave: Callable[[bool], int], wait_s: float, monotonic: Callable[[], float], sleep: Callable[[float], None]
 ) -> str:
-    """Say that the node goes, let that settle, and ask until `leave(True)` says that 0 requests need it. Returns how it
+    """Say that the node goes, let that settle, and ask until `leave(True)` says that nothing needs it. Returns how it
     ended. Gives up after `wait_s`, and when the directory has not answered for a while.
     """
     deadline = monotonic() + wait_s
@@ -43,7 +43,7 @@ def drain(
         if left == 0:
             return "drained"
         if monotonic() >= deadline:
-            return f"{left} request(s) still open after {wait_s:g} s: going all the same"
+            return f"{left} request(s) or expert worker(s) still need it after {wait_s:g} s: going all the same"
         sleep(_POLL_S)
 
 

@@ -173,9 +173,7 @@ class Directory:
     def _follow(self, replica_id: str, stamp: Stamp) -> None:
         """Take note of the oldest table that a replica may still use."""
         self._tables_in_use[replica_id] = stamp
-        live = {replica.replica_id for replica in self._registry.replicas()}
-        self._tables_in_use = {name: used for name, used in self._tables_in_use.items() if name in live}
-        self._membership.followed(self._tables_in_use.values())
+        self._expire(time.monotonic())
 
     async def status(self) -> str:
         """Return the state of both planes as JSON; `deepsplit status` prints it."""
@@ -230,12 +228,16 @@ class Directory:
         return self._registry.open_requests()
 
     async def leave_node(self, node: str, settled: bool) -> int:
-        """Prepare for the end of `node`: once `settled`, its gateways refuse new requests and its attention replicas
-        get none. Returns how many requests still need the node; ask again until it is 0.
+        """Prepare for the end of `node`: its expert workers hand over, and once `settled`, its gateways refuse new
+        requests and its attention replicas get none. Returns how many requests and workers still need the node; ask
+        again until it is 0.
         """
         self._registry.leave_node(node, settled)
-        self._update()
-        return self._registry.requests_that_need(node)
+        self._expire(time.monotonic())
+        here = [member.worker_id for member in self._membership.members() if member.node == node]
+        waiting = sum(not self._membership.retire(worker_id) for worker_id in here)
+        self._publish_table()
+        return self._registry.requests_that_need(node) + waiting
 
     async def _next_view(self, after_version: int) -> ClusterView | None:
         deadline = time.monotonic() + LONG_POLL_S
@@ -254,6 +256,9 @@ class Directory:
     def _expire(self, now_s: float) -> None:
         self._membership.expire(now_s)
         self._registry.expire(now_s)
+        live = {replica.replica_id for replica in self._registry.replicas()}
+        self._tables_in_use = {name: used for name, used in self._tables_in_use.items() if name in live}
+        self._membership.followed(self._tables_in_use.values())
 
     def _worker_ended(self, worker_id: str) -> None:
         self._membership.lose(worker_id)

@@ -37,6 +37,7 @@ from deployments.hosting.serve_logs import start_logging
 from monitoring.expert_meter import ExpertMeter
 from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import ExpertMetrics
+from routing.tokens.channel import GRPC_ENVIRONMENT
 from routing.tokens.membership import WorkerMember
 from routing.tokens.placement import NO_TABLE
 from routing.tokens.share import Share, first_bytes, without
@@ -289,6 +290,7 @@ def _deployment(
     options: dict[str, Any] = {
         "num_cpus": experts.threads if placement.num_cpus is None else placement.num_cpus,
         "resources": dict(placement.resources),
+        "runtime_env": {"env_vars": GRPC_ENVIRONMENT},
     }
     if experts.device == "cuda":
         options["num_gpus"] = 1 if placement.num_gpus is None else placement.num_gpus

@@ -8,8 +8,11 @@ import warnings
 from cluster.config import DispatchConfig
 
 # gRPC's event-engine endpoints cost a thread hop each way: 0.32-0.45 ms against 0.24 ms per 16 KiB round trip
-# (benchmarks/dispatch_latency.py). gRPC reads this once, before the first channel or server of the process.
-os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
+# (benchmarks/dispatch_latency.py). gRPC reads this when `grpc` is first imported, so processes that import it before
+# this module, as Ray Serve's replicas do, must be started with it.
+GRPC_ENVIRONMENT = {"GRPC_EXPERIMENTS": "-event_engine_client,-event_engine_listener"}
+for _name, _value in GRPC_ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
 
 # Frames are read-only bytes and tensors are views of them that nobody writes to.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")

@@ -40,7 +40,7 @@ def test_it_settles_and_waits_until_nothing_is_open() -> None:
 
 def test_it_goes_when_the_time_is_up() -> None:
     said, took_s = run(lambda: 2, 20)
-    assert said == "2 request(s) still open after 20 s: going all the same"
+    assert said == "2 request(s) or expert worker(s) still need it after 20 s: going all the same"
     assert took_s == 20
 
 

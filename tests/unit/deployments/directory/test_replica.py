@@ -93,6 +93,30 @@ def test_other_nodes_stay_only_for_gateways_that_are_leaving(directory: Director
     asyncio.run(scenario())
 
 
+def test_expert_workers_of_a_leaving_node_hand_over_first(directory: Directory) -> None:
+    async def scenario() -> None:
+        members = {}
+        for name, node in (("x", "a"), ("y", "b")):
+            assignment = await directory.join(name, 1, node, range(2))
+            assert assignment is not None
+            held = assignment.experts
+            members[name] = WorkerMember(name, assignment.slot, 1, node, "", "ready", held=held, elastic=True)
+            assert await directory.register_worker(members[name], NO_TABLE)
+        assert await directory.leave_node("a", False) == 1
+        answer = await directory.poll_keeps("y", 0)
+        assert answer is not None
+        keeps = answer[1]
+        assert {layer: len(ids) for layer, ids in keeps.items()} == {
+            layer: 2 * len(ids) for layer, ids in members["y"].held.items()
+        }
+        assert await directory.register_worker(replace(members["y"], held=keeps), NO_TABLE)
+        assert await directory.leave_node("a", True) == 0
+        # The last node has nobody to hand over to, and may go.
+        assert await directory.leave_node("b", True) == 0
+
+    asyncio.run(scenario())
+
+
 def test_a_replicas_token_is_not_in_what_could_be_logged() -> None:
     assert "secret" not in repr(AttentionMember("r0", 1, "node", "ready", token="secret"))
 
