@@ -3,7 +3,8 @@
 It is Kubernetes' preStop hook.
 
 The expert workers on this node hand over to others, its gateways refuse what is new, its attention replicas get nothing
-new, and the command waits until nothing that runs needs the node any more. Connects to the node's own Ray, with the token in its environment.
+new, and the command waits until nothing that runs needs the node any more. Connects to the node's own Ray, with the
+token in its environment.
 """
 
 from __future__ import annotations
