@@ -65,13 +65,17 @@ def this_machine(labels: dict[str, str], resources: dict[str, float]) -> NodeSpe
     )
 
 
-def free_memory_bytes() -> int:
-    """Memory that new processes could take: what the kernel calls available, or less where a cgroup sets a limit."""
+def free_memory_bytes(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that new processes could take: what the kernel calls available, or less where a cgroup sets a limit. File
+    pages that a cgroup would give up count as free there too, or a checkpoint that was read would fill it.
+    """
     free = psutil.virtual_memory().available
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    for limit, used, stat in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     ):
         with contextlib.suppress(OSError, ValueError):
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            left = int((cgroups / limit).read_text()) - int((cgroups / used).read_text())
+            fields = dict(line.split() for line in (cgroups / stat).read_text().splitlines())
+            free = min(free, left + int(fields.get("total_inactive_file", fields.get("inactive_file", 0))))
     return max(free, 0)
