@@ -129,6 +129,14 @@ class WorkerSilent(WorkerLost):
     outcome = "worker_silent"
 
 
+class WorkerLate(ElsewhereError):
+    """An expert worker takes much longer than usual, and somebody else can do it: nobody waits for this reply."""
+
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+    outcome = "worker_late"
+
+
 class WorkerBusy(ElsewhereError):
     """An expert worker has more work than it can do before the caller gives up. `queue_s`: how long requests waited."""
 

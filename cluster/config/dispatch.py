@@ -29,6 +29,9 @@ class DispatchConfig(Section):
     keepalive_interval_s: float = Field(1.0, gt=0, description="How often an idle connection is probed.")
     keepalive_timeout_s: float = Field(2.0, gt=0, description="Silence after a probe that makes a worker lost "
                                                               "(hung, or cut off).")
+    hedge_after_s: float = Field(0.3, gt=0, description="Least time after which a reply is late, if it also takes much "
+                                                        "longer than usual: its rows then go to another holder, where "
+                                                        "there is one, in at most 5 % of the dispatches.")
     lost_worker_pause_s: float = Field(10.0, gt=0, description="How long a lost worker gets no rows while others hold "
                                                                "its experts.")
     reconnect_interval_s: float = Field(0.2, gt=0, description="How often a lost worker is tried again while nobody "

@@ -115,9 +115,9 @@ VOLUME = Row("Volume", (
 FAILURES = Row("Failures", (
     Chart(
         "Retries", "suffix:/s",
-        "Parts of dispatches split again, by why. worker_lost: workers die; worker_silent: workers hang; worker_busy: "
-        "their queues are full; worker_failing: their kernels fail; stale_placement: tables change; worker_unusable, "
-        "bad_frame: another checkpoint or version.",
+        "Parts of dispatches split again, by why. worker_lost: workers die; worker_silent: workers hang; worker_late: "
+        "they take longer than usual; worker_busy: their queues are full; worker_failing: their kernels fail; "
+        "stale_placement: tables change; worker_unusable, bad_frame: another checkpoint or version.",
         (Query(rate("deepsplit_dispatch_retries_total", HERE, "reason"), "{{reason}}"),),
         alert="DeepsplitExpertWorkerFlapping",
     ),

@@ -93,7 +93,7 @@ class ExpertClient:
         )
         self._sender = Sender(settings, self._links, shape.hidden_size, dispatch_dtype, combine_dtype)
         pace = Pace()
-        self._receiver = Receiver(settings, self._links, self._faults, pace, shape.hidden_size)
+        self._receiver = Receiver(settings, self._links, self._faults, pace, shape.hidden_size, self._elsewhere)
         self._planner = Planner(settings, self._faults)
         self._watchdog = Watchdog(
             _WATCHDOG_S,
@@ -230,6 +230,9 @@ class ExpertClient:
                 f"`deepsplit status`, and experts.replicas_per_expert for redundant experts{self._faults.explain()}"
             )
         time.sleep(_POLL_S)
+
+    def _elsewhere(self, dispatch: Dispatch, sent: SentPart) -> bool:
+        return self._planner.elsewhere(dispatch, sent, self._placement.current(), time.monotonic())
 
     def _check_deadline(self, dispatch: Dispatch, why: object) -> None:
         if time.monotonic() >= dispatch.deadline:

@@ -43,8 +43,8 @@ class Dispatch:
 
     __slots__ = (
         "_abandoned", "_lost", "attempt_deadline", "deadline", "degradation", "expert_ids_TK", "hidden_dtype", "layer",
-        "queue_s", "remaining_TK", "request_ids", "rows", "salt", "sent", "setbacks", "stamp", "stopwatch", "sum",
-        "weights_TK",
+        "queue_s", "remaining_TK", "request_ids", "rows", "salt", "sent", "sent_at", "setbacks", "stamp", "stopwatch",
+        "sum", "weights_TK",
     )  # fmt: skip
 
     def __init__(
@@ -64,6 +64,7 @@ class Dispatch:
         self.salt = salt
         self.deadline = deadline
         self.attempt_deadline = deadline  # of all that is in `sent`; set when it is sent
+        self.sent_at = 0.0  # monotonic seconds, when all of it was
         self.stamp = NO_TABLE  # of the table by which it was sent
         self.stopwatch = stopwatch
         self.sent: list[SentPart] = []

@@ -76,12 +76,12 @@ class WorkerLink:
         if unattended:
             self._poller.attend(self)
 
-    def receive(self, frame_id: int, timeout_s: float) -> DispatchReply:
+    def receive(self, frame_id: int, timeout_s: float, give_up: bool = True) -> DispatchReply:
         """Return the reply to the frame `frame_id`, whatever else arrives before it.
 
         Raises WorkerLost or WorkerUnusable when the stream breaks, WorkerSilent when the reply does not come in
         `timeout_s` (0 or less: it must have come already), or the worker's own error. A reply that comes after all is
-        dropped.
+        dropped, unless the caller does not `give_up`: it may ask again.
         """
         deadline = time.monotonic() + timeout_s
         looked = False
@@ -103,8 +103,9 @@ class WorkerLink:
                 reply = self._replies[frame_id]
             finally:
                 self._waiting -= 1
-                self._unanswered.discard(frame_id)
-                self._replies.pop(frame_id, None)
+                if give_up or frame_id in self._replies:
+                    self._unanswered.discard(frame_id)
+                    self._replies.pop(frame_id, None)
                 unattended = False
                 if not self._polled:
                     self._changed.notify()

@@ -32,6 +32,12 @@ class FaultBook:
             self._meter.worker_lost(error.outcome)
         _log("expert worker lost, its rows go elsewhere: %s", worker_id, error, request_ids)
 
+    def late(self, worker_id: str, error: DeepsplitError, request_ids: str) -> None:
+        """A worker takes much longer than usual, and its rows go to others."""
+        now_s = time.monotonic()
+        self._note(f"last late: {error}", lambda old: old.late(worker_id, now_s))
+        _log("expert worker late, its rows go elsewhere too: %s", worker_id, error, request_ids)
+
     def set_aside(self, worker_id: str, error: DeepsplitError, request_ids: str = "") -> None:
         """A worker can never be used, as `error` says. Reported once for each."""
         if worker_id in self.conditions.aside:
@@ -49,7 +55,7 @@ class FaultBook:
 
     def answered(self, worker_id: str) -> None:
         """A worker is well."""
-        if worker_id in self.conditions.lost_at:
+        if worker_id in self.conditions.lost_at or worker_id in self.conditions.late_at:
             with self._writing:
                 self.conditions = self.conditions.answered(worker_id)
 

@@ -14,9 +14,11 @@ from cluster.config import DispatchConfig
 from cluster.errors import FrameError
 from routing.tokens.dispatching.fault_book import FaultBook
 from routing.tokens.dispatching.placement_watch import Plane
+from routing.tokens.dispatching.routes import UNCOVERED
 from routing.tokens.dispatching.worker_conditions import WorkerConditions
-from routing.tokens.in_flight import Dispatch
+from routing.tokens.in_flight import Dispatch, SentPart
 from routing.tokens.split_combine import Split, split
+from routing.tokens.wire import NO_EXPERT
 
 
 class Planned(NamedTuple):
@@ -66,12 +68,24 @@ class Planner:
         return Planned(planned, without_pauses.uncovered)
 
 
+    def elsewhere(self, dispatch: Dispatch, sent: SentPart, plane: Plane, now_s: float) -> bool:
+        """Return whether workers that are well hold all experts of a part, without the one that it was sent to."""
+        excluded = self._faults.conditions.excluded(self._pauses_s[0], now_s) | {sent.worker_id}
+        route_EQ = _route(dispatch, plane, self._faults.conditions, excluded)
+        ids_P = sent.part.expert_ids_RK.ravel()
+        return bool((route_EQ[ids_P[ids_P != NO_EXPERT]] != UNCOVERED).all())
+
+
 def _split(dispatch: Dispatch, plane: Plane, conditions: WorkerConditions, excluded: frozenset[str]) -> Split:
+    return split(dispatch.remaining_TK, _route(dispatch, plane, conditions, excluded), dispatch.salt)
+
+
+def _route(dispatch: Dispatch, plane: Plane, conditions: WorkerConditions, excluded: frozenset[str]) -> np.ndarray:
     route_EQ = plane.routes.layer(dispatch.layer, excluded)
     stale = conditions.stale.get(dispatch.layer)
     if stale and conditions.stamp == plane.table.stamp:
         route_EQ = _without_stale(route_EQ, stale, dispatch.layer, plane, excluded)
-    return split(dispatch.remaining_TK, route_EQ, dispatch.salt)
+    return route_EQ
 
 
 def _without_stale(

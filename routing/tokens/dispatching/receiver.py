@@ -5,6 +5,7 @@ Each kind has its own remedy; rows that did not come are always split again, by 
 | error | the worker | its link |
 |---|---|---|
 | WorkerLost, WorkerSilent | lost: no rows for a while | closed |
+| WorkerLate | late: no rows for a moment, while others have its experts | stays |
 | WorkerUnusable, WorkerFailing (fenced) | set aside | closed when unusable |
 | StalePlacement | these experts are not asked there before the next table | stays |
 | WorkerBusy, WorkerFailing | this dispatch asks there again after a pause, if it must | stays |
@@ -14,6 +15,7 @@ Each kind has its own remedy; rows that did not come are always split again, by 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -25,24 +27,30 @@ from cluster.errors import (
     StalePlacement,
     WorkerBusy,
     WorkerFailing,
+    WorkerLate,
     WorkerLost,
     WorkerSilent,
     WorkerUnusable,
 )
 from routing.tokens.dispatching.fault_book import FaultBook
+from routing.tokens.dispatching.lateness import Lateness
 from routing.tokens.dispatching.links import Links
 from routing.tokens.dispatching.pace import Pace
 from routing.tokens.in_flight import Dispatch, SentPart
-from routing.tokens.wire import HEADER_BYTES, NO_EXPERT
+from routing.tokens.wire import HEADER_BYTES, NO_EXPERT, DispatchReply
 
 
 class Receiver:
     """Thread-safe."""
 
     def __init__(
-        self, settings: DispatchConfig, links: Links, faults: FaultBook, pace: Pace, hidden_size: int
-    ) -> None:
+        self, settings: DispatchConfig, links: Links, faults: FaultBook, pace: Pace, hidden_size: int,
+        elsewhere: Callable[[Dispatch, SentPart], bool],
+    ) -> None:  # fmt: skip
+        """`elsewhere`: whether other workers could compute a part that was sent."""
         self._pause_s = settings.reconnect_interval_s
+        self._lateness = Lateness(settings.hedge_after_s)
+        self._elsewhere = elsewhere
         self._links = links
         self._faults = faults
         self._pace = pace
@@ -68,6 +76,7 @@ class Receiver:
                 self._judge(dispatch, sent, error)
             else:
                 self._faults.answered(sent.worker_id)
+                self._lateness.answered(len(sent.part.rows_R), time.monotonic() - dispatch.sent_at)
                 away_s.append((sent.worker_id, (queue_us + compute_us) / 1e6))
                 if queue_us + compute_us > waited_us:
                     waited_us, queued_us = queue_us + compute_us, queue_us
@@ -79,8 +88,9 @@ class Receiver:
 
     def _take(self, dispatch: Dispatch, sent: SentPart) -> tuple[int, int]:
         pieces, queue_us, compute_us = [], 0, 0
+        late_at = dispatch.sent_at + self._lateness.late_after_s(len(sent.part.rows_R))
         for frame_id, rows in sent.frames:
-            reply = sent.link.receive(frame_id, dispatch.attempt_deadline - time.monotonic())
+            reply = self._receive(dispatch, sent, frame_id, late_at)
             if reply.output_TH.shape != (rows, self._hidden_size):
                 shape = tuple(reply.output_TH.shape)
                 raise WorkerUnusable(f"expert worker {sent.link.address} answered with shape {shape}")
@@ -96,6 +106,19 @@ class Receiver:
         watch.sample.combine_s += time.monotonic() - began
         return queue_us, compute_us
 
+    def _receive(self, dispatch: Dispatch, sent: SentPart, frame_id: int, late_at: float) -> DispatchReply:
+        """Wait for a reply; once it is late, only if nobody else can compute the part, or too many were late."""
+        if late_at < dispatch.attempt_deadline:
+            try:
+                return sent.link.receive(frame_id, late_at - time.monotonic(), give_up=False)
+            except WorkerSilent:
+                if self._elsewhere(dispatch, sent) and self._lateness.spend():
+                    waited_s = time.monotonic() - dispatch.sent_at
+                    raise WorkerLate(
+                        f"expert worker {sent.link.address} takes longer than usual ({waited_s:.2f} s)"
+                    ) from None
+        return sent.link.receive(frame_id, dispatch.attempt_deadline - time.monotonic())
+
     def _judge(self, dispatch: Dispatch, sent: SentPart, error: DeepsplitError) -> None:
         worker_id, now_s = sent.worker_id, time.monotonic()
         if isinstance(error, WorkerSilent) and dispatch.attempt_deadline >= dispatch.deadline:
@@ -103,6 +126,9 @@ class Receiver:
         if isinstance(error, WorkerLost):
             if self._links.discard(worker_id, sent.link):  # else somebody else saw it first, and said so
                 self._faults.lost(worker_id, error, dispatch.request_ids)
+            return
+        if isinstance(error, WorkerLate):
+            self._faults.late(worker_id, error, dispatch.request_ids)
             return
         if isinstance(error, WorkerUnusable):
             self._links.discard(worker_id, sent.link)

@@ -15,7 +15,8 @@ NO_HOLDER = -1  # in a list of holders: there is none any more
 UNCOVERED = -1  # in a route: no usable worker holds the expert
 NOBODY = np.iinfo(np.int16).max  # at the end of a route: the owner of NO_EXPERT
 TURNS = 16  # weights are rounded to sixteenths; a holder gets one at least, so with more holders there are more turns
-_LEAST_WEIGHT = 1e-4  # whoever holds an expert gets some of its rows
+_LEAST_WEIGHT = 1e-4  # of an expert's greatest: whoever holds an expert gets some of its rows
+_TINY = 1e-30
 _MOST_EXCLUSIONS = 8  # sets of excluded workers whose routes are kept
 
 
@@ -37,8 +38,9 @@ class Routes:
         self._worker_ids = tuple(worker_ids)
         self._num_experts = num_experts
         self._holders_LER = holders_LER[:, :num_experts]
-        self._weights_LER = np.maximum(weights_LER[:, :num_experts].astype(np.float32), _LEAST_WEIGHT)
-        self._weights_LER[self._holders_LER == NO_HOLDER] = 0.0
+        weights_LER = np.where(self._holders_LER == NO_HOLDER, 0.0, weights_LER[:, :num_experts].astype(np.float64))
+        weights_LER /= np.maximum(weights_LER.max(axis=2, keepdims=True, initial=0.0), _TINY)
+        self._weights_LER = np.where(self._holders_LER == NO_HOLDER, 0.0, np.maximum(weights_LER, _LEAST_WEIGHT))
         self._nowhere = self._finished(np.full((1, 0, 1), UNCOVERED))[0]
         self._all = self._finished(_deal(self._holders_LER, self._weights_LER))
         self._without: dict[tuple[frozenset[str], int], np.ndarray] = {}

@@ -64,6 +64,7 @@ class Sender:
                 pack_s += packed - began
                 began = time.monotonic()
                 send_s += began - packed
+        dispatch.sent_at = began
         dispatch.stopwatch.sent(pack_s, send_s, bytes_out)
 
 

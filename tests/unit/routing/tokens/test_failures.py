@@ -233,6 +233,63 @@ def test_a_new_table_ends_the_wait_for_a_stale_entry(plane: LocalPlane) -> None:
     forward(plane.client())
 
 
+# --- late ---
+
+
+def both_known(plane: LocalPlane, frozen: threading.Event, **settings: object) -> ExpertClient:
+    """A client that knows how long its two workers take; `slow` then waits for the event, 0.01 s before."""
+    waits = [0.0]
+    plane.start("slow", Experts(before=lambda: time.sleep(0.01) if not waits[0] else void(frozen.wait(waits[0]))))
+    plane.start("quick", Experts())
+    plane.publish()
+    client = plane.client(**settings)
+    for seed in range(30):
+        forward(client, seed=seed)
+    waits[0] = 20.0
+    return client
+
+
+def void(_: object) -> None:
+    """What came of it does not matter."""
+
+
+def test_rows_of_a_late_worker_go_to_another_holder_too(plane: LocalPlane, silence: threading.Event) -> None:
+    client = both_known(plane, silence)
+    links, started = live_links(client), time.monotonic()
+    for seed in range(20):
+        forward(client, seed=seed)
+    assert time.monotonic() - started < 3  # call_timeout_s is 8
+    late = plane.value(client, "retries_total", reason="worker_late")
+    assert 1 <= late <= 3  # it is asked again once a second
+    assert plane.value(client, "workers_lost_total", reason="worker_silent") == 0
+    assert live_links(client) == links
+    silence.set()
+    eventually(lambda: time.monotonic() - started > 2)
+    for seed in range(10):
+        forward(client, seed=seed)
+    assert client._faults.conditions.all_well
+
+
+def test_a_late_worker_without_another_holder_is_waited_for(plane: LocalPlane, silence: threading.Event) -> None:
+    client = both_known(plane, silence)
+    plane.publish("slow")
+    client._placement.refresh()
+    threading.Timer(1.0, silence.set).start()
+    started = time.monotonic()
+    forward(client)
+    assert 0.8 < time.monotonic() - started < 5
+    assert plane.value(client, "retries_total", reason="worker_late") == 0
+    assert client._faults.conditions.all_well
+
+
+def test_hedging_can_be_turned_off(plane: LocalPlane, silence: threading.Event) -> None:
+    client = both_known(plane, silence, hedge_after_s=1e9)
+    threading.Timer(1.0, silence.set).start()
+    for seed in range(4):
+        forward(client, seed=seed)
+    assert plane.value(client, "retries_total", reason="worker_late") == 0
+
+
 # --- busy ---
 
 
