@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import grpc
 
 from cluster.config import DispatchConfig, InternalTlsConfig
+from cluster.errors import StartupError
 from cluster.tls.grpc_credentials import ExpertChannels
 from routing.tokens.channel import channel_options
 
@@ -26,17 +27,24 @@ class WorkerWatch:
     def __init__(
         self, settings: DispatchConfig, tls: InternalTlsConfig | None, ended: Callable[[str], None]
     ) -> None:
-        """`ended` is called with the id of a worker whose process is gone. Raises StartupError when the files of `tls`
-        cannot be used.
+        """`ended` is called with the id of a worker whose process is gone. Watches nobody where the files of `tls` are
+        not: they need only be where attention and experts are.
         """
         self._settings = settings
-        self._channels = None if tls is None else ExpertChannels(tls)
+        self._channels: ExpertChannels | None = None
+        self._blind = False
+        if tls is not None:
+            try:
+                self._channels = ExpertChannels(tls)
+            except StartupError as error:
+                logger.warning("the end of an expert worker is noticed by its missing heartbeats alone: %s", error)
+                self._blind = True
         self._ended = ended
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     def watch(self, addresses: Mapping[str, str]) -> None:
         """Watch these workers (address, host:port, by id) and no others."""
-        wanted = set(addresses.items())
+        wanted = set() if self._blind else set(addresses.items())
         for key in self._tasks.keys() - wanted:
             self._tasks.pop(key).cancel()
         for key in wanted - self._tasks.keys():

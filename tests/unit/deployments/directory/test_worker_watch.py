@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from cluster.config import DispatchConfig
+from cluster.config import DispatchConfig, InternalTlsConfig
 from deployments.directory.worker_watch import WorkerWatch
 
 
@@ -73,3 +74,18 @@ def test_a_stopped_or_forgotten_worker_has_not_ended(worker: tuple[subprocess.Po
         assert ended == []
 
     asyncio.run(scenario())
+
+
+def test_certificates_that_are_not_here_leave_it_to_the_heartbeats(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nowhere = {name: tmp_path / name for name in ("cert_file", "key_file", "ca_file")}
+    tls = InternalTlsConfig.model_validate(nowhere)
+
+    async def scenario() -> None:
+        watch = WorkerWatch(DispatchConfig(), tls, lambda worker_id: pytest.fail(worker_id))
+        watch.watch({"a": "127.0.0.1:1"})  # nobody listens there
+        await asyncio.sleep(0.3)
+
+    asyncio.run(scenario())
+    assert "by its missing heartbeats alone" in caplog.text
