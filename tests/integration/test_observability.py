@@ -85,7 +85,11 @@ def world(no_leftovers: None, demo_model: Path, tmp_path_factory: pytest.TempPat
         cli.up(cli.write_config({
             "model": {"path": str(demo_model), "name": "demo", "dtype": "float32"},
             "attention": {"kv_cache_gib": 0.25, "speculative_tokens": 1, "max_model_len": 1024},
-            "experts": {"workers": 2, "heartbeat_interval_s": SILENCE_S / 4, "heartbeat_timeout_s": SILENCE_S},
+            # Nobody takes over, or no expert would be uncovered for long enough to alert anybody.
+            "experts": {
+                "workers": 2, "take_over": False, "heartbeat_interval_s": SILENCE_S / 4,
+                "heartbeat_timeout_s": SILENCE_S,
+            },
             "gateway": {
                 "port": free_port(), "grpc_port": free_port(), "replicas": 2, "keys_file": str(folder / "keys.yaml"),
                 "tls": {"cert_file": str(folder / "tls.crt"), "key_file": str(folder / "tls.key")},
