@@ -85,7 +85,7 @@ class MemoryLink(WorkerLink):
         self._rows[peek_frame_id(frame)] = int.from_bytes(frame[24:28], "little")  # docs/wire-format.md
         self.bytes_out += len(frame)
 
-    def receive(self, frame_id: int, timeout_s: float) -> DispatchReply:
+    def receive(self, frame_id: int, timeout_s: float, give_up: bool = True) -> DispatchReply:
         """Return as many rows as the frame had."""
         rows = self._rows.pop(frame_id)
         frame = self._frames.get(rows)

@@ -142,8 +142,8 @@ def test_refusals_are_not_errors() -> None:
 
 def test_every_5xx_of_the_gateway_is_ours_but_refusals() -> None:
     leaves = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, errors.DeepsplitError)]
-    never_seen = (errors.OperatorError, errors.FrameError, errors.StalePlacement, errors.WorkerLost, errors.WorkerBusy,
-                  errors.WorkerFailing, errors.WorkerUnusable, errors.UncoveredExperts,
+    never_seen = (errors.OperatorError, errors.FrameError, errors.StalePlacement, errors.WorkerLost, errors.WorkerLate,
+                  errors.WorkerBusy, errors.WorkerFailing, errors.WorkerUnusable, errors.UncoveredExperts,
                   errors.DispatchTimeout)  # fmt: skip
     bases = {errors.ElsewhereError, errors.ClientError, errors.Refusal}
     seen = {one.outcome for one in leaves if one.http_status >= 500 and not issubclass(one, never_seen)
