@@ -33,6 +33,7 @@ class HeartbeatReply:
     known: bool  # False: the worker must register again
     stamp: Stamp  # of the newest published table; NO_TABLE: none
     plane_busy: float  # mean fraction of their time that all ready workers compute, 0 to 1
+    keeps: tuple[int, Share] | None = None  # what the worker is to hold, and its number; None: what it said it obeys
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,6 @@ from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import DirectoryMetrics
 from routing.tokens.membership import Membership, WorkerMember
 from routing.tokens.placement import NO_TABLE, Stamp
-from routing.tokens.share import Share
 
 NAME = "Directory"
 LONG_POLL_S = 2.0
@@ -102,29 +101,20 @@ class Directory:
         self._publish_table()
         return accepted
 
-    async def heartbeat(self, worker_id: str, busy: float) -> HeartbeatReply:
-        """Record an expert worker's sign of life, with the fraction of its time that it computes."""
+    async def heartbeat(self, worker_id: str, busy: float, obeyed: int) -> HeartbeatReply:
+        """Record an expert worker's sign of life, with the fraction of its time that it computes, and the number of
+        what it holds as it was told to (0: nothing yet). The answer tells it what else it is to hold.
+
+        Not a long poll: Ray's answer to a process that is stopped holds up all other answers of this one.
+        """
         known = self._membership.heartbeat(worker_id, busy, time.monotonic())
         table = self._membership.table()
-        return HeartbeatReply(known, table.stamp if table else NO_TABLE, self._membership.busy())
-
-    async def poll_keeps(self, worker_id: str, seen: int) -> tuple[int, Share] | None:
-        """Wait until what an expert worker is to hold is not what the number `seen` stands for; returns it, with its
-        number (0 is none's). Returns None after LONG_POLL_S, and at once if the worker is not known: ask again.
-        """
-        deadline = time.monotonic() + LONG_POLL_S
-        while True:
-            now = time.monotonic()
-            self._expire(now)
-            if not self._membership.knows(worker_id):
-                return None
+        told = None
+        if known:
             keeps = self._membership.keeps(worker_id)
-            if (number := 1 + zlib.crc32(repr(keeps).encode())) != seen:
-                return number, keeps
-            if now >= deadline:
-                return None
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._table_changed.wait(), min(_SILENCE_CHECK_S, deadline - now))
+            number = 1 + zlib.crc32(repr(keeps).encode())
+            told = None if number == obeyed else (number, keeps)
+        return HeartbeatReply(known, table.stamp if table else NO_TABLE, self._membership.busy(), told)
 
     async def retire(self, worker_id: str) -> bool:
         """Have an expert worker's experts move to others, since it is about to leave. Returns whether it may leave."""

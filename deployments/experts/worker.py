@@ -29,7 +29,6 @@ from cluster.plan.host_cores import this_host
 from cluster.plan.nodes import free_memory_bytes
 from cluster.plan.pools import Pool, expert_pools, spare_pools
 from deployments.directory.members import Assignment, HeartbeatReply
-from deployments.directory.replica import LONG_POLL_S
 from deployments.hosting.autoscaling import BUSY, spare_autoscaling
 from deployments.hosting.process_cores import ProcessCores, cores_folder, waiting_environment
 from deployments.hosting.scrape import scrape_process
@@ -92,6 +91,9 @@ class ExpertWorker:
         self._plane_busy = 0.0
         self._failure: str | None = None
         self._left = False  # the directory knows that it goes
+        self._keeps: tuple[int, Share] = (0, {})  # what the directory wants, and its number
+        self._obeyed = 0  # number of what is done
+        self._told = asyncio.Event()
         worker_id, node = f"experts-{uuid.uuid4().hex[:8]}", ray.util.get_node_ip_address()
         start_logging(config.logging, "experts", worker_id)
         assignment = await self._join(worker_id, os.getpid(), node, slots)
@@ -161,10 +163,13 @@ class ExpertWorker:
                 break
             fraction = 0.0 if host is None else busy.since_last(host.busy_s(), time.monotonic())
             try:
-                answer = self._directory.heartbeat.remote(self._member.worker_id, fraction)
+                answer = self._directory.heartbeat.remote(self._member.worker_id, fraction, self._obeyed)
                 reply: HeartbeatReply = await asyncio.wait_for(answer, CALL_TIMEOUT_S)
                 self._seen = self._seen if reply.stamp == NO_TABLE else reply.stamp
                 self._plane_busy = reply.plane_busy
+                if reply.keeps is not None:
+                    self._keeps = reply.keeps
+                    self._told.set()
                 if not reply.known or self._member.cores != self._cores_now():
                     await self._register()
             except DIRECTORY_AWAY as error:
@@ -177,18 +182,18 @@ class ExpertWorker:
             self._left = True
 
     async def _obey(self) -> None:
-        """Hold what the directory wants this worker to hold, as long as it can."""
-        number = 0  # of what was obeyed last
+        """Hold what the directory wants this worker to hold, as far as it can."""
         while True:
-            try:
-                asked = self._directory.poll_keeps.remote(self._member.worker_id, number)
-                answer: tuple[int, Share] | None = await asyncio.wait_for(asked, LONG_POLL_S + CALL_TIMEOUT_S)
-                if answer is None:
+            await self._told.wait()
+            self._told.clear()
+            while True:
+                number, keeps = self._keeps
+                try:
+                    if not await self._step_to(keeps):
+                        break
+                except DIRECTORY_AWAY:
                     await asyncio.sleep(JOIN_RETRY_S)
-                    continue
-                number = 0 if await self._step_to(answer[1]) else answer[0]
-            except DIRECTORY_AWAY:
-                await asyncio.sleep(JOIN_RETRY_S)
+            self._obeyed = number
 
     async def _step_to(self, keeps: Share) -> bool:
         """Drop what is not in `keeps`, or else load some of what is, and say so. Returns False if there was nothing to

@@ -103,9 +103,10 @@ def test_expert_workers_of_a_leaving_node_hand_over_first(directory: Directory) 
             members[name] = WorkerMember(name, assignment.slot, 1, node, "", "ready", held=held, elastic=True)
             assert await directory.register_worker(members[name], NO_TABLE)
         assert await directory.leave_node("a", False) == 1
-        answer = await directory.poll_keeps("y", 0)
-        assert answer is not None
-        keeps = answer[1]
+        told = (await directory.heartbeat("y", 0.0, 0)).keeps
+        assert told is not None
+        number, keeps = told
+        assert (await directory.heartbeat("y", 0.0, number)).keeps is None
         assert {layer: len(ids) for layer, ids in keeps.items()} == {
             layer: 2 * len(ids) for layer, ids in members["y"].held.items()
         }
@@ -137,11 +138,11 @@ def test_workers_hear_how_busy_all_of_them_are(demo_model: Path, outside_serve: 
                 await directory.register_worker(member, NO_TABLE)
         assert held["spare"] == held["a"] != held["b"]  # a copy of the first worker's
         assert await directory.join("too many", 1, "n", range(2, 4)) is None
-        await directory.heartbeat("a", 0.9)
-        await directory.heartbeat("loading", 0.0)  # has no experts yet
-        assert (await directory.heartbeat("spare", 0.3)).plane_busy == pytest.approx(0.6)
+        await directory.heartbeat("a", 0.9, 0)
+        await directory.heartbeat("loading", 0.0, 0)  # has no experts yet
+        assert (await directory.heartbeat("spare", 0.3, 0)).plane_busy == pytest.approx(0.6)
         await directory.leave("a")
-        assert (await directory.heartbeat("spare", 0.3)).plane_busy == pytest.approx(0.3)
+        assert (await directory.heartbeat("spare", 0.3, 0)).plane_busy == pytest.approx(0.3)
 
     asyncio.run(scenario())
 
