@@ -26,11 +26,11 @@ from prometheus_client import CollectorRegistry
 from benchmarks.client_scale_chart import write_chart
 from cluster.config import DispatchConfig
 from monitoring.dispatch_meter import DispatchMeter
-from monitoring.expert_load import ExpertLoad
 from monitoring.metrics import DispatchMetrics
 from routing.tokens.client import ExpertClient, ExpertShape
 from routing.tokens.link import WorkerLink
 from routing.tokens.placement import PlacementFile, PlacementTable, Stamp, WorkerEndpoint
+from routing.tokens.routed_tokens import RoutedTokensCounter
 from routing.tokens.wire import DispatchReply, decode_reply, encode_reply, peek_frame_id
 
 LAYERS = 58  # MoE layers of DeepSeek-V3, for the cost of a step
@@ -127,9 +127,12 @@ def _client(
                 Stamp(1, 1), tuple(WorkerEndpoint(f"w{at}", f"w{at}:1", {0: ids}) for at, ids in enumerate(held))
             )
         )
-        meter = DispatchMeter(DispatchMetrics(CollectorRegistry()), ExpertLoad(experts, "top", time.monotonic))
+        meter = DispatchMeter(DispatchMetrics(CollectorRegistry()))
         shape = ExpertShape(str(hidden), hidden, experts)
-        client = ExpertClient(DispatchConfig(), shape, placement, dtype, _REPLY_DTYPE, meter=meter, link_class=Counted)
+        client = ExpertClient(
+            DispatchConfig(), shape, placement, dtype, _REPLY_DTYPE, meter=meter, counter=RoutedTokensCounter(experts),
+            link_class=Counted,
+        )  # fmt: skip
         try:
             yield client, links
         finally:

@@ -75,6 +75,7 @@ class _Engine:
     def __init__(self, engine_args: Any, sequences: int) -> None:
         import vllm
 
+        from deployments.attention.dispatch_ops import connected
         from deployments.attention.remote_experts import RemoteRoutedExperts
 
         self._llm = vllm.LLM(
@@ -84,7 +85,8 @@ class _Engine:
         )  # fmt: skip
 
         def clients(model: Any) -> Any:
-            return [layer.client for layer in model.modules() if isinstance(layer, RemoteRoutedExperts)]
+            layers = [layer for layer in model.modules() if isinstance(layer, RemoteRoutedExperts)]
+            return [connected(layer.layer_name).client for layer in layers]
 
         self._client = self._llm.apply_model(clients)[0][0]
         self._meter = self._client.meter

@@ -7,10 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from monitoring.deferred import Deferred
-from monitoring.expert_load import ExpertLoad
 from monitoring.metrics import SET_ASIDE_REASONS, DispatchMetrics
 
 
@@ -40,17 +37,16 @@ class DispatchSample:
 class DispatchMeter:
     """Turns DispatchSamples into metrics. The engine's thread records them."""
 
-    def __init__(self, metrics: DispatchMetrics, experts: ExpertLoad) -> None:
+    def __init__(self, metrics: DispatchMetrics) -> None:
         self._metrics = metrics
-        self._experts = experts
         self._changing = threading.Lock()  # of the set of workers
         self._workers: set[str] = set()
-        self._samples = Deferred(self._add_all)
+        self._samples = Deferred(self._add)
         self.fold = self._samples.fold  # take in all that was recorded, now
 
-    def record(self, sample: DispatchSample, layer: int, expert_ids_TK: np.ndarray) -> None:
-        """Record that a dispatch ended. `expert_ids_TK`, the router's choice, must not change any more."""
-        self._samples.record((sample, layer, expert_ids_TK))
+    def record(self, sample: DispatchSample) -> None:
+        """Record that a dispatch ended."""
+        self._samples.record(sample)
 
     def placement(self, epoch: int, workers: Iterable[str]) -> None:
         """Record a new placement table: series of workers that are not in it go, those of new ones come."""
@@ -73,14 +69,6 @@ class DispatchMeter:
         counts = Counter(outcomes)
         for reason in SET_ASIDE_REASONS:
             self._metrics.workers_set_aside.labels(reason).set(counts[reason])
-
-    def _add_all(self, recorded: list[tuple[DispatchSample, int, np.ndarray]]) -> None:
-        chosen: defaultdict[int, list[np.ndarray]] = defaultdict(list)
-        for _, layer, expert_ids_TK in recorded:
-            chosen[layer].append(expert_ids_TK.ravel())
-        for layer, ids in chosen.items():
-            self._experts.add(layer, np.concatenate(ids))
-        self._add([sample for sample, _, _ in recorded])
 
     def _add(self, samples: list[DispatchSample]) -> None:
         metrics = self._metrics

@@ -131,6 +131,24 @@ class DirectoryMetrics:
             "deepsplit_expert_worker_events", "Expert workers that joined, became ready, left in good order, or were "
             "lost (ended or fell silent).", ["event"], registry=registry,
         )  # fmt: skip
+        self.balancedness = Gauge(
+            "deepsplit_experts_balancedness_ratio", "Mean over layers of the mean time of a worker over that of the "
+            "slowest, by the experts' load of lately and where they are; 1 is perfect.", registry=registry,
+        )  # fmt: skip
+        self.predicted_gain = Gauge(
+            "deepsplit_experts_rebalance_predicted_gain_ratio", "Part of a step's expert time that the last moves were "
+            "to save.", registry=registry,
+        )  # fmt: skip
+        self.measured_gain = Gauge(
+            "deepsplit_experts_rebalance_measured_gain_ratio", "Part of a step's expert time that they save, by the "
+            "load that came after them.", registry=registry,
+        )  # fmt: skip
+        self.rebalances = Counter(
+            "deepsplit_experts_rebalances", "Rounds of moves that the load was worth.", registry=registry
+        )
+        self.moves = Counter("deepsplit_experts_moved", "Copies of experts that those rounds loaded.",
+                             registry=registry)  # fmt: skip
+        self.moved_bytes = Counter("deepsplit_experts_moved_bytes", "Bytes that they loaded.", registry=registry)
 
 
 class EngineMetrics:

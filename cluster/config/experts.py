@@ -18,6 +18,21 @@ class ExpertSpares(Section):
     downscale_delay_s: float = Field(600.0, ge=0, description="How long fewer must be wanted before there are fewer.")
 
 
+class Rebalance(Section):
+    """Experts move to where their load is served soonest, while they serve. For that all expert workers must be able to
+    load and drop experts: on CPU, with experts.take_over.
+    """
+
+    enabled: bool = Field(True, description="Whether they do.")
+    interval_s: float = Field(60.0, gt=0, description="How often the directory asks whether moves would pay.")
+    threshold: float = Field(0.05, gt=0, lt=1, description="Part of the time that experts take in a step, by the load "
+                                                           "of lately, that moves must save.")
+    budget_gib: float = Field(4.0, gt=0, description="Most that one round of moves may load, in all.")
+    headroom: float = Field(0.25, ge=0, description="How much more than its first share a worker may hold, as far as "
+                                                    "its host has free memory; more of it means more copies of hot "
+                                                    "experts, and more experts on fast workers.")
+
+
 class ExpertPool(Section):
     """Some of the expert workers, on nodes of one kind."""
 
@@ -59,6 +74,7 @@ class ExpertsConfig(Section):
                                                              "the nodes as evenly as it can if not set.")
     take_over: bool = Field(True, description="Whether CPU workers load, while they serve, experts that no other "
                                               "worker holds any more or is to hold on to, as far as memory is free.")
+    rebalance: Rebalance = Field(default_factory=Rebalance, description="When experts move with their load.")
     hand_over_timeout_s: float = Field(60.0, ge=0, description="How long a worker that is stopped goes on serving "
                                                                "until other workers hold what only it holds.")
     heartbeat_interval_s: float = Field(1.0, gt=0, description="How often a worker reports to the directory.")

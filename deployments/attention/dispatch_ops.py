@@ -94,16 +94,21 @@ def connect(name: str, layer: RemoteLayer) -> None:
     _layers[name] = layer
 
 
+def connected(name: str) -> RemoteLayer:
+    """Return what the operators for the layer that vLLM calls `name` go through."""
+    return _layers[name]
+
+
 def _dispatch(
     hidden_TH: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor, layer_name: str
 ) -> None:
-    _layers[layer_name].dispatch(hidden_TH, topk_weights_TK, topk_ids_TK)
+    connected(layer_name).dispatch(hidden_TH, topk_weights_TK, topk_ids_TK)
 
 
 def _collect(
     output_TH: torch.Tensor, hidden_TH: torch.Tensor, shared_TH: torch.Tensor | None, layer_name: str
 ) -> None:
-    _layers[layer_name].collect(output_TH)
+    connected(layer_name).collect(output_TH)
 
 
 def _define() -> None:

@@ -38,6 +38,7 @@ from monitoring.metrics import DispatchMetrics
 from routing.tokens.client import ExpertClient, ExpertShape
 from routing.tokens.placement import PlacementFile
 from routing.tokens.plane_state import ExpertPlaneFile
+from routing.tokens.routed_tokens import RoutedTokensCounter, RoutedTokensFile
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +124,9 @@ def _client(settings: RemoteExpertsSettings, model_dtype: torch.dtype, rank: int
     identity = model_identity(spec, load_checkpoint_index(settings.model_path))
     shape = ExpertShape(identity, spec.hidden_size, spec.num_experts)
     registry, monitoring = ProcessRegistry(), settings.monitoring
-    experts = ExpertLoad(spec.num_experts, monitoring.expert_load, time.monotonic)
-    registry.register(experts)
-    meter = DispatchMeter(DispatchMetrics(registry), experts)
+    counter = RoutedTokensCounter(spec.num_experts, RoutedTokensFile(settings.routed_tokens_file(rank)))
+    registry.register(ExpertLoad(counter.totals, monitoring.expert_load, time.monotonic))
+    meter = DispatchMeter(DispatchMetrics(registry))
     registry.before_scrape(meter.fold)
     client = ExpertClient(
         settings.dispatch,
@@ -136,6 +137,7 @@ def _client(settings: RemoteExpertsSettings, model_dtype: torch.dtype, rank: int
         settings.internal_tls,
         ExpertPlaneFile(settings.plane_file(rank)),
         meter,
+        counter,
     )
     assert monitoring.host is not None, "the replica fills it in"
     name = settings.replica_id if rank == 0 else f"{settings.replica_id}-rank{rank}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable
 
 from ray.exceptions import RayError
@@ -13,8 +15,10 @@ from ray.serve.handle import DeploymentHandle
 from deployments.directory.members import AttentionMember
 from deployments.directory.replica import LONG_POLL_S
 from routing.tokens.placement import NO_TABLE, PlacementFile, Stamp
+from routing.tokens.routed_tokens import RoutedTokens
 
 RETRY_S = 1.0
+_TELL_S = 5.0
 _ANSWER_TIMEOUT_S = LONG_POLL_S + 10.0
 
 logger = logging.getLogger(__name__)
@@ -27,11 +31,19 @@ class PlacementFollower:
     the first table. While the directory is away, the last table stays in force.
     """
 
-    def __init__(self, directory: DeploymentHandle, file: PlacementFile, member: Callable[[], AttentionMember]) -> None:
-        """`member` returns what the replica registers with at this moment."""
+    def __init__(
+        self,
+        directory: DeploymentHandle,
+        file: PlacementFile,
+        member: Callable[[], AttentionMember],
+        tokens: Callable[[], RoutedTokens | None],
+    ) -> None:
+        """`member` returns what the replica registers with at this moment, `tokens` what its experts had so far."""
         self._directory = directory
         self._file = file
         self._member = member
+        self._tokens = tokens
+        self._told_s = -math.inf
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="placement-follower", daemon=True)
         self._thread.start()
@@ -44,7 +56,7 @@ class PlacementFollower:
         seen = NO_TABLE
         while not self._stop.is_set():
             try:
-                asked = self._directory.poll_table.remote(seen, self._member())
+                asked = self._directory.poll_table.remote(seen, self._member(), self._tokens_to_tell())
                 answer: tuple[Stamp, bytes] | None = asked.result(timeout_s=_ANSWER_TIMEOUT_S)
                 if answer is not None and not self._stop.is_set():
                     stamp, table = answer
@@ -53,3 +65,10 @@ class PlacementFollower:
             except (RayError, RayServeException, TimeoutError, OSError) as error:
                 logger.warning("placement table %d stays: %s: %s", seen.n, type(error).__name__, error)
                 self._stop.wait(RETRY_S)
+
+    def _tokens_to_tell(self) -> RoutedTokens | None:
+        """Return the tokens once in a while: they have 120 KiB for 58 layers of 256 experts."""
+        if time.monotonic() - self._told_s < _TELL_S:
+            return None
+        self._told_s = time.monotonic()
+        return self._tokens()

@@ -44,6 +44,7 @@ from monitoring.metrics import EngineMetrics
 from routing.requests.request import ReplicaLoad
 from routing.tokens.placement import PlacementFile
 from routing.tokens.plane_state import ExpertPlaneFile, ExpertPlaneState
+from routing.tokens.routed_tokens import RoutedTokens, RoutedTokensFile
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +100,11 @@ class AttentionReplica:
         )
         ranks = range(config.attention.tensor_parallel_size)
         self._plane_files = [ExpertPlaneFile(settings.plane_file(rank)) for rank in ranks]
+        self._token_files = [RoutedTokensFile(settings.routed_tokens_file(rank)) for rank in ranks]
         self._rank_scrape_files = [settings.scrape_file(rank) for rank in ranks]
-        self._follower = PlacementFollower(directory, PlacementFile(settings.placement_file), self._member_now)
+        self._follower = PlacementFollower(
+            directory, PlacementFile(settings.placement_file), self._member_now, self._tokens_now
+        )
         args = engine_args(config, settings.as_additional_config(), LOAD_FORMAT, CompilationConfig._attention_ops)
         self._engine, app = await self._start_engine(config, args, engine_logging)
         self._server = ReplicaServer(app, self._load, config.internal_tls)
@@ -193,6 +197,11 @@ class AttentionReplica:
         if hasattr(self, "_cores"):
             self._member = replace(self._member, cores=str(self._cores.share))
         return self._member
+
+    def _tokens_now(self) -> RoutedTokens | None:
+        """Return the tokens of all ranks: each sends its share of the rows."""
+        read = [file.read() for file in self._token_files]
+        return RoutedTokens.added(tokens for tokens in read if tokens is not None)
 
     async def __del__(self) -> None:
         server = getattr(self, "_server", None)  # absent if the constructor failed early, as are those below

@@ -33,6 +33,10 @@ class RemoteExpertsSettings(BaseModel):
         """
         return self.placement_file.with_name(f"expert_plane-{rank}")
 
+    def routed_tokens_file(self, rank: int) -> Path:
+        """Return the file in which a rank tells its Serve replica how many tokens each expert had."""
+        return self.placement_file.with_name(f"routed_tokens-{rank}")
+
     def scrape_file(self, rank: int) -> Path:
         """Return the file in which a rank tells its Serve replica where its metrics are (deployments.hosting.scrape).
         """

@@ -27,13 +27,33 @@ class Assignment:
 
 
 @dataclass(frozen=True)
+class Heartbeat:
+    """What an expert worker says of itself every second."""
+
+    worker_id: str
+    busy: float  # fraction of its time that it computed since the last one, 0 to 1
+    rows_per_s: float  # pairs of row and expert per second of computing, lately; 0: not known yet
+    free_bytes: int  # of its host's memory
+    obeyed: int  # number of the last orders that are carried out; 0: of none
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What an expert worker is to do."""
+
+    number: int  # tells them from others
+    keeps: Share  # to hold now: it loads what it lacks and drops the rest
+    share: Share  # of its slot; what it says of it is how a new directory learns of changes
+
+
+@dataclass(frozen=True)
 class HeartbeatReply:
     """The directory's answer to an expert worker's heartbeat."""
 
     known: bool  # False: the worker must register again
     stamp: Stamp  # of the newest published table; NO_TABLE: none
     plane_busy: float  # mean fraction of their time that all ready workers compute, 0 to 1
-    keeps: tuple[int, Share] | None = None  # what the worker is to hold, and its number; None: what it said it obeys
+    orders: Orders | None = None  # None: those that the worker has carried out
 
 
 @dataclass(frozen=True)

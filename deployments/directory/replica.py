@@ -14,7 +14,7 @@ import logging
 import secrets
 import time
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import ray
 from ray import serve
@@ -29,9 +29,12 @@ from deployments.directory.members import (
     AttentionMember,
     ClusterView,
     GatewayMember,
+    Heartbeat,
     HeartbeatReply,
+    Orders,
 )
 from deployments.directory.ray_agents import RayAgents
+from deployments.directory.rebalancer import Rebalancer
 from deployments.directory.registry import Registry
 from deployments.directory.worker_watch import WorkerWatch
 from deployments.hosting.scrape import scrape_process
@@ -41,6 +44,7 @@ from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import DirectoryMetrics
 from routing.tokens.membership import Membership, WorkerMember
 from routing.tokens.placement import NO_TABLE, Stamp
+from routing.tokens.routed_tokens import RoutedTokens
 
 NAME = "Directory"
 LONG_POLL_S = 2.0
@@ -66,6 +70,8 @@ class Directory:
             shares, experts.heartbeat_timeout_s, time.monotonic(), secrets.randbits(63) + 1, self._on_lost
         )
         self._registry = Registry(_POLLS_UNTIL_LOST * LONG_POLL_S, first_version=time.time_ns())
+        self._rebalancer: Rebalancer | None = None
+        self._rebalancing: asyncio.Task[None] | None = None  # from the first load on
         self._tables_in_use: dict[str, Stamp] = {}  # by attention replica; NO_TABLE before the first
         self._table_changed = asyncio.Event()
         self._view_changed = asyncio.Event()
@@ -77,6 +83,9 @@ class Directory:
         self._metrics.members_wanted.labels("gateway").set(config.gateway.replicas)
         for event in ("joined", "ready", "left", "lost"):  # from 0 on, or rates miss the first
             self._metrics.worker_events.labels(event)
+        if experts.rebalance.enabled:
+            layers = spec.moe_layers
+            self._rebalancer = Rebalancer(experts, layers, spec.num_experts, self._membership, self._metrics)
         self._scrape = scrape_process(process, "directory", "", node, config)
         self._agents = RayAgents()
         self._watch = WorkerWatch(config.dispatch, config.internal_tls, self._worker_ended)
@@ -101,20 +110,22 @@ class Directory:
         self._publish_table()
         return accepted
 
-    async def heartbeat(self, worker_id: str, busy: float, obeyed: int) -> HeartbeatReply:
-        """Record an expert worker's sign of life, with the fraction of its time that it computes, and the number of
-        what it holds as it was told to (0: nothing yet). The answer tells it what else it is to hold.
+    async def heartbeat(self, beat: Heartbeat) -> HeartbeatReply:
+        """Record an expert worker's sign of life. The answer tells it what else it is to hold.
 
         Not a long poll: Ray's answer to a process that is stopped holds up all other answers of this one.
         """
-        known = self._membership.heartbeat(worker_id, busy, time.monotonic())
+        worker_id, now = beat.worker_id, time.monotonic()
+        known = self._membership.heartbeat(worker_id, beat.busy, now, beat.rows_per_s, beat.free_bytes)
         table = self._membership.table()
-        told = None
-        if known:
-            keeps = self._membership.keeps(worker_id)
-            number = 1 + zlib.crc32(repr(keeps).encode())
-            told = None if number == obeyed else (number, keeps)
-        return HeartbeatReply(known, table.stamp if table else NO_TABLE, self._membership.busy(), told)
+        orders = self._orders(worker_id) if known else None
+        if orders is not None and orders.number == beat.obeyed:
+            orders = None
+        return HeartbeatReply(known, table.stamp if table else NO_TABLE, self._membership.busy(), orders)
+
+    def _orders(self, worker_id: str) -> Orders:
+        keeps, share = self._membership.keeps(worker_id), self._membership.share_of(worker_id)
+        return Orders(1 + zlib.crc32(repr((keeps, share)).encode()), keeps, share)
 
     async def retire(self, worker_id: str) -> bool:
         """Have an expert worker's experts move to others, since it is about to leave. Returns whether it may leave."""
@@ -137,11 +148,17 @@ class Directory:
         self._registry.register_replica(member, time.monotonic())
         self._update()
 
-    async def poll_table(self, after: Stamp, member: AttentionMember | None = None) -> tuple[Stamp, bytes] | None:
-        """Register the replica and wait for a placement table with another stamp than `after`, which is returned
-        encoded. Returns None after LONG_POLL_S: ask again.
+    async def poll_table(
+        self, after: Stamp, member: AttentionMember | None = None, tokens: RoutedTokens | None = None
+    ) -> tuple[Stamp, bytes] | None:
+        """Register the replica, with the tokens that its experts had since its start, and wait for a placement table
+        with another stamp than `after`, which is returned encoded. Returns None after LONG_POLL_S: ask again.
         """
         self._membership.observe(after)
+        if self._rebalancer is not None and member is not None and tokens is not None:
+            self._rebalancer.report(member.replica_id, tokens, time.monotonic())
+            if self._rebalancing is None:
+                self._rebalancing = asyncio.create_task(self._rebalance(self._rebalancer))
         if member is not None:
             await self.register_replica(member)
             self._follow(member.replica_id, after)
@@ -169,6 +186,7 @@ class Directory:
         """Return the state of both planes as JSON; `deepsplit status` prints it."""
         self._expire(time.monotonic())
         table = self._membership.table()
+        last = None if self._rebalancer is None else self._rebalancer.last
         return json.dumps(
             {
                 "model": self._model,
@@ -185,6 +203,7 @@ class Directory:
                     }
                     for m in self._membership.members()
                 ],
+                "rebalanced": None if last is None else asdict(last),
             }
         )  # fmt: skip
 
@@ -249,6 +268,16 @@ class Directory:
         live = {replica.replica_id for replica in self._registry.replicas()}
         self._tables_in_use = {name: used for name, used in self._tables_in_use.items() if name in live}
         self._membership.followed(self._tables_in_use.values())
+        if self._rebalancer is not None:
+            self._rebalancer.keep_only(live)
+
+    async def _rebalance(self, rebalancer: Rebalancer) -> None:
+        while True:
+            try:
+                if await rebalancer.run():
+                    self._publish_table()
+            except Exception:  # whatever is wrong with it, everything else goes on
+                logger.exception("the load of the experts was not balanced")
 
     def _worker_ended(self, worker_id: str) -> None:
         self._membership.lose(worker_id)

@@ -27,7 +27,7 @@ _FORM_ROWS = (1, 16)  # of one expert: decoding, with few and with many requests
 _SLICED_ROWS = (96, 48, 24)  # of one expert
 _LEAST_EXPERT_BYTES = 1 << 20  # a smaller one takes as long in any form
 _OUT_OF_CACHE_BYTES = 64 << 20
-_TURNS = 3  # of each candidate in a measurement
+_TURNS, _LEAST_S = 3, 0.05  # of each candidate in a measurement: so many, and for so long in all
 
 
 def fastest_form(forms: Sequence[Form], spec: ModelSpec, threads: int) -> Form:
@@ -40,10 +40,11 @@ def fastest_form(forms: Sequence[Form], spec: ModelSpec, threads: int) -> Form:
     for layer in layers:
         layer.gate_up.fill_(0.01)
         layer.down.fill_(0.01)
+    asked = min(spec.top_k, held)
     computes = [ExpertCompute(ExpertWeights({0: layer}, spec.num_experts, 0), threads) for layer in layers]
 
     def measure() -> list[tuple[float, ...]]:
-        by_rows = [_least_s(computes, 0, range(held), spec.hidden_size, rows) for rows in _FORM_ROWS]
+        by_rows = [_least_s(computes, 0, range(held), spec.hidden_size, rows, asked) for rows in _FORM_ROWS]
         return list(zip(*by_rows, strict=True))
 
     return confirmed(forms, measure)
@@ -101,15 +102,19 @@ def least_rows(measure: Callable[[int], Sequence[float]]) -> int | None:
 
 
 def _least_s(
-    computes: Sequence[ExpertCompute], number: int, ids: Sequence[int], hidden_size: int, rows: int
+    computes: Sequence[ExpertCompute], number: int, ids: Sequence[int], hidden_size: int, rows: int, asked: int = 1
 ) -> tuple[float, ...]:
-    """Return the least time of each for `rows` rows of one expert, another expert in each turn."""
-    hidden_TH, weights_TK = torch.full((rows, hidden_size), 0.01, dtype=torch.bfloat16), torch.ones(rows, 1)
+    """Return the least time of each for `rows` rows that ask for the same experts, `asked` of `ids`, others each turn.
+    """
+    hidden_TH, weights_TK = torch.full((rows, hidden_size), 0.01, dtype=torch.bfloat16), torch.ones(rows, asked)
     least, clock = [math.inf] * len(computes), time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    for turn in range(_TURNS):
-        ids_TK = torch.full((rows, 1), ids[turn % len(ids)], dtype=torch.int16)
+    turn, ends_s = 0, time.monotonic() + _LEAST_S * len(computes)
+    while turn < _TURNS or time.monotonic() < ends_s:
+        ids_K = [ids[(turn * asked + at) % len(ids)] for at in range(asked)]
+        ids_TK = torch.tensor([ids_K] * rows, dtype=torch.int16)
         for at, compute in enumerate(computes):
             began_s = clock()
             compute.forward(number, hidden_TH, ids_TK, weights_TK)
             least[at] = min(least[at], clock() - began_s)
+        turn += 1
     return tuple(least)

@@ -60,6 +60,7 @@ class ExpertCompute:
         self._local: dict[int, np.ndarray] = {}
         self.serve({layer: experts.ids for layer, experts in weights.layers.items()})
         self._gpu = _gpu_turns(self._layers)
+        self.pairs = 0  # of row and expert, computed so far
         self.failure: str | None = None  # why nothing more can be computed: the worker must be replaced
 
     def serve(self, held: Mapping[int, Sequence[int]]) -> None:
@@ -98,6 +99,7 @@ class ExpertCompute:
         if len(at_P) == 0:
             return torch.zeros(hidden_TH.shape, dtype=torch.float32)
         local_P = local[at_P]
+        self.pairs += len(local_P)
         pairs = Pairs(at_P // expert_ids_TK.shape[1], local_P, weights_TK.float().numpy().ravel()[at_P])
         self._on_rows(np.bincount(local_P, minlength=len(experts.ids)))
         if not experts.down.is_cuda:

@@ -83,6 +83,11 @@ class ExpertHost:
         """Bytes of weights that were read so far."""
         return self._store.bytes_read
 
+    @property
+    def expert_bytes(self) -> int:
+        """Size in memory of one expert."""
+        return self._store.expert_bytes
+
     def nbytes_of(self, share: Share) -> int:
         """Return the size in memory that a share has or would have."""
         return self._store.nbytes_of(share)
@@ -117,6 +122,10 @@ class ExpertHost:
     def busy_s(self) -> float:
         """Return the seconds in which experts were computed, so far."""
         return self._server.busy_s()
+
+    def pairs(self) -> int:
+        """Return the pairs of row and expert that were computed so far."""
+        return self._compute.pairs
 
     def start(self, host: str) -> str:
         """Listen on a free port of `host`; returns host:port."""

@@ -63,6 +63,11 @@ class ExpertStore:
         """Return the size in memory of what is held."""
         return sum(self.layers[layer].expert_bytes * len(ids) for layer, ids in self.held.items())
 
+    @property
+    def expert_bytes(self) -> int:
+        """Return the size in memory of one expert."""
+        return next(iter(self.layers.values())).expert_bytes
+
     def nbytes_of(self, share: Share) -> int:
         """Return the size in memory that a share has or would have."""
         return sum(self.layers[layer].expert_bytes * len(ids) for layer, ids in share.items())

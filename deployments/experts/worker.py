@@ -28,7 +28,8 @@ from cluster.plan.cores import CoreShare
 from cluster.plan.host_cores import this_host
 from cluster.plan.nodes import free_memory_bytes
 from cluster.plan.pools import Pool, expert_pools, spare_pools
-from deployments.directory.members import Assignment, HeartbeatReply
+from deployments.directory.members import Assignment, Heartbeat, HeartbeatReply, Orders
+from deployments.experts.vital_signs import VitalSigns
 from deployments.hosting.autoscaling import BUSY, spare_autoscaling
 from deployments.hosting.process_cores import ProcessCores, cores_folder, waiting_environment
 from deployments.hosting.scrape import scrape_process
@@ -54,20 +55,6 @@ DIRECTORY_AWAY = (RayError, RayServeException, TimeoutError)
 logger = logging.getLogger(__name__)
 
 
-class BusyFraction:
-    """The fraction of its time that a worker computes, from a running count of busy seconds."""
-
-    def __init__(self, now_s: float) -> None:
-        self._then_s = now_s
-        self._busy_s = 0.0
-
-    def since_last(self, busy_s: float, now_s: float) -> float:
-        """Return the fraction since the last call, 0 to 1."""
-        passed_s, worked_s = now_s - self._then_s, busy_s - self._busy_s
-        self._then_s, self._busy_s = now_s, busy_s
-        return min(1.0, worked_s / passed_s) if passed_s > 0 else 0.0
-
-
 class ExpertWorker:
     """Serve replica. It serves gRPC on a port of its own; Serve only starts, watches and stops it."""
 
@@ -91,8 +78,8 @@ class ExpertWorker:
         self._plane_busy = 0.0
         self._failure: str | None = None
         self._left = False  # the directory knows that it goes
-        self._keeps: tuple[int, Share] = (0, {})  # what the directory wants, and its number
-        self._obeyed = 0  # number of what is done
+        self._orders: Orders | None = None
+        self._obeyed = 0  # number of the last orders that are carried out
         self._told = asyncio.Event()
         worker_id, node = f"experts-{uuid.uuid4().hex[:8]}", ray.util.get_node_ip_address()
         start_logging(config.logging, "experts", worker_id)
@@ -112,7 +99,7 @@ class ExpertWorker:
             self._cores.start()  # so that the threads that load have the same cores, and memory of their NUMA node
         self._member = WorkerMember(
             worker_id, assignment.slot, os.getpid(), node, "", "loading", scrape=self._scrape.target,
-            cores=self._cores_now(),
+            cores=self._cores_now(), share=assignment.experts, zone=_zone(),
         )  # fmt: skip
         with contextlib.suppress(*DIRECTORY_AWAY):
             await self._register()
@@ -123,7 +110,7 @@ class ExpertWorker:
         address = self._host.start(config.experts.host or config.own_host(node))
         self._member = dataclasses.replace(
             self._member, address=address, state="ready", form=self._host.form, held=self._host.held,
-            elastic=self._host.elastic and config.experts.take_over,
+            elastic=self._host.elastic and config.experts.take_over, expert_bytes=self._host.expert_bytes,
         )  # fmt: skip
         with contextlib.suppress(*DIRECTORY_AWAY):  # the next heartbeat will register it
             await self._register()
@@ -153,7 +140,7 @@ class ExpertWorker:
         return "" if self._cores is None else str(self._cores.share)
 
     async def _beat(self) -> None:
-        busy = BusyFraction(time.monotonic())
+        signs = VitalSigns(time.monotonic())
         while True:
             await asyncio.sleep(self._heartbeat_interval_s)
             host = getattr(self, "_host", None)  # not there while it loads
@@ -161,14 +148,15 @@ class ExpertWorker:
                 self._failure = host.failure()
             if self._failure is not None:
                 break
-            fraction = 0.0 if host is None else busy.since_last(host.busy_s(), time.monotonic())
+            said = (0.0, 0.0) if host is None else signs.since_last(host.busy_s(), host.pairs(), time.monotonic())
+            beat = Heartbeat(self._member.worker_id, *said, free_memory_bytes(), self._obeyed)
             try:
-                answer = self._directory.heartbeat.remote(self._member.worker_id, fraction, self._obeyed)
+                answer = self._directory.heartbeat.remote(beat)
                 reply: HeartbeatReply = await asyncio.wait_for(answer, CALL_TIMEOUT_S)
                 self._seen = self._seen if reply.stamp == NO_TABLE else reply.stamp
                 self._plane_busy = reply.plane_busy
-                if reply.keeps is not None:
-                    self._keeps = reply.keeps
+                if reply.orders is not None:
+                    self._orders = reply.orders
                     self._told.set()
                 if not reply.known or self._member.cores != self._cores_now():
                     await self._register()
@@ -186,20 +174,19 @@ class ExpertWorker:
         while True:
             await self._told.wait()
             self._told.clear()
-            while True:
-                number, keeps = self._keeps
+            while (orders := self._orders) is not None:
                 try:
-                    if not await self._step_to(keeps):
+                    if not await self._step_to(orders):
+                        self._obeyed = orders.number
                         break
                 except DIRECTORY_AWAY:
                     await asyncio.sleep(JOIN_RETRY_S)
-            self._obeyed = number
 
-    async def _step_to(self, keeps: Share) -> bool:
-        """Drop what is not in `keeps`, or else load some of what is, and say so. Returns False if there was nothing to
+    async def _step_to(self, orders: Orders) -> bool:
+        """Drop what is not to be kept, or else load some of what is, and say so. Returns False if there was nothing to
         do.
         """
-        host = self._host
+        host, keeps = self._host, orders.keeps
         extra, missing = without(host.held, keeps), first_bytes(without(keeps, host.held), _STEP_BYTES, host.nbytes_of)
         if extra:
             await asyncio.to_thread(host.drop, extra)
@@ -217,9 +204,9 @@ class ExpertWorker:
                 else:
                     took_s = time.monotonic() - began_s
                     logger.info("loaded %d more experts, %d MiB in %.1f s", count, nbytes >> 20, took_s)
-        else:
+        elif self._member.share == orders.share:
             return False
-        self._member = dataclasses.replace(self._member, held=host.held)
+        self._member = dataclasses.replace(self._member, held=host.held, share=orders.share)
         await self._register()
         return True
 
@@ -267,6 +254,12 @@ class ExpertWorker:
         scrape = getattr(self, "_scrape", None)
         if scrape is not None:
             scrape.stop()
+
+
+def _zone() -> str:
+    """The availability zone of this node, as Ray knows it; empty where it does not."""
+    labels = ray.get_runtime_context().get_node_labels()
+    return str(labels.get("ray.io/availability-zone", ""))
 
 
 def _load(config: Config, experts: Share, meter: ExpertMeter) -> ExpertHost:

@@ -34,6 +34,7 @@ from routing.tokens.link_poller import LinkPoller
 from routing.tokens.placement import PlacementFile, PlacementTable, WorkerEndpoint
 from routing.tokens.plane_state import FRESH_S, ExpertPlaneFile, PlaneReport
 from routing.tokens.request_ids import STEP_REQUEST_IDS
+from routing.tokens.routed_tokens import RoutedTokensCounter
 from routing.tokens.wire import NO_EXPERT, WireRows
 
 _POLL_S = 0.02  # how often a dispatch without a holder looks at the placement file
@@ -64,11 +65,13 @@ class ExpertClient:
         tls: InternalTlsConfig | None = None,
         plane_file: ExpertPlaneFile | None = None,
         meter: DispatchMeter | None = None,
+        counter: RoutedTokensCounter | None = None,
         link_class: type[WorkerLink] = WorkerLink,
     ) -> None:
         """`dispatch_dtype`: float32, bfloat16, float16 or float8_e4m3fn, in which hidden states travel; sums come back
         in `combine_dtype`, one of the first three. `tls`: mutual TLS with the workers; plain TCP without. The client
-        writes into `plane_file` how long rows wait at the workers, and tells `meter` how each dispatch went.
+        writes into `plane_file` how long rows wait at the workers, and tells `meter` how each dispatch went and
+        `counter` which experts it asked for.
 
         Raises StartupError when the files of `tls` cannot be used.
         """
@@ -78,6 +81,7 @@ class ExpertClient:
             return link_class(worker.address, shape.model_id, settings, channels, self._poller)
 
         self.meter = meter
+        self._counter = counter
         self._random = Random()
         self._settings = settings
         self._num_experts = shape.num_experts
@@ -103,6 +107,7 @@ class ExpertClient:
                 self._placement.refresh,
                 lambda: self._placement.reweigh(lambda workers: pace.factors(workers, time.monotonic())),
                 lambda: self._report.write(time.monotonic()),
+                *(() if counter is None else (lambda: counter.tend(time.monotonic()),)),
             ),
         )
 
@@ -260,7 +265,9 @@ class ExpertClient:
             watch.sample.failure = error.outcome
         watch.sample.degraded_rows = dispatch.degraded_rows
         if self.meter is not None:
-            self.meter.record(watch.sample, dispatch.layer, dispatch.expert_ids_TK)
+            self.meter.record(watch.sample)
+        if self._counter is not None:
+            self._counter.record(dispatch.layer, dispatch.expert_ids_TK)
 
     def _adopted(self, table: PlacementTable) -> None:
         live = {worker.worker_id for worker in table.workers}

@@ -29,7 +29,7 @@ class Holdings:
     """The experts of all workers. Not thread-safe."""
 
     def __init__(self, layers: Sequence[int], num_experts: int) -> None:
-        self._layers = tuple(layers)
+        self.layers = tuple(layers)
         self._shape = (len(layers), num_experts)
         self._workers: dict[str, _Worker] = {}
         self._holders_LE = np.zeros(self._shape, dtype=np.int32)
@@ -84,6 +84,11 @@ class Holdings:
         used_LE = worker.listed_LE | (worker.unlisted_LE > self._acknowledged)
         return worker.wanted_LE | (worker.held_LE & used_LE)
 
+    def settled(self, worker_id: str) -> bool:
+        """Return whether a worker holds what is wanted and nothing else."""
+        worker = self._workers[worker_id]
+        return np.array_equal(worker.held_LE, worker.wanted_LE)
+
     def has(self, worker_id: str) -> np.ndarray:
         """Return what a worker holds or is wanted to hold, bool [L, E]."""
         worker = self._workers[worker_id]
@@ -100,7 +105,7 @@ class Holdings:
     def mask(self, share: Share) -> np.ndarray:
         """Return a share as bool [L, E]; layers and experts that the model does not have are left out."""
         mask_LE = np.zeros(self._shape, dtype=bool)
-        for at, layer in enumerate(self._layers):
+        for at, layer in enumerate(self.layers):
             ids = [expert for expert in share.get(layer, ()) if 0 <= expert < self._shape[1]]
             mask_LE[at, ids] = True
         return mask_LE
@@ -109,7 +114,7 @@ class Holdings:
         """Return the share whose `mask` this is."""
         return {
             layer: tuple(row_E.nonzero()[0].tolist())
-            for layer, row_E in zip(self._layers, mask_LE, strict=True)
+            for layer, row_E in zip(self.layers, mask_LE, strict=True)
             if row_E.any()
         }
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from monitoring.discovery import ScrapeTarget
 from routing.tokens.holdings import Holdings
-from routing.tokens.placement import NO_TABLE, PlacementTable, Stamp, WorkerEndpoint
+from routing.tokens.placement import NO_TABLE, PlacementTable, Stamp, Weights, WorkerEndpoint
 from routing.tokens.share import Share
 
 State = Literal["loading", "ready", "leaving"]
@@ -41,7 +41,12 @@ class WorkerMember:
     cores: str = ""  # where its threads run, in words; empty where a GPU computes
     form: str = ""  # in which it holds and computes experts, in words; empty while loading
     held: Share = field(default_factory=dict)
+    share: Share = field(default_factory=dict)  # of its slot, as it heard last; a new directory learns of it
     elastic: bool = False  # it can load and drop experts while it serves
+    zone: str = ""  # its node's availability zone, where Ray has a label of it
+    expert_bytes: int = 0  # of one expert as it holds it; 0 while loading
+    free_bytes: int = 0  # of its host's memory
+    rows_per_s: float = 0.0  # pairs of row and expert per second of computing, lately; 0: not known yet
 
 
 class Membership:
@@ -63,6 +68,8 @@ class Membership:
         self._holdings = Holdings(layers, experts)
         self._shares_LE = [self._holdings.mask(share) for share in shares]  # by slot
         self._needed_LE = np.logical_or.reduce(self._shares_LE)
+        self._first_experts = [int(share_LE.sum()) for share_LE in self._shares_LE]
+        self._weights: Weights = {}
         self._timeout_s = heartbeat_timeout_s
         self._started_s = now_s
         self._incarnation = incarnation
@@ -105,6 +112,8 @@ class Membership:
                 return False
             if rival is not None:
                 self._remove(rival.worker_id)
+            if member.share:
+                self._shares_LE[member.slot] = self._holdings.mask(member.share)
             self._add(replace(member, last_heartbeat_s=now_s))
         else:
             if before.state == "leaving":
@@ -126,13 +135,28 @@ class Membership:
         if seen.n > self._holdings.tables:
             self._holdings.renumber(seen.n)
 
-    def heartbeat(self, worker_id: str, busy: float, now_s: float) -> bool:
+    def heartbeat(
+        self, worker_id: str, busy: float, now_s: float, rows_per_s: float = 0.0, free_bytes: int = 0
+    ) -> bool:
         """Record a sign of life. Returns False if the worker is not known (any more): it must register again."""
         self.expire(now_s)
         if worker_id not in self._members:
             return False
-        self._members[worker_id] = replace(self._members[worker_id], last_heartbeat_s=now_s, busy=busy)
+        self._members[worker_id] = replace(
+            self._members[worker_id], last_heartbeat_s=now_s, busy=busy, rows_per_s=rows_per_s, free_bytes=free_bytes
+        )
         return True
+
+    def reshare(self, shares: Mapping[str, np.ndarray], weights: Mapping[str, np.ndarray]) -> None:
+        """Change the shares of the slots of these workers (bool [L, E], by worker id), from now on and for their
+        successors, and which part of an expert's rows each gets (float [L, E], in any unit).
+        """
+        for worker_id, share_LE in shares.items():
+            self._shares_LE[self._members[worker_id].slot] = share_LE
+        layers = self._holdings.layers
+        self._weights = {name: dict(zip(layers, weight_LE, strict=True)) for name, weight_LE in weights.items()}
+        self._holdings.renumber(0)
+        self._want()
 
     def retire(self, worker_id: str) -> bool:
         """Have a worker's experts move to others, because it is about to leave. Returns whether it may: nobody needs it
@@ -219,6 +243,23 @@ class Membership:
         """Return whether a worker is one of them."""
         return worker_id in self._members
 
+    def settled(self) -> bool:
+        """Whether every slot has a ready worker that can load and drop, and all hold just what they are to hold."""
+        if len(self._members) != len(self._shares_LE):
+            return False
+        return all(
+            member.state == "ready" and member.elastic and self._holdings.settled(member.worker_id)
+            for member in self._members.values()
+        )
+
+    def shares(self) -> dict[str, np.ndarray]:
+        """Return what the slot of each worker is to hold, bool [L, E] by worker id."""
+        return {member.worker_id: self._shares_LE[member.slot] for member in self.members()}
+
+    def first_experts(self) -> dict[str, int]:
+        """Return how many experts the slot of each worker was to hold at first, over all layers, by worker id."""
+        return {member.worker_id: self._first_experts[member.slot] for member in self.members()}
+
     def is_ready(self, worker_id: str) -> bool:
         """Return whether a worker is one of them and answers dispatches."""
         return self.knows(worker_id) and self._members[worker_id].state != "loading"
@@ -226,6 +267,10 @@ class Membership:
     def share(self, slot: int) -> Share:
         """Return what the worker in a slot is to hold, whatever else is the case."""
         return self._holdings.share(self._shares_LE[slot])
+
+    def share_of(self, worker_id: str) -> Share:
+        """Return what the slot of a worker is to hold."""
+        return self.share(self._members[worker_id].slot)
 
     def keeps(self, worker_id: str) -> Share:
         """Return what a worker is to hold now: it loads what it lacks and drops the rest."""
@@ -239,7 +284,7 @@ class Membership:
         if self._table is None or self._table.stamp != stamp:
             listed = [(member, self._holdings.listed(member.worker_id)) for member in self._ready()]
             workers = [WorkerEndpoint(member.worker_id, member.address, share) for member, share in listed if share]
-            self._table = PlacementTable.of(stamp, workers)
+            self._table = PlacementTable.of(stamp, workers, self._weights)
         return self._table
 
     def uncovered(self) -> int:

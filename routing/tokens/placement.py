@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,8 @@ class Stamp(NamedTuple):
 
 
 NO_TABLE = Stamp(0, 0)
+# Part of an expert's rows that a worker gets: by worker id and layer, positive [E], in any unit.
+Weights = Mapping[str, Mapping[int, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,9 @@ class PlacementTable:
 
     @classmethod
     def of(
-        cls, stamp: Stamp, workers: Sequence[WorkerEndpoint], weight_W: Sequence[float] | None = None
+        cls, stamp: Stamp, workers: Sequence[WorkerEndpoint], weights: Weights = MappingProxyType({})
     ) -> PlacementTable:
-        """Return the table of what `workers` hold. `weight_W`: part of the rows that a worker gets of an expert that
-        others hold too, in any unit; equal parts without.
-        """
+        """Return the table of what `workers` hold. `weights`: 1 for workers that have none."""
         layers = tuple(sorted({layer for worker in workers for layer in worker.experts}))
         experts = 1 + max((max(ids, default=-1) for worker in workers for ids in worker.experts.values()), default=-1)
         held_LWE = np.zeros((len(layers), len(workers), experts), dtype=bool)
@@ -69,8 +70,12 @@ class PlacementTable:
             for layer, ids in worker.experts.items():
                 held_LWE[layers.index(layer), at, list(ids)] = True
         holders_LER = _packed(held_LWE)
-        weight = np.array(weight_W) / max(weight_W) if weight_W else np.ones(len(workers))
-        weights_LER = np.append(weight, 1).astype(np.float16)[holders_LER]
+        weight_WLE = np.ones((len(workers) + 1, len(layers), experts), dtype=np.float16)  # the last: NO_HOLDER's
+        for at, worker in enumerate(workers):
+            for layer, weight_E in weights.get(worker.worker_id, {}).items():
+                if layer in layers:
+                    weight_WLE[at, layers.index(layer)] = weight_E[:experts]
+        weights_LER = weight_WLE[holders_LER, np.arange(len(layers))[:, None, None], np.arange(experts)[:, None]]
         return cls(stamp, tuple(workers), layers, holders_LER, weights_LER)
 
     @cached_property

@@ -66,11 +66,9 @@ def series(*kinds: type, extra: CollectorRegistry | None = None) -> int:
 
 
 def routing(detail: Detail) -> CollectorRegistry:
-    load = ExpertLoad(EXPERTS, detail, lambda: 0.0)
-    for layer in LAYERS:
-        load.add(layer, np.arange(EXPERTS))
+    tokens_LE = np.ones((len(LAYERS), EXPERTS), dtype=np.int64)
     registry = CollectorRegistry()
-    registry.register(load)
+    registry.register(ExpertLoad(lambda: (LAYERS, tokens_LE), detail, lambda: 0.0))
     return registry
 
 

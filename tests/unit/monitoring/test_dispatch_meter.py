@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
 from monitoring.dispatch_meter import DispatchMeter, DispatchSample
-from monitoring.expert_load import ExpertLoad
 from monitoring.metrics import DispatchMetrics
 
 
@@ -16,10 +14,10 @@ class World:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.meter = DispatchMeter(DispatchMetrics(self.registry), ExpertLoad(4, "top", lambda: 0.0))
+        self.meter = DispatchMeter(DispatchMetrics(self.registry))
 
     def record(self, sample: DispatchSample) -> None:
-        self.meter.record(sample, 1, np.array([[0, 1]]))
+        self.meter.record(sample)
 
     def value(self, name: str, **labels: str) -> float | None:
         self.meter.fold()
@@ -87,18 +85,6 @@ def test_workers_that_left_leave_no_series() -> None:
     assert world.value("worker_replies_total", expert_worker="a") is None
     assert world.value("worker_replies_total", expert_worker="b") == 2
     assert world.value("worker_replies_total", expert_worker="c") == 0
-
-
-def test_the_routers_choice_is_counted() -> None:
-    experts = ExpertLoad(4, "top", lambda: 0.0)
-    registry = CollectorRegistry()
-    registry.register(experts)
-    meter = DispatchMeter(DispatchMetrics(CollectorRegistry()), experts)
-    for layer in (5, 5, 6):
-        meter.record(sample(), layer, np.array([[0, 1], [2, -1]], dtype=np.int16))
-    meter.fold()
-    assert registry.get_sample_value("deepsplit_layer_routed_tokens_total", {"layer": "5"}) == 6
-    assert registry.get_sample_value("deepsplit_layer_routed_tokens_total", {"layer": "6"}) == 3
 
 
 def test_workers_that_are_lost_or_set_aside() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import Config
-from deployments.directory.members import AdmissionEndpoint, AttentionMember, ClusterView, GatewayMember
+from deployments.directory.members import AdmissionEndpoint, AttentionMember, ClusterView, GatewayMember, Heartbeat
 from deployments.directory.registry import Registry
 from deployments.directory.replica import Directory
 from monitoring.discovery import ScrapeTarget
@@ -26,6 +26,10 @@ def outside_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 def directory(demo_model: Path, outside_serve: None) -> Directory:
     config = {"model": {"path": demo_model}, "monitoring": {"port": 0}}
     return Directory(Config.model_validate(config).model_dump_json())
+
+
+def beat(worker_id: str, busy: float = 0.0, obeyed: int = 0) -> Heartbeat:
+    return Heartbeat(worker_id, busy, rows_per_s=0.0, free_bytes=0, obeyed=obeyed)
 
 
 def gateway(node: str, open_requests: int, draining: bool = False, **in_flight: int) -> GatewayMember:
@@ -103,10 +107,10 @@ def test_expert_workers_of_a_leaving_node_hand_over_first(directory: Directory) 
             members[name] = WorkerMember(name, assignment.slot, 1, node, "", "ready", held=held, elastic=True)
             assert await directory.register_worker(members[name], NO_TABLE)
         assert await directory.leave_node("a", False) == 1
-        told = (await directory.heartbeat("y", 0.0, 0)).keeps
-        assert told is not None
-        number, keeps = told
-        assert (await directory.heartbeat("y", 0.0, number)).keeps is None
+        orders = (await directory.heartbeat(beat("y"))).orders
+        assert orders is not None
+        keeps = orders.keeps
+        assert (await directory.heartbeat(beat("y", obeyed=orders.number))).orders is None
         assert {layer: len(ids) for layer, ids in keeps.items()} == {
             layer: 2 * len(ids) for layer, ids in members["y"].held.items()
         }
@@ -138,11 +142,11 @@ def test_workers_hear_how_busy_all_of_them_are(demo_model: Path, outside_serve: 
                 await directory.register_worker(member, NO_TABLE)
         assert held["spare"] == held["a"] != held["b"]  # a copy of the first worker's
         assert await directory.join("too many", 1, "n", range(2, 4)) is None
-        await directory.heartbeat("a", 0.9, 0)
-        await directory.heartbeat("loading", 0.0, 0)  # has no experts yet
-        assert (await directory.heartbeat("spare", 0.3, 0)).plane_busy == pytest.approx(0.6)
+        await directory.heartbeat(beat("a", 0.9))
+        await directory.heartbeat(beat("loading"))  # has no experts yet
+        assert (await directory.heartbeat(beat("spare", 0.3))).plane_busy == pytest.approx(0.6)
         await directory.leave("a")
-        assert (await directory.heartbeat("spare", 0.3, 0)).plane_busy == pytest.approx(0.3)
+        assert (await directory.heartbeat(beat("spare", 0.3))).plane_busy == pytest.approx(0.3)
 
     asyncio.run(scenario())
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.errors import CheckpointError
-from deployments.directory.members import HeartbeatReply
+from deployments.directory.members import Heartbeat, HeartbeatReply, Orders
 from deployments.experts.worker import ExpertWorker
 from routing.tokens.membership import WorkerMember
 from routing.tokens.placement import NO_TABLE
@@ -52,7 +52,7 @@ class _Directory:
         self.heartbeat = SimpleNamespace(remote=self._heartbeat)
         self.leave = SimpleNamespace(remote=self._leave)
 
-    async def _heartbeat(self, worker_id: str, busy: float, obeyed: int) -> HeartbeatReply:
+    async def _heartbeat(self, beat: Heartbeat) -> HeartbeatReply:
         return HeartbeatReply(True, NO_TABLE, 0.0)
 
     async def _leave(self, worker_id: str) -> None:
@@ -66,7 +66,7 @@ def test_a_worker_that_fenced_itself_leaves_the_table_at_once() -> None:
     fenced._cores, fenced._left, fenced._obeyed = None, False, 0
     fenced._member = WorkerMember("w", 0, 1, "node", "h:1", "ready")
     answers = iter([None, None, "3 turns failed"])
-    fenced._host = SimpleNamespace(failure=lambda: next(answers), busy_s=lambda: 0.0)  # type: ignore[assignment]
+    fenced._host = SimpleNamespace(failure=lambda: next(answers), busy_s=lambda: 0.0, pairs=lambda: 0)  # type: ignore[assignment]
     asyncio.run(asyncio.wait_for(fenced._beat(), 10))
     assert directory.left == ["w"]
     with pytest.raises(RuntimeError, match="3 turns failed"):
@@ -98,6 +98,10 @@ class Host:
         self.held = without(self.held, share)
 
 
+def orders(keeps: Share, share: Share | None = None) -> Orders:
+    return Orders(1, keeps, {} if share is None else share)
+
+
 def obeying(host: Host, told: list[Share]) -> ExpertWorker:
     """A worker with this host; what it says that it holds goes into `told`."""
     made = object.__new__(_Worker)
@@ -114,15 +118,18 @@ def obeying(host: Host, told: list[Share]) -> ExpertWorker:
 def test_a_worker_drops_first_and_says_after_each_step_what_it_holds() -> None:
     host, told = Host({1: (0, 1)}), list[Share]()
     one = obeying(host, told)
-    keeps: Share = {1: (1, 2, 3)}
+    share: Share = {1: (2, 3)}
 
     async def scenario() -> None:
-        while await one._step_to(keeps):
+        while await one._step_to(orders({1: (1, 2, 3)}, share)):
             pass
+        assert one._member.share == share
+        assert await one._step_to(orders({1: (1, 2, 3)}, {1: (3,)}))  # its slot's share alone: nothing to load or drop
+        assert one._member.share == {1: (3,)}
 
     asyncio.run(scenario())
     assert host.steps == [("drop", {1: (0,)}), ("load", {1: (2, 3)})]
-    assert told == [{1: (1,)}, {1: (1, 2, 3)}]
+    assert told == [{1: (1,)}, {1: (1, 2, 3)}, {1: (1, 2, 3)}]
     assert one._member.elastic
 
 
@@ -133,9 +140,9 @@ def test_a_worker_that_cannot_load_more_says_so_and_serves_on(monkeypatch: pytes
     if trouble == "no room":
         monkeypatch.setattr("deployments.experts.worker.free_memory_bytes", lambda: 100 << 20)
     one = obeying(host, told)
-    asyncio.run(one._step_to({1: (0, 1)}))
+    asyncio.run(one._step_to(orders({1: (0, 1)})))
     assert (one._member.elastic, one._member.held) == (False, {1: (0,)})
     assert told == [{1: (0,)}]
-    assert not asyncio.run(one._step_to({1: (0, 1)}))  # not again
-    assert asyncio.run(one._step_to({}))  # but it still drops
+    assert not asyncio.run(one._step_to(orders({1: (0, 1)})))  # not again
+    assert asyncio.run(one._step_to(orders({})))  # but it still drops
     assert one._member.held == {}

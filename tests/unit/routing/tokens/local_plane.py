@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry
 from cluster.config import DispatchConfig
 from cluster.errors import StalePlacement
 from monitoring.dispatch_meter import DispatchMeter
-from monitoring.expert_load import ExpertLoad
 from monitoring.metrics import DispatchMetrics
 from routing.tokens.channel import METHOD_PATH, channel_options
 from routing.tokens.client import ExpertClient, ExpertShape
@@ -110,7 +109,7 @@ class LocalPlane:
 
     def client(self, **settings: object) -> ExpertClient:
         """A client whose meter writes to `registry`: one per plane."""
-        meter = DispatchMeter(DispatchMetrics(self.registry), ExpertLoad(EXPERTS, "top", time.monotonic))
+        meter = DispatchMeter(DispatchMetrics(self.registry))
         base = {"call_timeout_s": 8, "dispatch_timeout_s": 20, "uncovered_timeout_s": 10}
         config = DispatchConfig.model_validate(base | settings)
         shape = ExpertShape(MODEL, HIDDEN, EXPERTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from routing.tokens.membership import Membership, WorkerMember
@@ -337,3 +338,75 @@ def test_a_replica_with_another_directorys_table_holds_everything_up() -> None:
     assert membership.keeps("a") == {1: (0, 1, 4)}
     membership.followed([table.stamp, NO_TABLE])
     assert membership.keeps("a") == {1: (0, 1)}
+
+
+def share(**held: list[int]) -> dict[str, np.ndarray]:
+    masks = {name: np.zeros((1, 4), dtype=bool) for name in held}
+    for name, ids in held.items():
+        masks[name][0, ids] = True
+    return masks
+
+
+def settled_pair(membership: Membership) -> tuple[WorkerMember, WorkerMember]:
+    pair = start(membership, "a", 0.0), start(membership, "b", 0.0)
+    for member in pair:
+        assert membership.register(replace(member, elastic=True), NO_TABLE, 0.0)
+    assert membership.settled()
+    return pair
+
+
+def test_shares_that_change_are_moves_and_outlive_their_workers() -> None:
+    membership = make()
+    a, b = settled_pair(membership)
+    masks = share(a=[0], b=[1, 2, 3])
+    membership.reshare(masks, {name: mask_LE + 1e-3 for name, mask_LE in masks.items()})
+    assert not membership.settled()
+    assert membership.keeps("b") == {1: (1, 2, 3)}
+    assert membership.keeps("a") == {1: (0, 1)}  # until the other has it
+    assert membership.register(replace(b, elastic=True, held={1: (1, 2, 3)}), NO_TABLE, 1.0)
+    table = membership.table()
+    assert table is not None
+    membership.followed([table.stamp])
+    assert membership.keeps("a") == {1: (0,)}
+    assert membership.register(replace(a, elastic=True, held={1: (0,)}), NO_TABLE, 2.0)
+    assert membership.settled()
+    membership.leave("b")
+    assert membership.join("c", 1, "n", 3.0) == b.slot
+    assert membership.share_of("c") == {1: (1, 2, 3)}
+
+
+def test_weights_are_in_the_table() -> None:
+    membership = make()
+    a, b = settled_pair(membership)
+    masks = share(a=[0, 1, 2], b=[2, 3])
+    weights = {"a": np.array([[1, 1, 0.25, 0]]), "b": np.array([[0, 0, 0.75, 1]])}
+    membership.reshare(masks, weights)
+    assert membership.register(replace(a, elastic=True, held={1: (0, 1, 2)}), NO_TABLE, 1.0)
+    table = membership.table()
+    assert table is not None
+    assert table.weights_LER[0, 2].tolist() == [0.25, 0.75]
+
+
+def test_a_new_directory_learns_shares_from_workers() -> None:
+    successor = Membership(SHARES, heartbeat_timeout_s=5.0, now_s=100.0, incarnation=8)
+    moved = {1: (1, 2, 3)}
+    seen = Stamp(7, 9)
+    assert successor.register(ready("b", 1, held=moved, share=moved, elastic=True), seen, 100.0)
+    assert successor.register(ready("a", 0, held={1: (0,)}, share={1: (0,)}, elastic=True), seen, 100.0)
+    assert successor.keeps("b") == moved
+    assert successor.settled()
+
+
+
+
+def test_unsettled_are_workers_that_load_leave_or_are_missing() -> None:
+    membership = make()
+    a, _ = settled_pair(membership)
+    membership.retire("a")
+    assert not membership.settled()
+    membership.leave("a")
+    assert not membership.settled()
+    membership.join("c", 1, "n", 0.0)
+    assert not membership.settled()
+    assert membership.register(replace(a, worker_id="c"), NO_TABLE, 0.0)
+    assert not membership.settled()  # it cannot load and drop

@@ -11,7 +11,8 @@ from routing.tokens.placement import NO_TABLE, PlacementFile, PlacementTable, St
 
 
 def table(*held: dict[int, tuple[int, ...]], weight_W: list[float] | None = None) -> PlacementTable:
-    return PlacementTable.of(Stamp(9, 4), [WorkerEndpoint(f"w{i}", f"h:{i}", h) for i, h in enumerate(held)], weight_W)
+    weights = {f"w{i}": dict.fromkeys((1, 2, 7), np.full(9, weight)) for i, weight in enumerate(weight_W or ())}
+    return PlacementTable.of(Stamp(9, 4), [WorkerEndpoint(f"w{i}", f"h:{i}", h) for i, h in enumerate(held)], weights)
 
 
 def test_holders_are_listed_by_layer_and_expert() -> None:

@@ -100,7 +100,8 @@ def test_the_sum_is_memory_of_its_own() -> None:
 def divided(ids_TK: np.ndarray, weight_W: list[float], salt: int) -> np.ndarray:
     """Rows per worker of one expert that all workers hold."""
     workers = [WorkerEndpoint(f"w{at}", f"h:{at}", {1: range(4)}) for at in range(len(weight_W))]
-    planned = split(ids_TK, PlacementTable.of(Stamp(1, 1), workers, weight_W).routes(4).layer(1), salt)
+    weights = {f"w{at}": {1: np.full(4, weight)} for at, weight in enumerate(weight_W)}
+    planned = split(ids_TK, PlacementTable.of(Stamp(1, 1), workers, weights).routes(4).layer(1), salt)
     rows = np.zeros(len(weight_W), dtype=int)
     for part in planned.parts:
         rows[part.worker] = (part.expert_ids_RK == 2).sum()

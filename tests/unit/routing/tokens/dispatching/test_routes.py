@@ -17,7 +17,8 @@ WEIGHTS = st.lists(st.floats(1e-3, 1e3), min_size=5, max_size=5)
 
 def routes_of(held: list[dict[int, list[int]]], weight_W: list[float] | None = None, experts: int = EXPERTS) -> Routes:
     workers = [WorkerEndpoint(f"w{at}", f"h:{at}", ids) for at, ids in enumerate(held)]
-    return PlacementTable.of(Stamp(1, 1), workers, weight_W and weight_W[: len(held)]).routes(experts)
+    weights = {f"w{at}": dict.fromkeys((3, 4, 5), np.full(EXPERTS, weight)) for at, weight in enumerate(weight_W or ())}
+    return PlacementTable.of(Stamp(1, 1), workers, weights).routes(experts)
 
 
 @settings(max_examples=400, deadline=None)
