@@ -73,8 +73,8 @@ class Rebalancer:
         await asyncio.sleep(self._interval_s)
         fixed = [m.worker_id for m in self._membership.members() if m.state == "ready" and not m.elastic]
         if fixed and not self._told_why_not:
-            logger.warning("experts do not move with their load: %s cannot load others while serving (a GPU's, short of "
-                           "memory, or experts.take_over is false)", ", ".join(fixed))  # fmt: skip
+            logger.warning("experts do not move with their load: %s cannot load others while they serve (a GPU's, or "
+                           "short of memory, or experts.take_over is false)", ", ".join(fixed))  # fmt: skip
         self._told_why_not = bool(fixed)
         tokens_LE = self._tokens.at(time.monotonic())
         if tokens_LE.mean() < _LEAST_TOKENS or not self._membership.settled():

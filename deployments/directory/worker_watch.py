@@ -16,7 +16,7 @@ from routing.tokens.channel import channel_options
 
 logger = logging.getLogger(__name__)
 
-_RETRY_S = 1.0
+_RETRY_S = 1.0  # a tenth of it after a break: the kernel closes what a dead process had one by one
 
 
 class WorkerWatch:
@@ -51,15 +51,18 @@ class WorkerWatch:
             self._tasks[key] = asyncio.get_running_loop().create_task(self._watch(*key))
 
     async def _watch(self, worker_id: str, address: str) -> None:
+        met = False  # its process has answered here
         while True:
-            with contextlib.suppress(grpc.RpcError, OSError):
+            with contextlib.suppress(grpc.RpcError, OSError, TimeoutError):
                 async with self._channel(address) as channel:
-                    await channel.channel_ready()
+                    async with asyncio.timeout(_RETRY_S):
+                        await channel.channel_ready()
+                    met = True
                     await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
-            if await self._refused(address):
+            if met and await self._refused(address):
                 self._ended(worker_id)
                 return
-            await asyncio.sleep(_RETRY_S)
+            await asyncio.sleep(_RETRY_S / 10 if met else _RETRY_S)
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         options: list[tuple[str, str | int]] = [*channel_options(self._settings)]

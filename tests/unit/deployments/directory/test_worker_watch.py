@@ -54,6 +54,38 @@ def test_a_killed_worker_is_noticed_at_once(worker: tuple[subprocess.Popen[str],
     asyncio.run(scenario())
 
 
+def test_an_end_that_closes_connections_first_is_noticed_too(worker: tuple[subprocess.Popen[str], str]) -> None:
+    _, address = worker
+
+    async def scenario() -> None:
+        ended: list[str] = []
+        open_now: list[asyncio.StreamWriter] = []
+
+        async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while data := await reader.read(65536):
+                writer.write(data)
+
+        async def through(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            host, port = address.rsplit(":", 1)
+            there_reader, there = await asyncio.open_connection(host, int(port))
+            open_now.extend((writer, there))
+            await asyncio.gather(pump(reader, there), pump(there_reader, writer))
+
+        server = await asyncio.start_server(through, "127.0.0.1", 0)
+        watch = WorkerWatch(DispatchConfig(), None, ended.append)
+        watch.watch({"a": f"127.0.0.1:{server.sockets[0].getsockname()[1]}"})
+        await asyncio.sleep(0.5)
+        for writer in open_now:
+            writer.transport.abort()
+        await asyncio.sleep(0.05)  # still listening: not the end yet
+        server.close()
+        await until(ended, 3.0)
+        assert ended == ["a"]
+        watch.watch({})
+
+    asyncio.run(scenario())
+
+
 def test_a_stopped_or_forgotten_worker_has_not_ended(worker: tuple[subprocess.Popen[str], str]) -> None:
     process, address = worker
 

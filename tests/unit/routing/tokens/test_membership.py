@@ -377,7 +377,7 @@ def test_shares_that_change_are_moves_and_outlive_their_workers() -> None:
 
 def test_weights_are_in_the_table() -> None:
     membership = make()
-    a, b = settled_pair(membership)
+    a, _ = settled_pair(membership)
     masks = share(a=[0, 1, 2], b=[2, 3])
     weights = {"a": np.array([[1, 1, 0.25, 0]]), "b": np.array([[0, 0, 0.75, 1]])}
     membership.reshare(masks, weights)
