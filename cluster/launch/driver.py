@@ -28,6 +28,7 @@ from cluster.plan.host_cores import keep_to, this_host
 
 if TYPE_CHECKING:
     from ray.serve import Application
+    from ray.serve.handle import DeploymentHandle
 
 APP = "deepsplit"  # Serve application
 DIRECTORY = "Directory"  # Serve deployment that knows both planes
@@ -140,7 +141,7 @@ class _Driver:
         """Every gateway refuses what is new and ends what runs, so that nothing behind them is in use any more."""
         from ray import serve
 
-        handle = serve.get_deployment_handle(DIRECTORY, APP)
+        handle = _over_grpc(serve.get_deployment_handle(DIRECTORY, APP))
         grace_s = self._config.gateway.drain_timeout_s
         deadline = time.monotonic() + grace_s + _CALL_TIMEOUT_S
         # A directory that is gone has nobody to tell; the gateways then drain when Serve stops them.
@@ -189,7 +190,7 @@ class _Driver:
     def _directory_status(self) -> str:
         from ray import serve
 
-        handle = serve.get_deployment_handle(DIRECTORY, APP)
+        handle = _over_grpc(serve.get_deployment_handle(DIRECTORY, APP))
         return str(handle.status.remote().result(timeout_s=_CALL_TIMEOUT_S))
 
     def _gateway_ready(self) -> bool:
@@ -226,6 +227,11 @@ def _build(builder: str, config: str) -> Application:
     (parameter,) = (hint for key, hint in get_type_hints(function).items() if key != "return")
     app: Application = function(parameter(config=config))
     return app
+
+
+def _over_grpc(handle: DeploymentHandle) -> DeploymentHandle:
+    """As deployments.directory.calls does, and for the same reason: Ctrl-Z must not hold the directory up."""
+    return handle.options(_by_reference=False)
 
 
 def _own_error(message: str) -> DeepsplitError | None:

@@ -9,13 +9,12 @@ import time
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Config
 from deployments.admission.replica_loads import ReplicaLoads
 from deployments.admission.server import AdmissionServer
+from deployments.directory.calls import DIRECTORY_AWAY, over_grpc
 from deployments.directory.members import AdmissionEndpoint, ClusterView
 from deployments.hosting.background import BackgroundTasks
 from deployments.hosting.scrape import scrape_process
@@ -36,7 +35,7 @@ class AdmissionService:
         config = Config.model_validate_json(config_json)
         start_logging(config.logging, "admission")
         token = secrets.token_hex(32)
-        self._directory = directory
+        self._directory = over_grpc(directory)
         self._server = AdmissionServer(config.admission, time.monotonic, token, config.internal_tls)
         self._replicas = ReplicaLoads(config.internal_tls, config.gateway.replica_timeout_s, self._on_loads)
         node = ray.util.get_node_ip_address()
@@ -64,7 +63,7 @@ class AdmissionService:
                 if view is not None:
                     version = view.version
                     self._replicas.set_endpoints(view.endpoints)
-            except (RayError, RayServeException) as error:
+            except DIRECTORY_AWAY as error:
                 logger.warning("the directory is away (%s); admission goes on", type(error).__name__)
                 await asyncio.sleep(_RETRY_S)
 

@@ -8,10 +8,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from deployments.directory.calls import DIRECTORY_AWAY
 from deployments.directory.members import AttentionMember
 from deployments.directory.replica import LONG_POLL_S
 from routing.tokens.placement import NO_TABLE, PlacementFile, Stamp
@@ -62,7 +61,7 @@ class PlacementFollower:
                     stamp, table = answer
                     self._file.write_encoded(table)
                     seen = stamp
-            except (RayError, RayServeException, TimeoutError, OSError) as error:
+            except (*DIRECTORY_AWAY, OSError) as error:
                 logger.warning("placement table %d stays: %s: %s", seen.n, type(error).__name__, error)
                 self._stop.wait(RETRY_S)
 

@@ -18,8 +18,6 @@ from typing import Any
 import ray
 from prometheus_client import REGISTRY
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
@@ -34,6 +32,7 @@ from deployments.attention.plugin import LOAD_FORMAT, check_installed
 from deployments.attention.private_port import ReplicaServer
 from deployments.attention.settings import RemoteExpertsSettings
 from deployments.attention.vllm_internals import CompilationConfig, Counter, Gauge, get_metrics_snapshot
+from deployments.directory.calls import DIRECTORY_AWAY, over_grpc
 from deployments.directory.members import AttentionMember, EngineStats
 from deployments.hosting.autoscaling import DEMAND, OCCUPANCY
 from deployments.hosting.process_cores import ProcessCores, child_pids, cores_folder
@@ -75,7 +74,7 @@ class AttentionReplica:
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._max_num_seqs = config.attention.max_num_seqs
         self._measured: EngineStats | None = None  # at the last scrape
-        self._directory = directory
+        directory = self._directory = over_grpc(directory)
         self._demand: float | None = None  # of all clients, in attention replicas, as last heard
         node = ray.util.get_node_ip_address()
         registry = ProcessRegistry(REGISTRY)  # vLLM's
@@ -164,7 +163,7 @@ class AttentionReplica:
         stats = await self.engine_stats()
         try:
             self._demand = await self._directory.demand.remote()
-        except (RayError, RayServeException) as error:
+        except DIRECTORY_AWAY as error:
             logger.warning("the directory is away (%s); the last known demand stays", type(error).__name__)
         said = {OCCUPANCY: (stats.running + stats.waiting) / self._max_num_seqs}
         return said if self._demand is None else said | {DEMAND: self._demand}

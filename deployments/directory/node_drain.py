@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from cluster.launch.driver import APP
+from deployments.directory.calls import over_grpc
 from deployments.directory.replica import NAME as DIRECTORY
 
 SETTLE_S = 5.0  # until load balancers have heard that this pod takes no more connections
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def leave(settled: bool) -> int:
         # Looked up each time: a directory that was restarted has a new handle.
-        handle = serve.get_deployment_handle(DIRECTORY, APP)
+        handle = over_grpc(serve.get_deployment_handle(DIRECTORY, APP))
         return int(handle.leave_node.remote(node, settled).result(timeout_s=_CALL_TIMEOUT_S))
 
     print(f"node {node}: {drain(leave, wait_s, time.monotonic, time.sleep)}", flush=True)

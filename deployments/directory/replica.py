@@ -111,10 +111,7 @@ class Directory:
         return accepted
 
     async def heartbeat(self, beat: Heartbeat) -> HeartbeatReply:
-        """Record an expert worker's sign of life. The answer tells it what else it is to hold.
-
-        Not a long poll: Ray's answer to a process that is stopped holds up all other answers of this one.
-        """
+        """Record an expert worker's sign of life. The answer tells it what else it is to hold."""
         worker_id, now = beat.worker_id, time.monotonic()
         known = self._membership.heartbeat(worker_id, beat.busy, now, beat.rows_per_s, beat.free_bytes)
         table = self._membership.table()

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Config
@@ -28,6 +26,7 @@ from cluster.plan.cores import CoreShare
 from cluster.plan.host_cores import this_host
 from cluster.plan.nodes import free_memory_bytes
 from cluster.plan.pools import Pool, expert_pools, spare_pools
+from deployments.directory.calls import DIRECTORY_AWAY, over_grpc
 from deployments.directory.members import Assignment, Heartbeat, HeartbeatReply, Orders
 from deployments.experts.vital_signs import VitalSigns
 from deployments.hosting.autoscaling import BUSY, spare_autoscaling
@@ -50,7 +49,6 @@ JOIN_RETRY_S = 0.25
 _STEP_BYTES = 256 << 20  # of weights that are loaded at run time before the directory hears of them
 _LEAST_FREE_BYTES = 512 << 20  # of the host's memory, after such a step
 CALL_TIMEOUT_S = 5.0
-DIRECTORY_AWAY = (RayError, RayServeException, TimeoutError)
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +69,7 @@ class ExpertWorker:
         """
         config = Config.model_validate_json(config_json)
         started = time.monotonic()
-        self._directory = directory
+        self._directory = over_grpc(directory)
         self._heartbeat_interval_s = config.experts.heartbeat_interval_s
         self._hand_over_timeout_s = config.experts.hand_over_timeout_s
         self._seen = NO_TABLE

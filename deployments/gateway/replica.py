@@ -13,12 +13,11 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Config
 from cluster.errors import ReplicaUnavailable
+from deployments.directory.calls import DIRECTORY_AWAY, over_grpc
 from deployments.directory.members import ClusterView, EngineStats, GatewayMember
 from deployments.gateway.server import GatewayServer
 from deployments.hosting.background import BackgroundTasks
@@ -32,7 +31,6 @@ _HEAD_NODE = "node:__internal_head__"
 _RETRY_S = 0.5
 _DRAIN_POLL_S = 0.1
 _STATUS_TIMEOUT_S = 5.0
-_AWAY = (RayError, RayServeException, TimeoutError)
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +45,7 @@ class Gateway:
         """`_others` are never called: Serve deploys what the ingress is bound to."""
         config = Config.model_validate_json(config_json)
         start_logging(config.logging, "gateway")
-        self._directory = directory
+        self._directory = over_grpc(directory)
         self._attention = attention
         self._drain_timeout_s = config.gateway.drain_timeout_s
         self._draining: asyncio.Task[None] | None = None
@@ -85,7 +83,7 @@ class Gateway:
                     self._take(view)
                 if self._draining is not None:
                     await asyncio.sleep(_DRAIN_POLL_S)
-            except _AWAY as error:
+            except DIRECTORY_AWAY as error:
                 logger.warning("the directory is away (%s); serving goes on", type(error).__name__)
                 await asyncio.sleep(_RETRY_S)
 
@@ -104,7 +102,7 @@ class Gateway:
             async with asyncio.timeout(_STATUS_TIMEOUT_S):
                 cluster = json.loads(await self._directory.status.remote())
                 stats: EngineStats = await self._attention.engine_stats.remote()
-        except _AWAY as error:
+        except DIRECTORY_AWAY as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ReplicaUnavailable(f"the cluster is not ready: {reason}") from error
         return {**cluster, "engine": dataclasses.asdict(stats) | {"spec_acceptance": stats.spec_acceptance}}

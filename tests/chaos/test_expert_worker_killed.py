@@ -92,6 +92,22 @@ def test_killed_in_the_middle_of_a_request(cli: Cli) -> None:
     assert victim not in [worker["pid"] for worker in ready_workers(cli)]
 
 
+def test_a_stopped_attention_replica_does_not_hold_the_directory_up(cli: Cli) -> None:
+    before = cli.status()
+    (replica,) = before["attention"]
+    victim = before["experts"][0]["id"]
+    os.kill(replica["pid"], signal.SIGSTOP)  # it waits for the directory's answer, as always
+    try:
+        os.kill(before["experts"][0]["pid"], signal.SIGKILL)
+        wait_until("a table without it", lambda: victim not in [one["id"] for one in ready_workers(cli)], 10)
+    finally:
+        os.kill(replica["pid"], signal.SIGCONT)
+    wait_until("a new worker", lambda: len(ready_workers(cli)) == 2, 60)
+    url = before["gateway"]["rest"]
+    assert complete(url, "demo", PROMPT, 24) == complete(url, "demo", PROMPT, 24)
+    assert cli.status()["attention"] == before["attention"]
+
+
 def test_killed_directory_stops_nothing(cli: Cli) -> None:
     wait_until("the worker that replaces the killed one", lambda: len(ready_workers(cli)) == 2, 60)
     before = cli.status()
