@@ -15,7 +15,7 @@ from cluster.errors import DeepsplitError, StartupError
 from cluster.keys.api_keys import key_hash, new_key
 from cluster.keys.editor import add_key, snippet
 from cluster.keys.file import tenant_name_fault
-from cluster.launch.launcher import BUILDER, down, grpc_target, rest_url, status, up, up_detached
+from cluster.launch.launcher import BUILDER, down, grpc_target, rest_url, scale, status, up, up_detached
 from cluster.launch.state import ClusterState, StateFolder
 from cluster.launch.supervisor import Stopped
 from cluster.plan.bandwidth import bandwidth_gb_per_s
@@ -97,6 +97,28 @@ def status_command(as_json: bool) -> None:
     """Show what runs, where, and who holds which experts."""
     report = status(StateFolder())
     click.echo(json.dumps(report, indent=2) if as_json else _table(report))
+
+
+@cli.command("scale")
+@click.argument("wanted", metavar="ROLE=NUMBER...", nargs=-1, required=True)
+@click.option("--timeout", "wait_s", default=600.0, metavar="SECONDS", help="How long to wait; 600 if not set.")
+def scale_command(wanted: tuple[str, ...], wait_s: float) -> None:
+    """Have another number of expert workers or attention replicas, without a pause: experts=4 attention=2.
+
+    It lasts until the cluster is stopped; the configuration says what the next one starts with.
+    """
+    scale(StateFolder(), _roles(wanted), wait_s, lambda text: click.echo(text, err=True))
+
+
+def _roles(wanted: tuple[str, ...]) -> dict[str, int]:
+    roles: dict[str, int] = {}
+    for one in wanted:
+        role, _, number = one.partition("=")
+        if role not in ("experts", "attention") or not number.isdecimal() or int(number) < 1 or role in roles:
+            raise click.BadParameter(f"{one!r} is not one of experts=NUMBER and attention=NUMBER, each at most once, "
+                                     f"NUMBER at least 1", param_hint="ROLE=NUMBER")  # fmt: skip
+        roles[role] = int(number)
+    return roles
 
 
 @cli.group("key")

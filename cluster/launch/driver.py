@@ -16,7 +16,7 @@ import shutil
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_type_hints
 
@@ -43,7 +43,7 @@ _OBJECT_STORE_BYTES = 128 * 2**20
 class Job:
     """What the supervisor wants done."""
 
-    action: Literal["serve", "status", "delete"]
+    action: Literal["serve", "status", "scale", "delete"]
     config: str  # Config as JSON
     address: str  # Ray cluster to connect to; empty: start a local one
     root: str  # folder for everything temporary
@@ -51,6 +51,7 @@ class Job:
     builder: str  # import string of the function that builds the application
     resources: dict[str, float]  # of a local cluster's one node, "CPU" among them
     labels: dict[str, str]  # of a local cluster's one node
+    wanted: dict[str, int] = field(default_factory=dict)  # processes by role, to "scale" to
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class _Driver:
             self._connect()
             if self._job.action == "status":
                 self._send(Event("result", self._directory_status()))
+            elif self._job.action == "scale":
+                self._send(Event("result", self._scale()))
             elif self._job.action == "delete":
                 self._drain()
                 self._delete()
@@ -192,6 +195,14 @@ class _Driver:
 
         handle = _over_grpc(serve.get_deployment_handle(DIRECTORY, APP))
         return str(handle.status.remote().result(timeout_s=_CALL_TIMEOUT_S))
+
+    def _scale(self) -> str:
+        from ray import serve
+
+        handle = _over_grpc(serve.get_deployment_handle(DIRECTORY, APP))
+        wanted = self._job.wanted
+        asked = handle.scale.remote(wanted.get("experts"), wanted.get("attention"))
+        return str(asked.result(timeout_s=_CALL_TIMEOUT_S))
 
     def _gateway_ready(self) -> bool:
         from ray import serve

@@ -1,4 +1,4 @@
-"""`deepsplit up`, `status` and `down`: one cluster per user, in the foreground or detached."""
+"""`deepsplit up`, `status`, `scale` and `down`: one cluster per user, in the foreground or detached."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from cluster.addresses import bracketed
@@ -148,6 +150,42 @@ def status(folder: StateFolder) -> dict[str, object]:
     return report | json.loads(_ask("status", state)) if state.ready else report
 
 
+def scale(folder: StateFolder, wanted: Mapping[str, int], wait_s: float, on_progress: Callable[[str], None]) -> None:
+    """Have as many processes of each role as `wanted` says, and wait for them. Raises StartupError when nothing runs,
+    when that cannot be, or when they are not there after `wait_s` seconds; the wish stands then.
+    """
+    state = folder.read()
+    if status(folder)["state"] != "ready" or state is None:
+        raise StartupError("the cluster is still starting: ask again when `deepsplit status` says ready")
+    if why_not := _ask("scale", state, wanted):
+        raise StartupError(why_not)
+    deadline, told = time.monotonic() + wait_s, ""
+    while True:
+        report = status(folder)
+        states = {role: _states(report[role]) for role in wanted}
+        text = "; ".join(f"{role}: {count} wanted, {_counted(states[role])}" for role, count in wanted.items())
+        if text != told:
+            on_progress(text)
+            told = text
+        if all(states[role] == ["ready"] * count for role, count in wanted.items()):
+            return
+        if time.monotonic() > deadline:
+            raise StartupError(
+                f"not there after {wait_s:g} s ({text}); Serve goes on trying. If Ray has no room: "
+                f"{'add nodes' if state.joined else 'set ray.num_cpus to more and start again'}, or ask for less"
+            )
+        time.sleep(1)
+
+
+def _states(processes: object) -> list[str]:
+    assert isinstance(processes, list)
+    return [process["state"] for process in processes]
+
+
+def _counted(states: Sequence[str]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in sorted(Counter(states).items())) or "none"
+
+
 def rest_url(config: Config) -> str:
     """Base URL of the REST gateway, as this machine reaches it."""
     return f"{'https' if config.gateway.tls else 'http'}://{_reachable(config.gateway.host)}:{config.gateway.port}"
@@ -191,11 +229,13 @@ def _sweep(state: ClusterState) -> None:
         shutil.rmtree(state.root, ignore_errors=True)
 
 
-def _ask(action: Literal["status", "delete"], state: ClusterState) -> str:
+def _ask(
+    action: Literal["status", "scale", "delete"], state: ClusterState, wanted: Mapping[str, int] = MappingProxyType({})
+) -> str:
     """Run a driver for one request to a running cluster."""
     root = make_root()
     read_end, write_end = os.pipe()
-    job = Job(action, state.config, state.address, str(root), write_end, "", {}, {})
+    job = Job(action, state.config, state.address, str(root), write_end, "", {}, {}, dict(wanted))
     driver = start_driver(job, None if state.joined else token_path(Path(state.root)))
     os.close(write_end)
     deadline = time.monotonic() + _QUERY_TIMEOUT_S

@@ -12,7 +12,7 @@ from ray import serve
 
 from cluster.config import Config
 from deployments.attention.engine_args import gpus_per_rank
-from deployments.hosting.autoscaling import serve_autoscaling
+from deployments.hosting.autoscaling import on_wish, serve_autoscaling
 
 NAME = "attention"
 REPLICA_CLASS = "deployments.attention.replica.AttentionReplica"
@@ -22,11 +22,10 @@ def attention_deployment(config: Config, directory: serve.Application) -> serve.
     """Return the attention replicas, bound and ready to be passed to the gateway."""
     bundles = placement_bundles(config)
     labels = dict(config.attention.placement.labels)
-    scaling = config.attention.autoscaling
+    scaling, replicas = config.attention.autoscaling, config.attention.replicas
     deploy = serve.deployment(
         name=NAME,
-        num_replicas=config.attention.replicas if scaling is None else None,
-        autoscaling_config=None if scaling is None else serve_autoscaling(scaling, config.attention.replicas),
+        autoscaling_config=on_wish(replicas) if scaling is None else serve_autoscaling(scaling, replicas),
         ray_actor_options={
             "num_cpus": bundles[0]["CPU"],
             "num_gpus": 0,  # GPUs belong to the engine's workers, which take them from the placement group

@@ -33,8 +33,8 @@ from deployments.attention.private_port import ReplicaServer
 from deployments.attention.settings import RemoteExpertsSettings
 from deployments.attention.vllm_internals import CompilationConfig, Counter, Gauge, get_metrics_snapshot
 from deployments.directory.calls import DIRECTORY_AWAY, over_grpc
-from deployments.directory.members import AttentionMember, EngineStats
-from deployments.hosting.autoscaling import DEMAND, OCCUPANCY
+from deployments.directory.members import AttentionMember, Demand, EngineStats
+from deployments.hosting.autoscaling import DEMAND, OCCUPANCY, WISH, WISH_VERSION
 from deployments.hosting.process_cores import ProcessCores, child_pids, cores_folder
 from deployments.hosting.scrape import read_scrape_file, scrape_process
 from deployments.hosting.serve_logs import EngineLogging, start_logging
@@ -75,7 +75,7 @@ class AttentionReplica:
         self._max_num_seqs = config.attention.max_num_seqs
         self._measured: EngineStats | None = None  # at the last scrape
         directory = self._directory = over_grpc(directory)
-        self._demand: float | None = None  # of all clients, in attention replicas, as last heard
+        self._demand = Demand(None, None)  # as last heard
         node = ray.util.get_node_ip_address()
         registry = ProcessRegistry(REGISTRY)  # vLLM's
         self._metrics = EngineMetrics(registry)
@@ -162,11 +162,15 @@ class AttentionReplica:
         """Tell Serve what it needs when it sets the number of replicas."""
         stats = await self.engine_stats()
         try:
-            self._demand = await self._directory.demand.remote()
+            self._demand = await self._directory.demand.remote(self._demand.wish)
         except DIRECTORY_AWAY as error:
             logger.warning("the directory is away (%s); the last known demand stays", type(error).__name__)
         said = {OCCUPANCY: (stats.running + stats.waiting) / self._max_num_seqs}
-        return said if self._demand is None else said | {DEMAND: self._demand}
+        if self._demand.replicas is not None:
+            said[DEMAND] = self._demand.replicas
+        if (wish := self._demand.wish) is not None:
+            said |= {WISH: float(wish.attention), WISH_VERSION: float(wish.version)}
+        return said
 
     def _measure(self) -> None:
         """Bring the metrics up to date, on the scraping thread. Does nothing before the engine is there."""

@@ -27,6 +27,17 @@ class Assignment:
 
 
 @dataclass(frozen=True)
+class Wish:
+    """How many processes there are to be, as `deepsplit scale` was told last. Workers and replicas repeat it, so that a
+    new directory learns of it.
+    """
+
+    version: int  # grows with every wish
+    experts: int
+    attention: int
+
+
+@dataclass(frozen=True)
 class Heartbeat:
     """What an expert worker says of itself every second."""
 
@@ -35,6 +46,7 @@ class Heartbeat:
     rows_per_s: float  # pairs of row and expert per second of computing, lately; 0: not known yet
     free_bytes: int  # of its host's memory
     obeyed: int  # number of the last orders that are carried out; 0: of none
+    wish: Wish | None = None  # the last that it heard of
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,15 @@ class HeartbeatReply:
     stamp: Stamp  # of the newest published table; NO_TABLE: none
     plane_busy: float  # mean fraction of their time that all ready workers compute, 0 to 1
     orders: Orders | None = None  # None: those that the worker has carried out
+    wish: Wish | None = None  # None: as configured
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What an attention replica passes on to Serve."""
+
+    replicas: float | None  # attention replicas that all gateways' requests would fill; None while no gateway is known
+    wish: Wish | None  # None: as configured
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,12 @@ from deployments.directory.members import (
     Assignment,
     AttentionMember,
     ClusterView,
+    Demand,
     GatewayMember,
     Heartbeat,
     HeartbeatReply,
     Orders,
+    Wish,
 )
 from deployments.directory.ray_agents import RayAgents
 from deployments.directory.rebalancer import Rebalancer
@@ -64,7 +66,13 @@ class Directory:
         experts = config.experts
         held = split_shares(spec.num_experts, experts.worker_shares(), experts.replicas_per_expert)
         shares = [dict.fromkeys(spec.moe_layers, ids) for ids in with_copies(held, experts)]  # by slot
+        self._config = config
         self._workers = experts.workers  # slots from here on are those of redundant workers
+        self._wish: Wish | None = None
+        # Why the number of expert workers cannot change; None if it can.
+        self._fixed_experts = "`deepsplit scale` knows nothing of experts.pools" if experts.pools else None
+        if experts.spares is not None:
+            self._fixed_experts = "experts.spares is set: Serve sets the number of workers"
         self._model = config.model.served_name
         self._membership = Membership(
             shares, experts.heartbeat_timeout_s, time.monotonic(), secrets.randbits(63) + 1, self._on_lost
@@ -94,7 +102,7 @@ class Directory:
 
     async def join(self, worker_id: str, pid: int, node: str, slots: range) -> Assignment | None:
         """Assign a slot to a new expert worker whose pool has `slots`. Returns None if all are taken: ask again."""
-        slot = self._membership.join(worker_id, pid, node, time.monotonic(), slots)
+        slot = self._membership.join(worker_id, pid, node, time.monotonic(), slots if self._fixed_experts else None)
         if slot is None:
             return None
         self._metrics.worker_events.labels("joined").inc()
@@ -113,12 +121,14 @@ class Directory:
     async def heartbeat(self, beat: Heartbeat) -> HeartbeatReply:
         """Record an expert worker's sign of life. The answer tells it what else it is to hold."""
         worker_id, now = beat.worker_id, time.monotonic()
+        self._hear(beat.wish)
         known = self._membership.heartbeat(worker_id, beat.busy, now, beat.rows_per_s, beat.free_bytes)
         table = self._membership.table()
         orders = self._orders(worker_id) if known else None
         if orders is not None and orders.number == beat.obeyed:
             orders = None
-        return HeartbeatReply(known, table.stamp if table else NO_TABLE, self._membership.busy(), orders)
+        stamp = table.stamp if table else NO_TABLE
+        return HeartbeatReply(known, stamp, self._membership.busy(), orders, self._wish)
 
     def _orders(self, worker_id: str) -> Orders:
         keeps, share = self._membership.keeps(worker_id), self._membership.share_of(worker_id)
@@ -187,6 +197,7 @@ class Directory:
         return json.dumps(
             {
                 "model": self._model,
+                "wanted": self._wanted(),
                 "placement_epoch": table.stamp.n if table else 0,
                 "attention": [
                     {"id": m.replica_id, "pid": m.pid, "node": m.node, "state": m.state, "cores": m.cores}
@@ -222,10 +233,61 @@ class Directory:
         self._registry.register_admission(endpoint, scrape, demand, time.monotonic())
         return await self._next_view(after_version)
 
-    async def demand(self) -> float | None:
-        """Return how many attention replicas all gateways' requests would fill; None while no gateway is known."""
+    async def demand(self, heard: Wish | None) -> Demand:
+        """Return what attention replicas pass on to Serve. `heard`: the wish that this one heard of last."""
+        self._hear(heard)
         self._registry.expire(time.monotonic())
-        return self._registry.demand()
+        return Demand(self._registry.demand(), self._wish)
+
+    async def scale(self, experts: int | None, attention: int | None) -> str:
+        """Have so many expert workers and attention replicas from now on; None: as many as now. Returns why that cannot
+        be, empty if it can.
+        """
+        why_not = self._why_not_scale(experts, attention)
+        if why_not is None:
+            wanted = self._wanted()
+            self._hear(Wish(time.time_ns(), experts or wanted["experts"], attention or wanted["attention"]))
+        return why_not or ""
+
+    def _why_not_scale(self, experts: int | None, attention: int | None) -> str | None:
+        config, members = self._config, self._membership.members()
+        if attention is not None and config.attention.autoscaling is not None:
+            return "attention.autoscaling is set: Serve sets the number of attention replicas"
+        if experts is None or experts == self._wanted()["experts"]:
+            return None
+        if self._fixed_experts is not None:
+            return self._fixed_experts
+        if experts < config.experts.replicas_per_expert:
+            return f"experts.replicas_per_expert is {config.experts.replicas_per_expert}: there must be as many workers"
+        if any(member.state == "ready" and not member.elastic for member in members):
+            return "some expert workers cannot load others' experts (GPUs, no memory, or experts.take_over is false)"
+        if experts > (most := self._membership.most_slots()):
+            return f"there are no more than {most} copies of experts in a layer, and each worker is to hold one"
+        gone, expert_bytes = 1 - experts / self._wanted()["experts"], max((m.expert_bytes for m in members), default=0)
+        lacking = int(gone * sum(sum(map(len, m.held.values())) for m in members) * expert_bytes)
+        free = sum({member.node: member.free_bytes for member in members}.values())
+        if lacking > free:
+            return f"the workers that stay would load {lacking >> 20} MiB, and their hosts have {free >> 20} MiB free"
+        return None
+
+    def _wanted(self) -> dict[str, int]:
+        wish = self._wish
+        return {
+            "experts": self._config.experts.workers if wish is None else wish.experts,
+            "attention": self._config.attention.replicas if wish is None else wish.attention,
+        }
+
+    def _hear(self, wish: Wish | None) -> None:
+        """Follow a wish that is newer than the last."""
+        if wish is None or (self._wish is not None and wish.version <= self._wish.version):
+            return
+        self._wish = wish
+        logger.info("%d expert workers and %d attention replicas are wanted", wish.experts, wish.attention)
+        if self._fixed_experts is None:
+            self._membership.resize(wish.experts)
+        for role, count in self._wanted().items():
+            self._metrics.members_wanted.labels(role).set(count)
+        self._publish_table()
 
     async def drain(self) -> int:
         """Have every gateway refuse new requests. Returns how many they still hold; ask again until it is 0."""
@@ -312,8 +374,9 @@ class Directory:
         metrics.uncovered.set(self._membership.uncovered())
         for state in ("loading", "ready"):
             slots = [m.slot for m in self._membership.members() if (m.state == "loading") == (state == "loading")]
-            metrics.members.labels("experts", state).set(sum(slot < self._workers for slot in slots))
-            metrics.members.labels("redundant_experts", state).set(sum(slot >= self._workers for slot in slots))
+            spare = 0 if self._fixed_experts is None else sum(slot >= self._workers for slot in slots)
+            metrics.members.labels("experts", state).set(len(slots) - spare)
+            metrics.members.labels("redundant_experts", state).set(spare)
         for state in ("starting", "ready", "draining"):
             metrics.members.labels("attention", state).set(sum(m.state == state for m in self._registry.replicas()))
         for state, draining in (("ready", False), ("draining", True)):

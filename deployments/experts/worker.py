@@ -27,9 +27,9 @@ from cluster.plan.host_cores import this_host
 from cluster.plan.nodes import free_memory_bytes
 from cluster.plan.pools import Pool, expert_pools, spare_pools
 from deployments.directory.calls import DIRECTORY_AWAY, over_grpc
-from deployments.directory.members import Assignment, Heartbeat, HeartbeatReply, Orders
+from deployments.directory.members import Assignment, Heartbeat, HeartbeatReply, Orders, Wish
 from deployments.experts.vital_signs import VitalSigns
-from deployments.hosting.autoscaling import BUSY, spare_autoscaling
+from deployments.hosting.autoscaling import BUSY, WISH, WISH_VERSION, on_wish, spare_autoscaling
 from deployments.hosting.process_cores import ProcessCores, cores_folder, waiting_environment
 from deployments.hosting.scrape import scrape_process
 from deployments.hosting.serve_logs import start_logging
@@ -74,6 +74,7 @@ class ExpertWorker:
         self._hand_over_timeout_s = config.experts.hand_over_timeout_s
         self._seen = NO_TABLE
         self._plane_busy = 0.0
+        self._wish: Wish | None = None
         self._failure: str | None = None
         self._left = False  # the directory knows that it goes
         self._orders: Orders | None = None
@@ -147,12 +148,13 @@ class ExpertWorker:
             if self._failure is not None:
                 break
             said = (0.0, 0.0) if host is None else signs.since_last(host.busy_s(), host.pairs(), time.monotonic())
-            beat = Heartbeat(self._member.worker_id, *said, free_memory_bytes(), self._obeyed)
+            beat = Heartbeat(self._member.worker_id, *said, free_memory_bytes(), self._obeyed, self._wish)
             try:
                 answer = self._directory.heartbeat.remote(beat)
                 reply: HeartbeatReply = await asyncio.wait_for(answer, CALL_TIMEOUT_S)
                 self._seen = self._seen if reply.stamp == NO_TABLE else reply.stamp
                 self._plane_busy = reply.plane_busy
+                self._wish = reply.wish or self._wish
                 if reply.orders is not None:
                     self._orders = reply.orders
                     self._told.set()
@@ -213,8 +215,10 @@ class ExpertWorker:
         self._member = dataclasses.replace(self._member, elastic=False)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Tell Serve what it needs when it sets the number of redundant workers."""
-        return {BUSY: self._plane_busy}
+        """Tell Serve what it needs when it sets the number of workers."""
+        wish = self._wish
+        said = {} if wish is None else {WISH: float(wish.experts), WISH_VERSION: float(wish.version)}
+        return {BUSY: self._plane_busy, **said}
 
     async def check_health(self) -> None:
         """Raise if this worker must be replaced; Serve does so."""
@@ -271,7 +275,9 @@ def expert_deployments(config: Config, directory: serve.Application) -> tuple[se
     """Return the expert workers, bound: one deployment per pool, and one for the redundant workers of each that has
     some.
     """
-    fixed = [_deployment(config, pool, directory) for pool in expert_pools(config.experts)]
+    # With pools or spares the number of workers is fixed: `Directory.scale` says so too.
+    on_demand = None if config.experts.pools or config.experts.spares else on_wish(config.experts.workers)
+    fixed = [_deployment(config, pool, directory, on_demand) for pool in expert_pools(config.experts)]
     redundant = [
         _deployment(config, one.pool, directory, spare_autoscaling(one.scaling, len(one.helped)))
         for one in spare_pools(config.experts)

@@ -17,7 +17,10 @@ from cluster.config import AttentionAutoscaling, ExpertSpares
 
 OCCUPANCY = "occupancy"  # of a replica: sequences in its engine, relative to attention.max_num_seqs
 DEMAND = "demand"  # attention replicas that would be full with what clients ask for, refused requests included
+WISH = "wish"  # processes of this kind that there are to be, by the last `deepsplit scale` that the process heard of
+WISH_VERSION = "wish_version"
 BUSY = "busy"  # fraction of their time that expert workers compute, the mean over all of them
+_MOST = 10_000  # replicas of one kind, for want of a better bound
 
 
 def wanted(said: Mapping[str, float], running: int, target: float) -> int:
@@ -47,6 +50,32 @@ class LoadPolicy:
         demand = max(metrics.get(DEMAND, {}).values(), default=0.0)  # all say the same, but not at the same time
         replicas = max(replicas, math.ceil(round(demand / self._target, 6)))
         return max(0, replicas - self._fixed), {}
+
+
+class WishPolicy:
+    """Serve's autoscaling policy: as many replicas as `deepsplit scale` asked for last."""
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """Serve's interface. Nothing changes while no replica has heard of a wish."""
+        raw = context.raw_metrics or {}
+        latest: tuple[float, float] = (0.0, context.target_num_replicas)
+        for replica, versions in raw.get(WISH_VERSION, {}).items():
+            wishes = raw.get(WISH, {}).get(replica, ())
+            if versions and wishes:
+                latest = max(latest, (versions[-1].value, wishes[-1].value))
+        return int(latest[1]), {}
+
+
+def on_wish(initial: int) -> AutoscalingConfig:
+    """Serve's form of it: `initial` replicas until there is a wish."""
+    return AutoscalingConfig(
+        min_replicas=1,
+        max_replicas=_MOST,
+        initial_replicas=initial,
+        upscale_delay_s=0.0,
+        downscale_delay_s=0.0,
+        policy=AutoscalingPolicy(policy_function="deployments.hosting.autoscaling:WishPolicy"),
+    )
 
 
 def serve_autoscaling(scaling: AttentionAutoscaling, initial: int) -> AutoscalingConfig:

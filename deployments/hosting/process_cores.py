@@ -63,11 +63,11 @@ class ProcessCores:
         self._spin = False
         self._claimable: Sequence[int] = host.divisible
         self._planned: list[tuple[int, ...]] = []  # its own, and those of processes that differ in their number alone
-        if planned is None:
-            # Nobody knows who else will come: waiting threads sleep.
+        own = next((share for share in planned or () if share.name == process.name), None)
+        if planned is None or own is None:
+            # Nobody knows who else will come (or this one came later than planned): waiting threads sleep.
             self._wanted = process.pin != "never" and process.threads is not None
         else:
-            own = next(share for share in planned if share.name == process.name)
             self._wanted, self._spin = own.pinned, own.spin
             pinned = [share for share in planned if share.pinned]
             self._claimable = [core for share in pinned for core in share.cores]  # the rest is for other processes

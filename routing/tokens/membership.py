@@ -21,6 +21,7 @@ from monitoring.discovery import ScrapeTarget
 from routing.tokens.holdings import Holdings
 from routing.tokens.placement import NO_TABLE, PlacementTable, Stamp, Weights, WorkerEndpoint
 from routing.tokens.share import Share
+from routing.tokens.slot_shares import with_enough, with_one_more, with_orphans
 
 State = Literal["loading", "ready", "leaving"]
 
@@ -66,9 +67,12 @@ class Membership:
         layers = sorted({layer for share in shares for layer in share})
         experts = 1 + max((max(ids, default=-1) for share in shares for ids in share.values()), default=-1)
         self._holdings = Holdings(layers, experts)
-        self._shares_LE = [self._holdings.mask(share) for share in shares]  # by slot
-        self._needed_LE = np.logical_or.reduce(self._shares_LE)
-        self._first_experts = [int(share_LE.sum()) for share_LE in self._shares_LE]
+        self._shares_LE = {slot: self._holdings.mask(share) for slot, share in enumerate(shares)}
+        copies_LE = np.sum(list(self._shares_LE.values()), axis=0)
+        self._needed_LE: np.ndarray = copies_LE > 0
+        self._replicas = int(copies_LE[self._needed_LE].min())  # of each expert, at least
+        self._first_experts = {slot: int(share_LE.sum()) for slot, share_LE in self._shares_LE.items()}
+        self._wanted_slots = len(shares)
         self._weights: Weights = {}
         self._timeout_s = heartbeat_timeout_s
         self._started_s = now_s
@@ -81,6 +85,14 @@ class Membership:
 
     # --- events ---
 
+    def resize(self, slots: int) -> None:
+        """Have so many slots from now on. A new one comes when a worker asks for it, and takes experts of the others; a
+        slot too many goes once nobody is in it, and gives its experts to the others.
+        """
+        self._wanted_slots = slots
+        self._give_up_empty_slots()
+        self._want()
+
     def join(self, worker_id: str, pid: int, node: str, now_s: float, slots: range | None = None) -> int | None:
         """Give a new worker a free slot, one of `slots` if they are given. Returns None while each has a live worker:
         ask again, because a dead one falls silent.
@@ -89,7 +101,9 @@ class Membership:
         if worker_id in self._members:
             return self._members[worker_id].slot
         taken = {member.slot for member in self._members.values() if member.state != "leaving"}
-        free = [slot for slot in slots or range(len(self._shares_LE)) if slot not in taken]
+        free = [slot for slot in slots or sorted(self._shares_LE) if slot not in taken]
+        if not free and slots is None and len(self._shares_LE) < self._wanted_slots:
+            free = [self._new_slot()]
         if not free:
             return None
         self._add(WorkerMember(worker_id, free[0], pid, node, "", "loading", now_s))
@@ -114,6 +128,8 @@ class Membership:
                 self._remove(rival.worker_id)
             if member.share:
                 self._shares_LE[member.slot] = self._holdings.mask(member.share)
+                self._first_experts.setdefault(member.slot, self._mean_experts())
+                self._wanted_slots = max(self._wanted_slots, len(self._shares_LE))
             self._add(replace(member, last_heartbeat_s=now_s))
         else:
             if before.state == "leaving":
@@ -166,6 +182,7 @@ class Membership:
         if member is None or member.state == "loading":
             return True
         self._members[worker_id] = replace(member, state="leaving")
+        self._give_up_empty_slots()
         self._want()
         takers = any(other.state == "ready" and other.elastic for other in self._members.values())
         return not takers or not self._holdings.keeps(worker_id).any()
@@ -209,18 +226,43 @@ class Membership:
 
     def _add(self, member: WorkerMember) -> None:
         self._members[member.worker_id] = member
-        self._holdings.join(member.worker_id, self._shares_LE[member.slot])
+        self._holdings.join(member.worker_id, self._shares_LE.get(member.slot, np.zeros_like(self._needed_LE)))
 
     def _remove(self, worker_id: str) -> None:
         if self._members.pop(worker_id, None) is not None:
             self._holdings.leave(worker_id)
+            self._give_up_empty_slots()
+
+    def _new_slot(self) -> int:
+        """Add a slot whose share is taken from the others'. Its number is the lowest that nobody has."""
+        taken = {*self._shares_LE, *(member.slot for member in self._members.values())}
+        slot = next(number for number in range(len(taken) + 1) if number not in taken)
+        self._shares_LE |= with_one_more(self._shares_LE, slot)
+        self._first_experts[slot] = self._mean_experts()
+        self._want()
+        return slot
+
+    def _give_up_empty_slots(self) -> None:
+        while len(self._shares_LE) > self._wanted_slots:
+            live = {member.slot for member in self._members.values() if member.state != "leaving"}
+            empty = [slot for slot in sorted(self._shares_LE, reverse=True) if slot not in live]
+            if not empty:
+                return
+            del self._shares_LE[empty[0]]
+            has = {member.slot: self._holdings.has(name) for name, member in self._members.items()}
+            self._shares_LE = with_enough(self._shares_LE, self._needed_LE, self._replicas, has)
+
+    def _mean_experts(self) -> int:
+        return int(sum(share_LE.sum() for share_LE in self._shares_LE.values())) // len(self._shares_LE)
 
     def _want(self) -> None:
         """Decide what each worker is wanted to hold: its slot's share, and its part of the experts that are in no ready
         worker's share. Until the first table everybody is only starting.
         """
+        nothing_LE = np.zeros_like(self._needed_LE)
         wanted: dict[str, np.ndarray] = {
-            member.worker_id: self._shares_LE[member.slot] & (member.state != "leaving") for member in self.members()
+            member.worker_id: self._shares_LE.get(member.slot, nothing_LE) if member.state != "leaving" else nothing_LE
+            for member in self.members()
         }
         ready = [member for member in self._ready() if member.state == "ready"]
         takers = [member.worker_id for member in ready if member.elastic]
@@ -229,7 +271,7 @@ class Membership:
             for member in ready:
                 orphans_LE &= ~wanted[member.worker_id]
             has = {taker: self._holdings.has(taker) for taker in takers}
-            wanted |= _with_orphans(orphans_LE, {taker: wanted[taker] for taker in takers}, has)
+            wanted |= with_orphans(orphans_LE, {taker: wanted[taker] for taker in takers}, has)
         for worker_id, wanted_LE in wanted.items():
             self._holdings.want(worker_id, wanted_LE)
 
@@ -254,11 +296,11 @@ class Membership:
 
     def shares(self) -> dict[str, np.ndarray]:
         """Return what the slot of each worker is to hold, bool [L, E] by worker id."""
-        return {member.worker_id: self._shares_LE[member.slot] for member in self.members()}
+        return {m.worker_id: self._shares_LE[m.slot] for m in self.members() if m.slot in self._shares_LE}
 
     def first_experts(self) -> dict[str, int]:
         """Return how many experts the slot of each worker was to hold at first, over all layers, by worker id."""
-        return {member.worker_id: self._first_experts[member.slot] for member in self.members()}
+        return {m.worker_id: self._first_experts[m.slot] for m in self.members() if m.slot in self._shares_LE}
 
     def is_ready(self, worker_id: str) -> bool:
         """Return whether a worker is one of them and answers dispatches."""
@@ -266,11 +308,15 @@ class Membership:
 
     def share(self, slot: int) -> Share:
         """Return what the worker in a slot is to hold, whatever else is the case."""
-        return self._holdings.share(self._shares_LE[slot])
+        return self._holdings.share(self._shares_LE.get(slot, np.zeros_like(self._needed_LE)))
 
     def share_of(self, worker_id: str) -> Share:
         """Return what the slot of a worker is to hold."""
         return self.share(self._members[worker_id].slot)
+
+    def most_slots(self) -> int:
+        """Return how many slots can have an expert of each layer."""
+        return int(self._needed_LE.sum(axis=1).min()) * self._replicas
 
     def keeps(self, worker_id: str) -> Share:
         """Return what a worker is to hold now: it loads what it lacks and drops the rest."""
@@ -298,19 +344,3 @@ class Membership:
 
     def _ready(self) -> list[WorkerMember]:
         return [member for member in self.members() if member.state != "loading"]
-
-
-def _with_orphans(
-    orphans_LE: np.ndarray, wanted: Mapping[str, np.ndarray], has: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Divide experts that nobody is wanted to hold among workers: to one that `has` it, for it need not be loaded
-    (again), else to the one with the fewest experts of the layer. Returns what each is wanted to hold with them.
-    """
-    taken = {worker_id: wanted_LE.copy() for worker_id, wanted_LE in wanted.items()}
-    for layer in np.flatnonzero(orphans_LE.any(axis=1)).tolist():
-        count = {worker_id: int(wanted_LE[layer].sum()) for worker_id, wanted_LE in wanted.items()}
-        for expert in orphans_LE[layer].nonzero()[0].tolist():
-            taker = min(count, key=lambda one: (not has[one][layer, expert], count[one]))
-            taken[taker][layer, expert] = True
-            count[taker] += 1
-    return taken

@@ -1,4 +1,4 @@
-"""`deepsplit key new`, as a user runs it."""
+"""Commands that need no cluster, as a user runs them."""
 
 from __future__ import annotations
 
@@ -49,3 +49,18 @@ def test_names_are_checked(name: str) -> None:
     done = CliRunner().invoke(cli, ["key", "new", "--tenant", name])
     assert done.exit_code == 2
     assert "--tenant" in done.stderr
+
+
+@pytest.mark.parametrize("wanted", [["workers=2"], ["experts"], ["experts=0"], ["experts=-1"], ["experts=two"],
+                                    ["experts=2", "experts=3"], ["=2"], []])  # fmt: skip
+def test_scale_says_what_it_takes(wanted: list[str]) -> None:
+    done = CliRunner().invoke(cli, ["scale", *wanted])
+    assert done.exit_code == 2
+    assert "ROLE=NUMBER" in done.output
+
+
+def test_scale_without_a_cluster_says_how_to_start_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    done = CliRunner().invoke(cli, ["scale", "experts=2"])
+    assert done.exit_code == 1
+    assert "deepsplit up" in str(done.exception)

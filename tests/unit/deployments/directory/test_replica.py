@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.config import Config
-from deployments.directory.members import AdmissionEndpoint, AttentionMember, ClusterView, GatewayMember, Heartbeat
+from deployments.directory.members import (
+    AdmissionEndpoint,
+    AttentionMember,
+    ClusterView,
+    Demand,
+    GatewayMember,
+    Heartbeat,
+    Wish,
+)
 from deployments.directory.registry import Registry
 from deployments.directory.replica import Directory
 from monitoring.discovery import ScrapeTarget
@@ -30,6 +39,16 @@ def directory(demo_model: Path, outside_serve: None) -> Directory:
 
 def beat(worker_id: str, busy: float = 0.0, obeyed: int = 0) -> Heartbeat:
     return Heartbeat(worker_id, busy, rows_per_s=0.0, free_bytes=0, obeyed=obeyed)
+
+
+async def started(directory: Directory, workers: int, **said: object) -> None:
+    """Workers that hold their slots' shares and may hold others'."""
+    for name in "abcd"[:workers]:
+        assignment = await directory.join(name, 1, "n", range(workers))
+        assert assignment is not None
+        member = WorkerMember(name, assignment.slot, 1, "n", "", "ready", held=assignment.experts, elastic=True,
+                              expert_bytes=1 << 20)  # fmt: skip
+        assert await directory.register_worker(replace(member, **said), NO_TABLE)
 
 
 def gateway(node: str, open_requests: int, draining: bool = False, **in_flight: int) -> GatewayMember:
@@ -153,14 +172,14 @@ def test_workers_hear_how_busy_all_of_them_are(demo_model: Path, outside_serve: 
 
 def test_what_gateways_ask_for_adds_up(directory: Directory) -> None:
     async def scenario() -> None:
-        assert await directory.demand() is None  # a directory that has just been started knows nothing
+        assert await directory.demand(None) == Demand(None, None)  # a directory that has just been started knows nothing
         await seen_by(directory, replace(gateway("a", 3), demand=0.5))
         await seen_by(directory, replace(gateway("b", 3), demand=1.25))
-        assert await directory.demand() == 1.75
+        assert (await directory.demand(None)).replicas == 1.75
         endpoint = AdmissionEndpoint("127.0.0.1:1", "t")
         await directory.register_admission(endpoint, ScrapeTarget("admission", "a:9401", "a"), -1, 2.0)
         await seen_by(directory, gateway("b", 3))  # it has reached the common admission
-        assert await directory.demand() == 2.5
+        assert (await directory.demand(None)).replicas == 2.5
 
     asyncio.run(scenario())
 
@@ -174,3 +193,63 @@ def test_a_common_admission_that_fell_silent_asks_for_nothing() -> None:
     assert registry.demand() == 2.5
     registry.expire(106.0)
     assert registry.demand() == 0.5
+
+
+# --- another number of processes ---
+
+
+def test_a_wish_reaches_workers_replicas_and_status(directory: Directory) -> None:
+    async def scenario() -> None:
+        await started(directory, 2)
+        assert await directory.join("c", 1, "n", range(2)) is None
+        assert await directory.scale(3, None) == ""
+        wish = (await directory.heartbeat(beat("a"))).wish
+        assert wish is not None
+        assert (wish.experts, wish.attention) == (3, 1)
+        assert (await directory.demand(None)).wish == wish
+        assert json.loads(await directory.status())["wanted"] == {"experts": 3, "attention": 1}
+        assignment = await directory.join("c", 1, "n", range(2))
+        assert assignment is not None
+        assert assignment.slot == 2
+        assert await directory.scale(None, 4) == ""
+        newer = (await directory.heartbeat(beat("a"))).wish
+        assert newer is not None
+        assert newer.version > wish.version
+        assert (newer.experts, newer.attention) == (3, 4)
+
+    asyncio.run(scenario())
+
+
+def test_a_new_directory_hears_of_the_wish_and_of_the_newest_alone(directory: Directory) -> None:
+    async def scenario() -> None:
+        await started(directory, 2)
+        await directory.heartbeat(replace(beat("a"), wish=Wish(7, experts=4, attention=2)))
+        await directory.demand(Wish(6, experts=9, attention=9))
+        assert json.loads(await directory.status())["wanted"] == {"experts": 4, "attention": 2}
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("config", "said", "asked", "why_not"), [
+    ({"attention": {"autoscaling": {"max_replicas": 4}}, "ray": {"address": "auto"}}, {}, (None, 2), "autoscaling"),
+    ({"experts": {"spares": {"max_workers": 2}}, "ray": {"address": "auto"}}, {}, (3, None), "experts.spares is set"),
+    ({"experts": {"pools": [{"name": "a", "workers": 2}]}}, {}, (3, None), "experts.pools"),
+    ({"experts": {"workers": 2, "replicas_per_expert": 2}}, {}, (1, None), "replicas_per_expert is 2"),
+    ({}, {"elastic": False}, (3, None), "cannot load others' experts"),
+    ({}, {}, (100_000, None), "copies of experts"),
+    ({}, {}, (1, None), "0 MiB free"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_by_name(
+    demo_model: Path, outside_serve: None, config: dict[str, object], said: dict[str, object],
+    asked: tuple[int | None, int | None], why_not: str,
+) -> None:  # fmt: skip
+    base = {"model": {"path": demo_model}, "monitoring": {"port": 0}}
+    directory = Directory(Config.model_validate(base | config).model_dump_json())
+
+    async def scenario() -> None:
+        await started(directory, 2, **said)
+        before = json.loads(await directory.status())["wanted"]
+        assert why_not in await directory.scale(*asked)
+        assert json.loads(await directory.status())["wanted"] == before
+
+    asyncio.run(scenario())

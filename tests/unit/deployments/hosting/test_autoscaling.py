@@ -13,7 +13,10 @@ from deployments.hosting.autoscaling import (
     BUSY,
     DEMAND,
     OCCUPANCY,
+    WISH,
+    WISH_VERSION,
     LoadPolicy,
+    WishPolicy,
     serve_autoscaling,
     spare_autoscaling,
     wanted,
@@ -86,3 +89,18 @@ def test_what_clients_ask_for_counts_whatever_the_engines_have(
 def test_one_spare_is_always_there() -> None:
     scaling = spare_autoscaling(ExpertSpares(max_workers=4, downscale_delay_s=7), helped=3)
     assert (scaling.min_replicas, scaling.max_replicas, scaling.downscale_delay_s) == (1, 4, 7)
+
+
+def test_the_newest_wish_counts_whoever_has_heard_of_it() -> None:
+    def at(**said: list[float]) -> dict[str, list[Any]]:
+        return {replica: [SimpleNamespace(value=value) for value in values] for replica, values in said.items()}
+
+    def wished(raw: dict[str, Any] | None) -> int:
+        context: Any = SimpleNamespace(raw_metrics=raw, target_num_replicas=2)
+        return WishPolicy()(context)[0]
+
+    assert wished(None) == wished({}) == wished({WISH: {}, WISH_VERSION: {}}) == 2
+    assert wished({WISH: at(a=[]), WISH_VERSION: at(a=[])}) == 2
+    assert wished({WISH: at(a=[4, 3], b=[4]), WISH_VERSION: at(a=[10, 20], b=[10])}) == 3
+    assert wished({WISH: at(a=[4], b=[5]), WISH_VERSION: at(a=[10], b=[30])}) == 5
+    assert wished({WISH: at(b=[5]), WISH_VERSION: at(a=[10], b=[5])}) == 5

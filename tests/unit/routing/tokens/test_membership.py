@@ -410,3 +410,63 @@ def test_unsettled_are_workers_that_load_leave_or_are_missing() -> None:
     assert not membership.settled()
     assert membership.register(replace(a, worker_id="c"), NO_TABLE, 0.0)
     assert not membership.settled()  # it cannot load and drop
+
+
+def test_more_slots_come_with_their_workers_and_take_from_the_others() -> None:
+    membership = make()
+    settled_pair(membership)
+    assert membership.join("c", 1, "n", 0.0) is None
+    membership.resize(3)
+    slot = membership.join("c", 1, "n", 0.0)
+    assert slot == 2
+    assert membership.join("d", 1, "n", 0.0) is None
+    taken = membership.share(slot)
+    assert sum(map(len, taken.values())) == 1
+    giver = next(name for name in "ab" if len(membership.share_of(name)[1]) == 1)
+    assert set(taken[1]) <= set(membership.keeps(giver)[1])  # until the new one has it
+    member = replace(ready("c", 0), slot=slot, held=taken, elastic=True)
+    assert membership.register(member, NO_TABLE, 1.0)
+    table = membership.table()
+    assert table is not None
+    membership.followed([table.stamp])
+    assert set(taken[1]).isdisjoint(membership.keeps(giver)[1])
+    assert membership.first_experts()["c"] == 1  # of 4 in 3 slots
+
+
+def test_fewer_slots_wait_for_whoever_leaves() -> None:
+    membership = make()
+    _, b = settled_pair(membership)
+    membership.resize(1)
+    assert membership.shares().keys() == {"a", "b"}  # both are alive: Serve chooses which one goes
+    assert not membership.retire("a")
+    assert membership.share_of("a") == {}
+    assert membership.keeps("b") == {1: (0, 1, 2, 3)}
+    assert membership.keeps("a") == {1: (0, 1)}
+    assert membership.register(replace(b, elastic=True, held={1: (0, 1, 2, 3)}), NO_TABLE, 1.0)
+    table = membership.table()
+    assert table is not None
+    membership.followed([table.stamp])
+    assert membership.retire("a")
+    membership.leave("a")
+    assert membership.settled()
+    assert membership.join("c", 1, "n", 2.0) is None  # the slot is gone
+    assert membership.uncovered() == 0
+
+
+def test_a_slot_that_is_empty_already_goes_at_once() -> None:
+    membership = make()
+    settled_pair(membership)
+    membership.leave("a")
+    membership.resize(1)
+    assert membership.join("c", 1, "n", 0.0) is None
+    assert membership.keeps("b") == {1: (0, 1, 2, 3)}
+    assert membership.share_of("b") == {1: (0, 1, 2, 3)}
+
+
+def test_a_new_directory_learns_of_slots_it_was_not_configured_with() -> None:
+    successor = Membership(SHARES, heartbeat_timeout_s=5.0, now_s=100.0, incarnation=8)
+    for slot, ids in enumerate([(0,), (2, 3), (1,)]):
+        member = ready(f"w{slot}", 0, slot=slot, held={1: ids}, share={1: ids}, elastic=True)
+        assert successor.register(member, Stamp(7, 9), 100.0)
+    assert successor.settled()
+    assert successor.join("late", 1, "n", 100.0) is None
