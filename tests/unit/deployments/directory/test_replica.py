@@ -172,7 +172,7 @@ def test_workers_hear_how_busy_all_of_them_are(demo_model: Path, outside_serve: 
 
 def test_what_gateways_ask_for_adds_up(directory: Directory) -> None:
     async def scenario() -> None:
-        assert await directory.demand(None) == Demand(None, None)  # a directory that has just been started knows nothing
+        assert await directory.demand(None) == Demand(None, None)  # one that was just started knows nothing
         await seen_by(directory, replace(gateway("a", 3), demand=0.5))
         await seen_by(directory, replace(gateway("b", 3), demand=1.25))
         assert (await directory.demand(None)).replicas == 1.75

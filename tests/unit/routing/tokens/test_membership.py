@@ -466,7 +466,7 @@ def test_a_slot_that_is_empty_already_goes_at_once() -> None:
 def test_a_new_directory_learns_of_slots_it_was_not_configured_with() -> None:
     successor = Membership(SHARES, heartbeat_timeout_s=5.0, now_s=100.0, incarnation=8)
     for slot, ids in enumerate([(0,), (2, 3), (1,)]):
-        member = ready(f"w{slot}", 0, slot=slot, held={1: ids}, share={1: ids}, elastic=True)
+        member = replace(ready(f"w{slot}", 0), slot=slot, held={1: ids}, share={1: ids}, elastic=True)
         assert successor.register(member, Stamp(7, 9), 100.0)
     assert successor.settled()
     assert successor.join("late", 1, "n", 100.0) is None
