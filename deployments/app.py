@@ -29,13 +29,15 @@ class BuildArgs(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: Annotated[Config, BeforeValidator(_parsed)]
+    # The Serve configuration file sets num_replicas of attention; or else `deepsplit scale` does.
+    fixed_attention: bool = False
 
 
 def build(args: BuildArgs) -> serve.Application:
     """gateway -> attention -> directory <- experts; several gateways share one admission."""
     config = args.config
-    directory = directory_deployment(config)
-    attention = attention_deployment(config, directory)
+    directory = directory_deployment(config, args.fixed_attention)
+    attention = attention_deployment(config, directory, args.fixed_attention)
     others = [*expert_deployments(config, directory)]
     if config.gateway.replicas > 1:
         others.append(admission_deployment(config, directory))

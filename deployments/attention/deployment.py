@@ -18,14 +18,20 @@ NAME = "attention"
 REPLICA_CLASS = "deployments.attention.replica.AttentionReplica"
 
 
-def attention_deployment(config: Config, directory: serve.Application) -> serve.Application:
-    """Return the attention replicas, bound and ready to be passed to the gateway."""
+def attention_deployment(config: Config, directory: serve.Application, fixed: bool) -> serve.Application:
+    """Return the attention replicas, bound and ready to be passed to the gateway. `fixed`: a Serve configuration file
+    sets their number, which it cannot where there is an autoscaling policy.
+    """
     bundles = placement_bundles(config)
     labels = dict(config.attention.placement.labels)
     scaling, replicas = config.attention.autoscaling, config.attention.replicas
+    policy = None if fixed else on_wish(replicas)
+    if scaling is not None:
+        policy = serve_autoscaling(scaling, replicas)
     deploy = serve.deployment(
         name=NAME,
-        autoscaling_config=on_wish(replicas) if scaling is None else serve_autoscaling(scaling, replicas),
+        num_replicas=replicas if fixed and scaling is None else None,
+        autoscaling_config=policy,
         ray_actor_options={
             "num_cpus": bundles[0]["CPU"],
             "num_gpus": 0,  # GPUs belong to the engine's workers, which take them from the placement group

@@ -59,7 +59,8 @@ logger = logging.getLogger(__name__)
 class Directory:
     """Serve replica: long polls, metrics and logs around `Membership` and `Registry`, which decide."""
 
-    def __init__(self, config_json: str) -> None:
+    def __init__(self, config_json: str, fixed_attention: bool = False) -> None:
+        """`fixed_attention`: Serve's own configuration sets the number of attention replicas."""
         config = Config.model_validate_json(config_json)
         start_logging(config.logging, "directory")
         spec = load_model_spec(config.model.path)
@@ -68,6 +69,7 @@ class Directory:
         shares = [dict.fromkeys(spec.moe_layers, ids) for ids in with_copies(held, experts)]  # by slot
         self._config = config
         self._workers = experts.workers  # slots from here on are those of redundant workers
+        self._fixed_attention = fixed_attention
         self._wish: Wish | None = None
         # Why the number of expert workers cannot change; None if it can.
         self._fixed_experts = "`deepsplit scale` knows nothing of experts.pools" if experts.pools else None
@@ -253,6 +255,8 @@ class Directory:
         config, members = self._config, self._membership.members()
         if attention is not None and config.attention.autoscaling is not None:
             return "attention.autoscaling is set: Serve sets the number of attention replicas"
+        if attention is not None and self._fixed_attention:
+            return "the Serve configuration sets the number of attention replicas: change it there"
         if experts is None or experts == self._wanted()["experts"]:
             return None
         if self._fixed_experts is not None:
@@ -384,7 +388,7 @@ class Directory:
             metrics.members.labels("gateway", state).set(sum(m.draining == draining for m in gateways))
 
 
-def directory_deployment(config: Config) -> serve.Application:
+def directory_deployment(config: Config, fixed_attention: bool) -> serve.Application:
     """The directory, bound."""
     deployment = serve.deployment(
         Directory,
@@ -397,4 +401,4 @@ def directory_deployment(config: Config) -> serve.Application:
         graceful_shutdown_timeout_s=1.0,
         graceful_shutdown_wait_loop_s=0.1,
     )
-    return deployment.bind(config.model_dump_json())
+    return deployment.bind(config.model_dump_json(), fixed_attention)

@@ -96,7 +96,9 @@ def test_every_row_of_the_matrix_is_a_configuration(rendered: dict[str, list[Man
         (application,) = served["applications"]
         assert served["proxy_location"] == "Disabled"
         assert application["import_path"] == "deployments.app:build"
-        given = BuildArgs.model_validate(application["args"]).config
+        built = BuildArgs.model_validate(application["args"])
+        given = built.config
+        assert built.fixed_attention is (given.attention.autoscaling is None)
         (override,) = application.get("deployments", [{}])
         assert ("num_replicas" in override) is (given.attention.autoscaling is None)
         # Serve changes the number of attention replicas in place; nothing else differs.

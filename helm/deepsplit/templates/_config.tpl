@@ -148,6 +148,7 @@ applications:
       config:
         {{- include "deepsplit.config" . | nindent 8 }}
     {{- if not .Values.attention.autoscaling.enabled }}
+      fixed_attention: true # its number is below
     deployments:
       - name: attention
         num_replicas: {{ .Values.attention.replicas }}
