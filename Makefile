@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONFIG ?= examples/local.yaml
 
-.PHONY: help serve test lint env docs engine-args rules dashboards observe protos chart clean
+.PHONY: help serve test chaos lint env docs engine-args rules dashboards observe protos chart clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -31,6 +31,9 @@ lint: $(READY) ## ruff, mypy, import contracts
 
 test: lint ## lint and every test
 	$(BIN)/python -m pytest
+
+chaos: $(READY) ## faults of all kinds under streams, TIMES of each; fails if one request does
+	$(BIN)/python -m benchmarks.failover --times $(or $(TIMES),10) --check
 
 docs: $(READY) ## regenerate docs/configuration.md and docs/metrics.md
 	$(BIN)/python -m cluster.config.reference > docs/configuration.md

@@ -1,8 +1,9 @@
-"""Expert workers of the demo model killed or stopped while clients stream: failed requests, other tokens, gaps.
+"""Processes of the demo model killed, stopped or slowed while clients stream: failed requests, other tokens, gaps.
 
 The whole product, started as `deepsplit up` starts it, in float32, where tokens can be compared. A gap is the longest
-time that a stream got no token, from the fault until the workers are whole again.
-`python -m benchmarks.failover --help`
+time that a stream got no token, from the fault until the cluster is whole again. Faults: an expert worker is killed
+(`kill`), stopped (`stop`), or runs for 1 ms of each 20 for a while (`slow`); the directory is killed (`directory`), and
+a worker with it (`both`); two workers more are added and go again (`scale`). `python -m benchmarks.failover --help`
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.failover.streams import MODEL, Streams, now_s
 from benchmarks.measuring.free_port import free_port
 
 _DEMO = Path(__file__).parents[2] / "models" / "demo"
 _COMMAND = (sys.executable, "-m", "cluster.cli")
 _WHOLE_S = 90.0  # the longest wait for the replacement of a worker
-_FAULTS = ("kill", "stop")
+_SLOW_S, _SLOW_RUNS_S, _SLOW_STOPS_S = 8.0, 0.001, 0.019
+_FAULTS = ("kill", "stop", "slow", "directory", "both", "scale")
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,14 @@ class Application:
             "attention": {"kv_cache_gib": 0.25, "max_model_len": 1024},
             "experts": {"workers": workers, "replicas_per_expert": replicas},
             "gateway": {"port": free_port(), "grpc_port": None},
+            "ray": {"num_cpus": workers + 10},
         }
         self._config = folder / "failover.yaml"
         self._config.write_text(json.dumps(config))  # JSON is YAML
 
     def __enter__(self) -> Application:
         subprocess.run([*_COMMAND, "up", str(self._config), "--detach"], env=self._environment, check=True,
-                       stdout=subprocess.DEVNULL)  # fmt: skip
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -75,8 +80,23 @@ class Application:
         return report
 
     def ready(self) -> list[dict[str, Any]]:
-        """The workers that are ready."""
-        return [worker for worker in self.status()["experts"] if worker["state"] == "ready"]
+        """The workers that are ready; none while the directory does not answer."""
+        try:
+            return [worker for worker in self.status()["experts"] if worker["state"] == "ready"]
+        except subprocess.CalledProcessError:
+            return []
+
+    def directory(self) -> int:
+        """The process of the directory."""
+        supervisor = psutil.Process(self.status()["supervisor"]["pid"])
+        (found,) = [process.pid for process in supervisor.children(recursive=True)
+                    if "ServeReplica:deepsplit:Directory" in " ".join(process.cmdline())]  # fmt: skip
+        return found
+
+    def scale(self, workers: int) -> None:
+        """`deepsplit scale`."""
+        subprocess.run([*_COMMAND, "scale", f"experts={workers}"], env=self._environment, check=True,
+                       stderr=subprocess.DEVNULL)  # fmt: skip
 
 
 async def strike(app: Application, fault: str, times: int, workers: int, replicas: int, clients: int) -> Outcome:
@@ -88,12 +108,23 @@ async def strike(app: Application, fault: str, times: int, workers: int, replica
         for _ in range(times):
             await asyncio.sleep(2 + 2 * random.random())
             victim = random.choice(await asyncio.to_thread(app.ready))
+            directory = await asyncio.to_thread(app.directory)
             struck_s = now_s()
-            os.kill(victim["pid"], signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+            if fault == "slow":
+                await asyncio.to_thread(_slow_down, victim["pid"])
+            elif fault == "scale":
+                await asyncio.to_thread(app.scale, workers + 2)
+                await asyncio.to_thread(app.scale, workers)
+            else:
+                if fault in ("directory", "both"):
+                    os.kill(directory, signal.SIGKILL)
+                if fault != "directory":
+                    os.kill(victim["pid"], signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
+            gone = {victim["id"]} if fault in ("kill", "stop", "both") else set()
             while now_s() - struck_s < _WHOLE_S:
                 await asyncio.sleep(0.5)
-                ready = await asyncio.to_thread(app.ready)
-                if len(ready) == workers and victim["id"] not in [worker["id"] for worker in ready]:
+                ready = {worker["id"] for worker in await asyncio.to_thread(app.ready)}
+                if len(ready) == workers and not ready & gone:
                     break
             if fault == "stop":
                 with contextlib.suppress(ProcessLookupError):
@@ -107,12 +138,21 @@ async def strike(app: Application, fault: str, times: int, workers: int, replica
     return Outcome(fault, replicas, times, requests, dict(tally.failed), sorted(gaps), sorted(whole))
 
 
+def _slow_down(pid: int) -> None:
+    ends_s = now_s() + _SLOW_S
+    while now_s() < ends_s:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(_SLOW_STOPS_S)
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(_SLOW_RUNS_S)
+
+
 def report(one: Outcome) -> None:
     """Print one line of the table."""
     def at(values: list[float], part: float) -> float:
         return values[min(len(values) - 1, int(part * len(values)))] if values else float("nan")
 
-    print(f"{one.fault:<6}{one.replicas_per_expert:>9}{one.times:>7}{one.requests:>10}{sum(one.failed.values()):>8}"
+    print(f"{one.fault:<10}{one.replicas_per_expert:>9}{one.times:>7}{one.requests:>10}{sum(one.failed.values()):>8}"
           f"{len(one.gaps_s):>9}{at(one.gaps_s, 0.5):>9.2f}{at(one.gaps_s, 0.99):>8.2f}{at(one.gaps_s, 1):>8.2f}"
           f"{at(one.whole_s, 0.5):>9.1f}  {'; '.join(f'{why}: {count}' for why, count in one.failed.items())}",
           flush=True)  # fmt: skip
@@ -126,11 +166,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="expert workers")
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2], help="experts.replicas_per_expert")
     parser.add_argument("--fault", choices=_FAULTS, nargs="+", default=_FAULTS, help="only these")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a request failed or had other tokens")
     parser.add_argument("--json", action="store_true", help="every value, as JSON")
     args = parser.parse_args()
     outcomes = []
     if not args.json:
-        print(f"{'fault':<6}{'replicas':>9}{'times':>7}{'requests':>10}{'failed':>8}{'streams':>9}{'gap p50':>9}"
+        print(f"{'fault':<10}{'replicas':>9}{'times':>7}{'requests':>10}{'failed':>8}{'streams':>9}{'gap p50':>9}"
               f"{'p99':>8}{'max, s':>8}{'whole, s':>9}  what clients saw", flush=True)  # fmt: skip
     for replicas in args.replicas:
         with tempfile.TemporaryDirectory(prefix="dsplit-", dir="/tmp") as folder:
@@ -143,6 +184,8 @@ def main() -> None:
             time.sleep(1)
     if args.json:
         print(json.dumps([asdict(one) for one in outcomes]))
+    if args.check and any(one.failed for one in outcomes):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ class DispatchConfig(Section):
                                                                 "longer batches are sent in pieces.")
     batch_rows: int = Field(1024, ge=8, description="Most rows that a worker computes in one turn; longer requests are "
                                                     "computed in slices, between those of others.")
+    max_streams: int = Field(1024, ge=1, description="Streams that an expert worker takes at once: one of each rank of "
+                                                     "each attention replica.")
     connect_timeout_s: float = Field(5.0, gt=0, description="Longest wait for a connection to a worker.")
     call_timeout_s: float = Field(30.0, gt=0, description="Longest wait for one worker's reply before its rows are "
                                                           "sent to another holder.")

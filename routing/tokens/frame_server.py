@@ -249,7 +249,8 @@ class FrameServer:
         if event.call_details.method != self._method:
             return Refusal(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         if len(self._streams) >= self._max_streams:
-            return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, f"this worker has {self._max_streams} streams already")
+            text = f"this worker has {self._max_streams} streams already: raise dispatch.max_streams"
+            return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         identity = {key.decode(): value for key, value in (cygrpc.auth_context(event.call) or {}).items()}
         return self._handler.admit(dict(event.invocation_metadata), identity)
 

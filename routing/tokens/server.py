@@ -33,7 +33,6 @@ from routing.tokens.wire import (
 
 logger = logging.getLogger(__name__)
 
-_MAX_STREAMS = 1024  # of dispatches, one of each rank of each engine; a stream beyond is refused, not queued
 _END_S = 2.0  # how long cut streams and the threads may take to end
 
 
@@ -56,7 +55,7 @@ class ExpertServer:
         self._batcher = Batcher(settings.batch_rows)
         self._fence = Fence(settings.call_timeout_s)
         self._runner = TurnRunner(experts, self._finish, time.monotonic, self._fence, meter)
-        self._frames = FrameServer(METHOD_PATH, self, channel_options(settings), _MAX_STREAMS)
+        self._frames = FrameServer(METHOD_PATH, self, channel_options(settings), settings.max_streams)
         self._threads = TurnThreads(self._batcher, self._run, self._frames, settings.keepalive_timeout_s / 4)
         self._started = False
 

@@ -19,7 +19,7 @@ from monitoring.expert_meter import ExpertMeter
 from monitoring.metrics import ExpertMetrics
 from routing.tokens import frame_server
 from routing.tokens.frame_server import READ_AHEAD_FRAMES, FrameServer, Stream
-from routing.tokens.server import _MAX_STREAMS, ExpertServer
+from routing.tokens.server import ExpertServer
 from routing.tokens.wire import DispatchReply, ErrorReply
 from tests.unit.routing.tokens.expert_calls import HIDDEN, MODEL, WAIT_S, Gate, eventually, frame, serving, twice
 
@@ -91,14 +91,15 @@ def test_streams_that_are_not_for_us_are_refused(
 
 
 def test_a_stream_beyond_the_bound_is_refused_and_one_that_ends_makes_room() -> None:
-    with serving() as (_, connect):
-        streams = [connect() for _ in range(_MAX_STREAMS)]
+    with serving(max_streams=64) as (_, connect):
+        streams = [connect() for _ in range(64)]
         for number, stream in enumerate(streams):
             assert is_right(stream.ask(frame(number)), number)
         beyond = connect()
         with pytest.raises(grpc.RpcError):
             beyond.ask(frame())
         assert beyond.call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "dispatch.max_streams" in beyond.call.details()
         assert is_right(streams[5].ask(frame(7)), 7)
         streams[0].close()
 
