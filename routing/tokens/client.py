@@ -5,8 +5,7 @@ Legend: T rows (tokens), H hidden size, K experts per token.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from random import Random
@@ -18,6 +17,7 @@ from cluster.config import DispatchConfig, InternalTlsConfig
 from cluster.errors import DeepsplitError, DispatchTimeout, FrameError, UncoveredExperts, WorkerUnusable
 from cluster.tls.grpc_credentials import ExpertChannels
 from monitoring.dispatch_meter import DispatchMeter
+from routing.tokens.clock import REAL_CLOCK, Clock
 from routing.tokens.dispatching.degrade import DegradedLately
 from routing.tokens.dispatching.fault_book import FaultBook
 from routing.tokens.dispatching.links import Links
@@ -66,12 +66,15 @@ class ExpertClient:
         plane_file: ExpertPlaneFile | None = None,
         meter: DispatchMeter | None = None,
         counter: RoutedTokensCounter | None = None,
-        link_class: type[WorkerLink] = WorkerLink,
+        link_class: Callable[..., WorkerLink] = WorkerLink,
+        clock: Clock = REAL_CLOCK,
+        random: Random | None = None,
+        start_watchdog: Callable[[float, Sequence[Callable[[], object]]], Watchdog] = Watchdog,
     ) -> None:
         """`dispatch_dtype`: float32, bfloat16, float16 or float8_e4m3fn, in which hidden states travel; sums come back
         in `combine_dtype`, one of the first three. `tls`: mutual TLS with the workers; plain TCP without. The client
         writes into `plane_file` how long rows wait at the workers, and tells `meter` how each dispatch went and
-        `counter` which experts it asked for.
+        `counter` which experts it asked for. The last four are for simulations.
 
         Raises StartupError when the files of `tls` cannot be used.
         """
@@ -82,32 +85,35 @@ class ExpertClient:
 
         self.meter = meter
         self._counter = counter
-        self._random = Random()
+        self._now, self._sleep = clock.monotonic, clock.sleep
+        self._random = random or Random()
         self._settings = settings
         self._num_experts = shape.num_experts
         self._dispatch_dtype = dispatch_dtype
         self._abandoned: SimpleQueue[SentPart] = SimpleQueue()
-        self._faults = FaultBook(meter)
+        self._faults = FaultBook(meter, clock)
         self._poller = LinkPoller()
         self._degraded = DegradedLately(FRESH_S)
         self._report = PlaneReport(plane_file, self._degraded.at)
-        self._links = Links(open_link, settings.call_timeout_s)
+        self._links = Links(open_link, settings.call_timeout_s, clock)
         self._placement = PlacementWatch(
             placement, shape.num_experts, lambda table: self._links.prepare(table.workers), self._adopted
         )
-        self._sender = Sender(settings, self._links, shape.hidden_size, dispatch_dtype, combine_dtype)
+        self._sender = Sender(settings, self._links, shape.hidden_size, dispatch_dtype, combine_dtype, clock)
         pace = Pace()
-        self._receiver = Receiver(settings, self._links, self._faults, pace, shape.hidden_size, self._elsewhere)
+        self._receiver = Receiver(
+            settings, self._links, self._faults, pace, shape.hidden_size, self._elsewhere, clock
+        )
         self._planner = Planner(settings, self._faults)
-        self._watchdog = Watchdog(
+        self._watchdog = start_watchdog(
             _WATCHDOG_S,
             (
                 self._tend_links,
                 self._forget_abandoned,
                 self._placement.refresh,
-                lambda: self._placement.reweigh(lambda workers: pace.factors(workers, time.monotonic())),
-                lambda: self._report.write(time.monotonic()),
-                *(() if counter is None else (lambda: counter.tend(time.monotonic()),)),
+                lambda: self._placement.reweigh(lambda workers: pace.factors(workers, self._now())),
+                lambda: self._report.write(self._now()),
+                *(() if counter is None else (lambda: counter.tend(self._now()),)),
             ),
         )
 
@@ -138,7 +144,7 @@ class ExpertClient:
         dtype; all on the CPU, and unchanged until the dispatch is finished. One that is never finished (drop it, or
         `abandon` it) costs nothing but its answers. Raises UncoveredExperts, or FrameError.
         """
-        now = time.monotonic()
+        now = self._now()
         expert_ids = expert_ids_TK.numpy()
         if expert_ids.max(initial=NO_EXPERT) >= self._num_experts or expert_ids.min(initial=NO_EXPERT) < NO_EXPERT:
             raise FrameError(f"layer {layer}: an expert id is not one of -1 to {self._num_experts - 1}")
@@ -174,9 +180,9 @@ class ExpertClient:
                 dispatch.send_again()
                 self._send_remaining(dispatch, self._placement.refresh())
                 lost = self._receiver.collect(dispatch)
-            now = time.monotonic()
+            now = self._now()
             output_TH = dispatch.output(dtype or dispatch.hidden_dtype)
-            watch.sample.combine_s += time.monotonic() - now
+            watch.sample.combine_s += self._now() - now
             self._report.add(dispatch.layer, dispatch.queue_s, now)
             if dispatch.setbacks is not None:
                 self._blame_who_refused(dispatch)
@@ -201,14 +207,14 @@ class ExpertClient:
         self._poller.stop()
 
     def _send_remaining(self, dispatch: Dispatch, plane: Plane) -> None:
-        began = time.monotonic()
+        began = self._now()
         uncovered_until: float | None = None
         while True:
             planned = self._planner.plan(dispatch, plane, began)
             if planned.resume_s is not None:
                 self._check_deadline(dispatch, "the holders of some experts are busy or failing")
-                time.sleep(min(_POLL_S, max(0.0, planned.resume_s - began)))
-                waited_s = time.monotonic() - began
+                self._sleep(min(_POLL_S, max(0.0, planned.resume_s - began)))
+                waited_s = self._now() - began
                 dispatch.queue_s += waited_s
                 dispatch.stopwatch.sample.backoff_s += waited_s
             elif not planned.uncovered:
@@ -219,28 +225,28 @@ class ExpertClient:
                 if uncovered_until is None:
                     uncovered_until = min(began + self._settings.uncovered_timeout_s, dispatch.deadline)
                 self._wait_for_holder(dispatch, planned.uncovered, uncovered_until)
-                dispatch.stopwatch.sample.uncovered_wait_s += time.monotonic() - began
-            began = time.monotonic()
+                dispatch.stopwatch.sample.uncovered_wait_s += self._now() - began
+            began = self._now()
             plane = self._placement.refresh()
-        dispatch.stopwatch.sample.pack_s += time.monotonic() - began
+        dispatch.stopwatch.sample.pack_s += self._now() - began
         self._sender.send(dispatch, planned.split.parts, plane.table)
 
     def _wait_for_holder(self, dispatch: Dispatch, experts: tuple[int, ...], until: float) -> None:
         fail = self._settings.on_uncovered == "fail"
-        if fail or time.monotonic() >= until:
+        if fail or self._now() >= until:
             bound = "dispatch_timeout_s" if until >= dispatch.deadline else "uncovered_timeout_s"
             raise UncoveredExperts(
                 f"layer {dispatch.layer}: no live expert worker holds expert(s) {', '.join(map(str, experts[:8]))}"
                 f"{'...' if len(experts) > 8 else ''}{'' if fail else f' after dispatch.{bound}'}; see "
                 f"`deepsplit status`, and experts.replicas_per_expert for redundant experts{self._faults.explain()}"
             )
-        time.sleep(_POLL_S)
+        self._sleep(_POLL_S)
 
     def _elsewhere(self, dispatch: Dispatch, sent: SentPart) -> bool:
-        return self._planner.elsewhere(dispatch, sent, self._placement.current(), time.monotonic())
+        return self._planner.elsewhere(dispatch, sent, self._placement.current(), self._now())
 
     def _check_deadline(self, dispatch: Dispatch, why: object) -> None:
-        if time.monotonic() >= dispatch.deadline:
+        if self._now() >= dispatch.deadline:
             raise DispatchTimeout(f"layer {dispatch.layer}: dispatch.dispatch_timeout_s passed; last: {why}")
 
     def _blame_who_refused(self, dispatch: Dispatch) -> None:

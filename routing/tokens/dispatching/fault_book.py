@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Set
 
 from cluster.errors import DeepsplitError
 from monitoring.dispatch_meter import DispatchMeter
+from routing.tokens.clock import REAL_CLOCK, Clock
 from routing.tokens.dispatching.worker_conditions import WorkerConditions
 from routing.tokens.placement import Stamp
 
@@ -18,15 +18,16 @@ logger = logging.getLogger(__name__)
 class FaultBook:
     """Thread-safe. Reading `conditions` takes no lock: the value is replaced, never changed."""
 
-    def __init__(self, meter: DispatchMeter | None = None) -> None:
+    def __init__(self, meter: DispatchMeter | None = None, clock: Clock = REAL_CLOCK) -> None:
         self.conditions = WorkerConditions()
         self._meter = meter
+        self._now = clock.monotonic
         self._writing = threading.Lock()
         self._last = ""
 
     def lost(self, worker_id: str, error: DeepsplitError, request_ids: str = "") -> None:
         """A worker's link broke or it was silent. `request_ids`: the requests whose rows it delays, if any."""
-        now_s = time.monotonic()
+        now_s = self._now()
         self._note(f"last lost: {error}", lambda old: old.lost(worker_id, now_s))
         if self._meter is not None:
             self._meter.worker_lost(error.outcome)
@@ -34,7 +35,7 @@ class FaultBook:
 
     def late(self, worker_id: str, error: DeepsplitError, request_ids: str) -> None:
         """A worker takes much longer than usual, and its rows go to others."""
-        now_s = time.monotonic()
+        now_s = self._now()
         self._note(f"last late: {error}", lambda old: old.late(worker_id, now_s))
         _log("expert worker late, its rows go elsewhere too: %s", worker_id, error, request_ids)
 

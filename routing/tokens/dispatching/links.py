@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Set
 
 from cluster.errors import DeepsplitError
+from routing.tokens.clock import REAL_CLOCK, Clock
 from routing.tokens.link import WorkerLink
 from routing.tokens.placement import WorkerEndpoint
 
@@ -14,9 +14,12 @@ from routing.tokens.placement import WorkerEndpoint
 class Links:
     """Thread-safe. A link that broke is discarded, and the next use of its worker opens another."""
 
-    def __init__(self, open_link: Callable[[WorkerEndpoint], WorkerLink], reply_timeout_s: float) -> None:
+    def __init__(
+        self, open_link: Callable[[WorkerEndpoint], WorkerLink], reply_timeout_s: float, clock: Clock = REAL_CLOCK
+    ) -> None:
         """`reply_timeout_s`: nobody waits for one reply for longer."""
         self._open = open_link
+        self._now = clock.monotonic
         self._reply_timeout_s = reply_timeout_s
         self._changing = threading.Lock()
         self._live: dict[str, WorkerLink] = {}  # worker_id -> link
@@ -54,7 +57,7 @@ class Links:
 
     def retire_all_but(self, live: Set[str]) -> None:
         """Let go of the workers that left the placement: their links close once nobody waits for a reply."""
-        now = time.monotonic()
+        now = self._now()
         with self._changing:
             for worker_id in self._live.keys() - live:
                 self._retired.append((now, worker_id, self._live.pop(worker_id)))
@@ -63,7 +66,7 @@ class Links:
         """Break the wait of receivers whose deadline has passed, and close retired links. Returns the workers whose
         links broke while nobody waited for a reply, and why; they are discarded.
         """
-        now = time.monotonic()
+        now = self._now()
         broke = []
         for worker_id, link in list(self._live.items()):
             link.tend(now)

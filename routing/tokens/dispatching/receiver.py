@@ -14,7 +14,6 @@ Each kind has its own remedy; rows that did not come are always split again, by 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -32,6 +31,7 @@ from cluster.errors import (
     WorkerSilent,
     WorkerUnusable,
 )
+from routing.tokens.clock import REAL_CLOCK, Clock
 from routing.tokens.dispatching.fault_book import FaultBook
 from routing.tokens.dispatching.lateness import Lateness
 from routing.tokens.dispatching.links import Links
@@ -45,12 +45,13 @@ class Receiver:
 
     def __init__(
         self, settings: DispatchConfig, links: Links, faults: FaultBook, pace: Pace, hidden_size: int,
-        elsewhere: Callable[[Dispatch, SentPart], bool],
+        elsewhere: Callable[[Dispatch, SentPart], bool], clock: Clock = REAL_CLOCK,
     ) -> None:  # fmt: skip
         """`elsewhere`: whether other workers could compute a part that was sent."""
         self._pause_s = settings.reconnect_interval_s
         self._lateness = Lateness(settings.hedge_after_s)
         self._elsewhere = elsewhere
+        self._now = clock.monotonic
         self._links = links
         self._faults = faults
         self._pace = pace
@@ -76,7 +77,7 @@ class Receiver:
                 self._judge(dispatch, sent, error)
             else:
                 self._faults.answered(sent.worker_id)
-                self._lateness.answered(len(sent.part.rows_R), time.monotonic() - dispatch.sent_at)
+                self._lateness.answered(len(sent.part.rows_R), self._now() - dispatch.sent_at)
                 away_s.append((sent.worker_id, (queue_us + compute_us) / 1e6))
                 if queue_us + compute_us > waited_us:
                     waited_us, queued_us = queue_us + compute_us, queue_us
@@ -101,26 +102,26 @@ class Receiver:
         watch = dispatch.stopwatch
         nbytes = HEADER_BYTES * len(pieces) + output_RH.nbytes
         watch.reply(sent.worker_id, queue_us / 1e6, compute_us / 1e6, nbytes)
-        began = time.monotonic()
+        began = self._now()
         dispatch.sum.add(sent.part.rows_R, output_RH)
-        watch.sample.combine_s += time.monotonic() - began
+        watch.sample.combine_s += self._now() - began
         return queue_us, compute_us
 
     def _receive(self, dispatch: Dispatch, sent: SentPart, frame_id: int, late_at: float) -> DispatchReply:
         """Wait for a reply; once it is late, only if nobody else can compute the part, or too many were late."""
         if late_at < dispatch.attempt_deadline:
             try:
-                return sent.link.receive(frame_id, late_at - time.monotonic(), give_up=False)
+                return sent.link.receive(frame_id, late_at - self._now(), give_up=False)
             except WorkerSilent:
                 if self._elsewhere(dispatch, sent) and self._lateness.spend():
-                    waited_s = time.monotonic() - dispatch.sent_at
+                    waited_s = self._now() - dispatch.sent_at
                     raise WorkerLate(
                         f"expert worker {sent.link.address} takes longer than usual ({waited_s:.2f} s)"
                     ) from None
-        return sent.link.receive(frame_id, dispatch.attempt_deadline - time.monotonic())
+        return sent.link.receive(frame_id, dispatch.attempt_deadline - self._now())
 
     def _judge(self, dispatch: Dispatch, sent: SentPart, error: DeepsplitError) -> None:
-        worker_id, now_s = sent.worker_id, time.monotonic()
+        worker_id, now_s = sent.worker_id, self._now()
         if isinstance(error, WorkerSilent) and dispatch.attempt_deadline >= dispatch.deadline:
             return  # the dispatch is over, but the worker did not have all of its time
         if isinstance(error, WorkerLost):

@@ -5,7 +5,6 @@ Legend: R rows of one part, K experts per token.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from itertools import count
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from cluster.config import DispatchConfig
+from routing.tokens.clock import REAL_CLOCK, Clock
 from routing.tokens.dispatching.links import Links
 from routing.tokens.in_flight import Dispatch, SentPart
 from routing.tokens.placement import PlacementTable
@@ -25,9 +25,10 @@ class Sender:
 
     def __init__(
         self, settings: DispatchConfig, links: Links, hidden_size: int, dispatch_dtype: torch.dtype,
-        combine_dtype: torch.dtype,
+        combine_dtype: torch.dtype, clock: Clock = REAL_CLOCK,
     ) -> None:  # fmt: skip
         self._links = links
+        self._now = clock.monotonic
         self._combine_dtype = combine_dtype
         self._call_timeout_s = settings.call_timeout_s
         self._ids = count(1)
@@ -43,7 +44,7 @@ class Sender:
         most = max(1, self._rows_bytes // (self._row_bytes + 6 * weights_TK.shape[1]))
         pack_s = send_s = 0.0
         bytes_out = 0
-        began = time.monotonic()
+        began = self._now()
         dispatch.stamp = table.stamp
         dispatch.attempt_deadline = min(began + self._call_timeout_s, dispatch.deadline)
         for part in parts:
@@ -59,10 +60,10 @@ class Sender:
                     self._combine_dtype, request_ids,
                 )  # fmt: skip
                 bytes_out += len(frame)
-                packed = time.monotonic()
+                packed = self._now()
                 link.send(frame)
                 pack_s += packed - began
-                began = time.monotonic()
+                began = self._now()
                 send_s += began - packed
         dispatch.sent_at = began
         dispatch.stopwatch.sent(pack_s, send_s, bytes_out)
