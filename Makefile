@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONFIG ?= examples/local.yaml
 
-.PHONY: help serve test chaos lint env docs engine-args rules dashboards observe protos chart clean
+.PHONY: help serve test chaos simulate lint env docs engine-args rules dashboards observe protos chart clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -34,6 +34,9 @@ test: lint ## lint and every test
 
 chaos: $(READY) ## faults of all kinds under streams, TIMES of each; fails if one request does
 	$(BIN)/python -m benchmarks.failover --times $(or $(TIMES),10) --check
+
+simulate: $(READY) ## the expert plane on a virtual clock and network: SEEDS of them, from FROM on
+	$(BIN)/python -m tests.simulation --seeds $(or $(SEEDS),1000) --from $(or $(FROM),0)
 
 docs: $(READY) ## regenerate docs/configuration.md and docs/metrics.md
 	$(BIN)/python -m cluster.config.reference > docs/configuration.md

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from routing.tokens.membership import Membership
@@ -80,10 +80,6 @@ class VirtualDirectory:
         return table
 
     # --- bookkeeping and guarantees ---
-
-    def dropped(self, worker: VirtualWorker, extra: Mapping[int, Sequence[int]]) -> None:
-        """A worker is about to drop experts."""
-        self.world.happened["experts dropped"] += sum(map(len, extra.values()))
 
     def _expire(self) -> None:
         self.membership.expire(self.now_s)

@@ -99,10 +99,12 @@ class VirtualWorker:
         extra = {layer: [e for e in ids if e not in keeps.get(layer, ())] for layer, ids in self.held.items()}
         missing = {layer: [e for e in ids if e not in self.held.get(layer, ())] for layer, ids in keeps.items()}
         if any(extra.values()):
-            directory.dropped(self, extra)
+            directory.world.happened["drop"] += 1
             self.held = {layer: tuple(e for e in ids if e not in extra[layer]) for layer, ids in self.held.items()}
         elif any(missing.values()):
             self.loading = True
+            beyond = {layer: set(ids) - set(share.get(layer, ())) for layer, ids in missing.items()}
+            directory.world.happened["takeover" if any(beyond.values()) else "share grows"] += 1
             self.line.after(LOAD_S, lambda: self.do(lambda: self._loaded(missing, directory)))
             return
         elif self.share == share:

@@ -338,8 +338,9 @@ class World:
             return
         shares = {name: share_LE.copy() for name, share_LE in membership.shares().items()}
         giver, taker = self.random.choice(list(shares)), self.random.choice(list(shares))
-        layer, expert = self.random.randrange(len(LAYERS)), self.random.randrange(self.experts)
-        if shares[giver][layer, expert] and not shares[taker][layer, expert]:
+        may_LE = shares[giver] & ~shares[taker]
+        if may_LE.any():
+            layer, expert = self.random.choice(np.argwhere(may_LE).tolist())
             shares[giver][layer, expert], shares[taker][layer, expert] = False, True
             membership.reshare(shares, {name: share_LE + 0.01 for name, share_LE in shares.items()})
             self.happened["move"] += 1
