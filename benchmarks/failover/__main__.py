@@ -15,8 +15,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -24,13 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from benchmarks.failover.streams import MODEL, Streams, now_s
-from benchmarks.measuring.free_port import free_port
+from benchmarks.measuring.application import Application
 
 _DEMO = Path(__file__).parents[2] / "models" / "demo"
-_COMMAND = (sys.executable, "-m", "cluster.cli")
 _WHOLE_S = 90.0  # the longest wait for the replacement of a worker
 _SLOW_S, _SLOW_RUNS_S, _SLOW_STOPS_S = 8.0, 0.001, 0.019
 _FAULTS = ("kill", "stop", "slow", "directory", "both", "scale")
@@ -47,56 +42,6 @@ class Outcome:
     failed: Mapping[str, int]
     gaps_s: list[float]  # sorted, of all streams that were open
     whole_s: list[float]  # sorted: until every worker was there again
-
-
-class Application:
-    """`deepsplit up --detach` and `down`, in a world of its own."""
-
-    def __init__(self, folder: Path, workers: int, replicas: int) -> None:
-        (folder / "run").mkdir(mode=0o700)
-        self._environment = os.environ | {"XDG_RUNTIME_DIR": str(folder / "run")}
-        config = {
-            "model": {"path": str(_DEMO), "name": MODEL, "dtype": "float32"},
-            "attention": {"kv_cache_gib": 0.25, "max_model_len": 1024},
-            "experts": {"workers": workers, "replicas_per_expert": replicas},
-            "gateway": {"port": free_port(), "grpc_port": None},
-            "ray": {"num_cpus": workers + 10},
-        }
-        self._config = folder / "failover.yaml"
-        self._config.write_text(json.dumps(config))  # JSON is YAML
-
-    def __enter__(self) -> Application:
-        subprocess.run([*_COMMAND, "up", str(self._config), "--detach"], env=self._environment, check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        subprocess.run([*_COMMAND, "down"], env=self._environment, check=True, stdout=subprocess.DEVNULL)
-
-    def status(self) -> dict[str, Any]:
-        """`deepsplit status --json`."""
-        told = subprocess.check_output([*_COMMAND, "status", "--json"], env=self._environment)
-        report: dict[str, Any] = json.loads(told)
-        return report
-
-    def ready(self) -> list[dict[str, Any]]:
-        """The workers that are ready; none while the directory does not answer."""
-        try:
-            return [worker for worker in self.status()["experts"] if worker["state"] == "ready"]
-        except subprocess.CalledProcessError:
-            return []
-
-    def directory(self) -> int:
-        """The process of the directory."""
-        supervisor = psutil.Process(self.status()["supervisor"]["pid"])
-        (found,) = [process.pid for process in supervisor.children(recursive=True)
-                    if "ServeReplica:deepsplit:Directory" in " ".join(process.cmdline())]  # fmt: skip
-        return found
-
-    def scale(self, workers: int) -> None:
-        """`deepsplit scale`."""
-        subprocess.run([*_COMMAND, "scale", f"experts={workers}"], env=self._environment, check=True,
-                       stderr=subprocess.DEVNULL)  # fmt: skip
 
 
 async def strike(app: Application, fault: str, times: int, workers: int, replicas: int, clients: int) -> Outcome:
@@ -147,6 +92,15 @@ def _slow_down(pid: int) -> None:
         time.sleep(_SLOW_RUNS_S)
 
 
+def _config(workers: int, replicas: int) -> dict[str, Any]:
+    return {
+        "model": {"path": str(_DEMO), "name": MODEL, "dtype": "float32"},
+        "attention": {"kv_cache_gib": 0.25, "max_model_len": 1024},
+        "experts": {"workers": workers, "replicas_per_expert": replicas},
+        "ray": {"num_cpus": workers + 10},
+    }
+
+
 def report(one: Outcome) -> None:
     """Print one line of the table."""
     def at(values: list[float], part: float) -> float:
@@ -175,7 +129,7 @@ def main() -> None:
               f"{'p99':>8}{'max, s':>8}{'whole, s':>9}  what clients saw", flush=True)  # fmt: skip
     for replicas in args.replicas:
         with tempfile.TemporaryDirectory(prefix="dsplit-", dir="/tmp") as folder:
-            with Application(Path(folder), args.workers, replicas) as app:
+            with Application(Path(folder), _config(args.workers, replicas)) as app:
                 for fault in args.fault:
                     one = asyncio.run(strike(app, fault, args.times, args.workers, replicas, args.clients))
                     outcomes.append(one)
