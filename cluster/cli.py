@@ -15,7 +15,17 @@ from cluster.errors import DeepsplitError, StartupError
 from cluster.keys.api_keys import key_hash, new_key
 from cluster.keys.editor import add_key, snippet
 from cluster.keys.file import tenant_name_fault
-from cluster.launch.launcher import BUILDER, down, grpc_target, rest_url, scale, status, up, up_detached
+from cluster.launch.launcher import (
+    BUILDER,
+    down,
+    grpc_target,
+    rest_url,
+    restart_experts,
+    scale,
+    status,
+    up,
+    up_detached,
+)
 from cluster.launch.state import ClusterState, StateFolder
 from cluster.launch.supervisor import Stopped
 from cluster.plan.bandwidth import bandwidth_gb_per_s
@@ -108,6 +118,14 @@ def scale_command(wanted: tuple[str, ...], wait_s: float) -> None:
     It lasts until the cluster is stopped; the configuration says what the next one starts with.
     """
     scale(StateFolder(), _roles(wanted), wait_s, lambda text: click.echo(text, err=True))
+
+
+@cli.command("restart")
+@click.argument("role", type=click.Choice(["experts"]))
+@click.option("--timeout", "wait_s", default=600.0, metavar="SECONDS", help="How long to wait; 600 if not set.")
+def restart_command(role: str, wait_s: float) -> None:
+    """Replace every expert worker by a new process, one after the other, without a pause."""
+    restart_experts(StateFolder(), wait_s, lambda text: click.echo(text, err=True))
 
 
 def _roles(wanted: tuple[str, ...]) -> dict[str, int]:

@@ -3,7 +3,8 @@
 The whole product, started as `deepsplit up` starts it, in float32, where tokens can be compared. A gap is the longest
 time that a stream got no token, from the fault until the cluster is whole again. Faults: an expert worker is killed
 (`kill`), stopped (`stop`), or runs for 1 ms of each 20 for a while (`slow`); the directory is killed (`directory`), and
-a worker with it (`both`); two workers more are added and go again (`scale`). `python -m benchmarks.failover --help`
+a worker with it (`both`); two workers more are added and go again (`scale`); all workers are replaced, one after the
+other (`restart`). `python -m benchmarks.failover --help`
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from benchmarks.measuring.application import Application
 _DEMO = Path(__file__).parents[2] / "models" / "demo"
 _WHOLE_S = 90.0  # the longest wait for the replacement of a worker
 _SLOW_S, _SLOW_RUNS_S, _SLOW_STOPS_S = 8.0, 0.001, 0.019
-_FAULTS = ("kill", "stop", "slow", "directory", "both", "scale")
+_FAULTS = ("kill", "stop", "slow", "directory", "both", "scale", "restart")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ async def strike(app: Application, fault: str, times: int, workers: int, replica
             struck_s = now_s()
             if fault == "slow":
                 await asyncio.to_thread(_slow_down, victim["pid"])
+            elif fault == "restart":
+                await asyncio.to_thread(app.restart)
             elif fault == "scale":
                 await asyncio.to_thread(app.scale, workers + 2)
                 await asyncio.to_thread(app.scale, workers)

@@ -56,6 +56,11 @@ class Application:
                     if "ServeReplica:deepsplit:Directory" in " ".join(process.cmdline())]  # fmt: skip
         return found
 
+    def restart(self) -> None:
+        """`deepsplit restart experts`."""
+        subprocess.run([*_COMMAND, "restart", "experts"], env=self._environment, check=True,
+                       stderr=subprocess.DEVNULL)  # fmt: skip
+
     def scale(self, workers: int) -> None:
         """`deepsplit scale`."""
         subprocess.run([*_COMMAND, "scale", f"experts={workers}"], env=self._environment, check=True,

@@ -43,7 +43,7 @@ _OBJECT_STORE_BYTES = 128 * 2**20
 class Job:
     """What the supervisor wants done."""
 
-    action: Literal["serve", "status", "scale", "delete"]
+    action: Literal["serve", "status", "scale", "restart", "delete"]
     config: str  # Config as JSON
     address: str  # Ray cluster to connect to; empty: start a local one
     root: str  # folder for everything temporary
@@ -78,6 +78,8 @@ class _Driver:
                 self._send(Event("result", self._directory_status()))
             elif self._job.action == "scale":
                 self._send(Event("result", self._scale()))
+            elif self._job.action == "restart":
+                self._send(Event("result", self._restart_experts()))
             elif self._job.action == "delete":
                 self._drain()
                 self._delete()
@@ -203,6 +205,12 @@ class _Driver:
         wanted = self._job.wanted
         asked = handle.scale.remote(wanted.get("experts"), wanted.get("attention"))
         return str(asked.result(timeout_s=_CALL_TIMEOUT_S))
+
+    def _restart_experts(self) -> str:
+        from ray import serve
+
+        handle = _over_grpc(serve.get_deployment_handle(DIRECTORY, APP))
+        return str(handle.restart_experts.remote().result(timeout_s=_CALL_TIMEOUT_S))
 
     def _gateway_ready(self) -> bool:
         from ray import serve

@@ -1,4 +1,4 @@
-"""`deepsplit up`, `status`, `scale` and `down`: one cluster per user, in the foreground or detached."""
+"""`deepsplit up`, `status`, `scale`, `restart` and `down`: one cluster per user, in the foreground or detached."""
 
 from __future__ import annotations
 
@@ -177,6 +177,38 @@ def scale(folder: StateFolder, wanted: Mapping[str, int], wait_s: float, on_prog
         time.sleep(1)
 
 
+def restart_experts(folder: StateFolder, wait_s: float, on_progress: Callable[[str], None]) -> None:
+    """Replace every expert worker, one after the other. Raises StartupError when nothing runs, when that cannot be, or
+    when it is not done after `wait_s` seconds.
+    """
+    state, report = folder.read(), status(folder)
+    if report["state"] != "ready" or state is None:
+        raise StartupError("the cluster is still starting: ask again when `deepsplit status` says ready")
+    old = _ids(report["experts"])
+    if why_not := _ask("restart", state):
+        raise StartupError(why_not)
+    deadline, told = time.monotonic() + wait_s, ""
+    while True:
+        report = status(folder)
+        left, states = old & _ids(report["experts"]), _states(report["experts"])
+        text = f"experts: {len(old) - len(left)} of {len(old)} replaced, {_counted(states)}"
+        if text != told:
+            on_progress(text)
+            told = text
+        if not left and states == ["ready"] * len(old):
+            return
+        if left and not report["to_restart"]:
+            raise StartupError(f"stopped half-way ({text}): the directory was restarted meanwhile; run it again")
+        if time.monotonic() > deadline:
+            raise StartupError(f"not done after {wait_s:g} s ({text}); it goes on: see `deepsplit status`")
+        time.sleep(1)
+
+
+def _ids(processes: object) -> set[str]:
+    assert isinstance(processes, list)
+    return {process["id"] for process in processes}
+
+
 def _states(processes: object) -> list[str]:
     assert isinstance(processes, list)
     return [process["state"] for process in processes]
@@ -230,7 +262,9 @@ def _sweep(state: ClusterState) -> None:
 
 
 def _ask(
-    action: Literal["status", "scale", "delete"], state: ClusterState, wanted: Mapping[str, int] = MappingProxyType({})
+    action: Literal["status", "scale", "restart", "delete"],
+    state: ClusterState,
+    wanted: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
     """Run a driver for one request to a running cluster."""
     root = make_root()

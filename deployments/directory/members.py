@@ -67,6 +67,7 @@ class HeartbeatReply:
     plane_busy: float  # mean fraction of their time that all ready workers compute, 0 to 1
     orders: Orders | None = None  # None: those that the worker has carried out
     wish: Wish | None = None  # None: as configured
+    restart: bool = False  # the worker is to hand over, end, and have Serve start another process
 
 
 @dataclass(frozen=True)

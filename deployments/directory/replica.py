@@ -70,6 +70,7 @@ class Directory:
         self._config = config
         self._workers = experts.workers  # slots from here on are those of redundant workers
         self._fixed_attention = fixed_attention
+        self._to_restart: list[str] = []  # expert workers, in turn
         self._wish: Wish | None = None
         # Why the number of expert workers cannot change; None if it can.
         self._fixed_experts = "`deepsplit scale` knows nothing of experts.pools" if experts.pools else None
@@ -130,7 +131,8 @@ class Directory:
         if orders is not None and orders.number == beat.obeyed:
             orders = None
         stamp = table.stamp if table else NO_TABLE
-        return HeartbeatReply(known, stamp, self._membership.busy(), orders, self._wish)
+        restart = worker_id == self._next_to_restart()
+        return HeartbeatReply(known, stamp, self._membership.busy(), orders, self._wish, restart)
 
     def _orders(self, worker_id: str) -> Orders:
         keeps, share = self._membership.keeps(worker_id), self._membership.share_of(worker_id)
@@ -200,6 +202,7 @@ class Directory:
             {
                 "model": self._model,
                 "wanted": self._wanted(),
+                "to_restart": self._to_restart,
                 "placement_epoch": table.stamp.n if table else 0,
                 "attention": [
                     {"id": m.replica_id, "pid": m.pid, "node": m.node, "state": m.state, "cores": m.cores}
@@ -250,6 +253,24 @@ class Directory:
             wanted = self._wanted()
             self._hear(Wish(time.time_ns(), experts or wanted["experts"], attention or wanted["attention"]))
         return why_not or ""
+
+    async def restart_experts(self) -> str:
+        """Have every expert worker end and Serve start another, one after the other, each when all others hold its
+        experts. Returns why that cannot be, empty if it can.
+        """
+        members = self._membership.members()
+        if not self._membership.settled():
+            return "expert workers start, leave, move experts, or cannot load others' experts: see `deepsplit status`"
+        if len(members) < 2:
+            return "the only expert worker has nobody to hand its experts to: `deepsplit scale experts=2` first"
+        self._to_restart = [member.worker_id for member in members]
+        return ""
+
+    def _next_to_restart(self) -> str | None:
+        """The one that is told so now: the next one's turn comes when the one before is replaced and all is calm."""
+        while self._to_restart and not self._membership.knows(self._to_restart[0]) and self._membership.settled():
+            del self._to_restart[0]
+        return self._to_restart[0] if self._to_restart else None
 
     def _why_not_scale(self, experts: int | None, attention: int | None) -> str | None:
         config, members = self._config, self._membership.members()

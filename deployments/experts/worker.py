@@ -77,6 +77,7 @@ class ExpertWorker:
         self._wish: Wish | None = None
         self._failure: str | None = None
         self._left = False  # the directory knows that it goes
+        self._restarting: asyncio.Task[None] | None = None
         self._orders: Orders | None = None
         self._obeyed = 0  # number of the last orders that are carried out
         self._told = asyncio.Event()
@@ -158,6 +159,8 @@ class ExpertWorker:
                 if reply.orders is not None:
                     self._orders = reply.orders
                     self._told.set()
+                if reply.restart and self._restarting is None:
+                    self._restarting = asyncio.create_task(self._restart())
                 if not reply.known or self._member.cores != self._cores_now():
                     await self._register()
             except DIRECTORY_AWAY as error:
@@ -239,6 +242,12 @@ class ExpertWorker:
                 return
             await asyncio.sleep(JOIN_RETRY_S)
 
+    async def _restart(self) -> None:
+        """Hand over, then have Serve replace this process, by failing its health check."""
+        with contextlib.suppress(*DIRECTORY_AWAY):
+            await self._hand_over()
+        self._failure = "it was told to restart, and others hold its experts"
+
     async def __del__(self) -> None:
         host = getattr(self, "_host", None)
         if hasattr(self, "_member") and not self._left:
@@ -246,8 +255,8 @@ class ExpertWorker:
                 with contextlib.suppress(*DIRECTORY_AWAY):
                     await self._hand_over()
             await self._leave(1.0)
-        for task in (getattr(self, "_beating", None), getattr(self, "_obeying", None)):
-            if task is not None:
+        for name in ("_beating", "_obeying", "_restarting"):
+            if (task := getattr(self, name, None)) is not None:
                 task.cancel()
         if host is not None:
             await asyncio.to_thread(host.stop, 1.0)

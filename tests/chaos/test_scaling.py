@@ -1,4 +1,4 @@
-"""`deepsplit scale` under streams that compare each token: 2, 4, then 3 workers, a lost directory in between."""
+"""`deepsplit scale` and `restart` under requests that compare each token; a lost directory in between."""
 
 from __future__ import annotations
 
@@ -95,6 +95,19 @@ def test_workers_come_and_go_and_nobody_notices(cli: Cli) -> None:
         assert held(cli) == [experts // 2] * 2
     after = cli.status()
     assert after["wanted"] == {"experts": 2, "attention": 1}
+    assert after["attention"] == before["attention"]
+    assert client.answers > 10
+    assert client.wrong == []
+
+
+def test_all_workers_are_replaced_and_nobody_notices(cli: Cli) -> None:
+    before = cli.status()
+    with Asking(before["gateway"]["rest"]) as client:
+        done = cli.run("restart", "experts", "--timeout", "120")
+        assert done.returncode == 0, done.stderr
+    assert "2 of 2 replaced, 2 ready" in done.stderr
+    after = cli.status()
+    assert {w["pid"] for w in after["experts"]}.isdisjoint(w["pid"] for w in before["experts"])
     assert after["attention"] == before["attention"]
     assert client.answers > 10
     assert client.wrong == []

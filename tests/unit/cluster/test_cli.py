@@ -59,8 +59,11 @@ def test_scale_says_what_it_takes(wanted: list[str]) -> None:
     assert "ROLE=NUMBER" in done.output
 
 
-def test_scale_without_a_cluster_says_how_to_start_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", [["scale", "experts=2"], ["restart", "experts"]])
+def test_without_a_cluster_they_say_how_to_start_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    done = CliRunner().invoke(cli, ["scale", "experts=2"])
+    done = CliRunner().invoke(cli, command)
     assert done.exit_code == 1
     assert "deepsplit up" in str(done.exception)

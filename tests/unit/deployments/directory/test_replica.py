@@ -253,3 +253,38 @@ def test_what_cannot_be_is_refused_by_name(
         assert json.loads(await directory.status())["wanted"] == before
 
     asyncio.run(scenario())
+
+
+def test_workers_restart_one_after_the_other(directory: Directory) -> None:
+    async def scenario() -> None:
+        await started(directory, 2)
+        assert await directory.restart_experts() == ""
+        assert (await directory.heartbeat(beat("a"))).restart
+        assert not (await directory.heartbeat(beat("b"))).restart
+        assert json.loads(await directory.status())["to_restart"] == ["a", "b"]
+        await directory.leave("a")
+        assert not (await directory.heartbeat(beat("b"))).restart  # its successor is not there yet
+        assignment = await directory.join("c", 1, "n", range(2))
+        assert assignment is not None
+        made = WorkerMember("c", assignment.slot, 1, "n", "", "ready", held=assignment.experts, elastic=True)
+        assert await directory.register_worker(made, NO_TABLE)
+        reply = await directory.heartbeat(beat("b"))
+        assert reply.orders is not None
+        kept = WorkerMember("b", 1, 1, "n", "", "ready", held=reply.orders.keeps, elastic=True)
+        assert await directory.register_worker(kept, NO_TABLE)
+        assert (await directory.heartbeat(beat("b"))).restart
+        await directory.leave("b")
+        assert (await directory.restart_experts()).startswith("expert workers start")
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_alone_cannot_be_replaced(demo_model: Path, outside_serve: None) -> None:
+    config = {"model": {"path": demo_model}, "monitoring": {"port": 0}, "experts": {"workers": 1}}
+    alone = Directory(Config.model_validate(config).model_dump_json())
+
+    async def scenario() -> None:
+        await started(alone, 1)
+        assert "nobody to hand its experts to" in await alone.restart_experts()
+
+    asyncio.run(scenario())
