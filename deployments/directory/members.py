@@ -39,13 +39,13 @@ class Wish:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What an expert worker says of itself every second."""
+    """What an expert worker says of itself as soon as the one before was answered."""
 
     worker_id: str
     busy: float  # fraction of its time that it computed since the last one, 0 to 1
     rows_per_s: float  # pairs of row and expert per second of computing, lately; 0: not known yet
     free_bytes: int  # of its host's memory
-    obeyed: int  # number of the last orders that are carried out; 0: of none
+    heard: int  # number of the last orders that it heard; 0: none
     wish: Wish | None = None  # the last that it heard of
 
 
@@ -65,7 +65,7 @@ class HeartbeatReply:
     known: bool  # False: the worker must register again
     stamp: Stamp  # of the newest published table; NO_TABLE: none
     plane_busy: float  # mean fraction of their time that all ready workers compute, 0 to 1
-    orders: Orders | None = None  # None: those that the worker has carried out
+    orders: Orders | None = None  # None: those that the worker has heard
     wish: Wish | None = None  # None: as configured
     restart: bool = False  # the worker is to hand over, end, and have Serve start another process
 

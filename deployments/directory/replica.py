@@ -13,7 +13,6 @@ import json
 import logging
 import secrets
 import time
-import zlib
 from dataclasses import asdict, replace
 
 import ray
@@ -122,21 +121,28 @@ class Directory:
         return accepted
 
     async def heartbeat(self, beat: Heartbeat) -> HeartbeatReply:
-        """Record an expert worker's sign of life. The answer tells it what else it is to hold."""
+        """Record an expert worker's sign of life, and answer when there is something new to do, or after
+        experts.heartbeat_interval_s: then the next one comes.
+        """
         worker_id, now = beat.worker_id, time.monotonic()
         self._hear(beat.wish)
-        known = self._membership.heartbeat(worker_id, beat.busy, now, beat.rows_per_s, beat.free_bytes)
-        table = self._membership.table()
-        orders = self._orders(worker_id) if known else None
-        if orders is not None and orders.number == beat.obeyed:
-            orders = None
-        stamp = table.stamp if table else NO_TABLE
-        restart = worker_id == self._next_to_restart()
-        return HeartbeatReply(known, stamp, self._membership.busy(), orders, self._wish, restart)
+        self._membership.heartbeat(worker_id, beat.busy, now, beat.rows_per_s, beat.free_bytes)
+        deadline = now + self._config.experts.heartbeat_interval_s
+        while True:
+            reply = self._reply_to(beat)
+            if not reply.known or reply.orders is not None or reply.restart or time.monotonic() >= deadline:
+                return reply
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._table_changed.wait(), deadline - time.monotonic())
 
-    def _orders(self, worker_id: str) -> Orders:
-        keeps, share = self._membership.keeps(worker_id), self._membership.share_of(worker_id)
-        return Orders(1 + zlib.crc32(repr((keeps, share)).encode()), keeps, share)
+    def _reply_to(self, beat: Heartbeat) -> HeartbeatReply:
+        worker_id, membership = beat.worker_id, self._membership
+        table, known = membership.table(), membership.knows(worker_id)
+        orders = None
+        if known and (number := membership.orders(worker_id)) != beat.heard:
+            orders = Orders(number, membership.keeps(worker_id), membership.share_of(worker_id))
+        stamp, restart = table.stamp if table else NO_TABLE, worker_id == self._next_to_restart()
+        return HeartbeatReply(known, stamp, membership.busy(), orders, self._wish, restart)
 
     async def retire(self, worker_id: str) -> bool:
         """Have an expert worker's experts move to others, since it is about to leave. Returns whether it may leave."""

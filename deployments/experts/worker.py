@@ -79,7 +79,6 @@ class ExpertWorker:
         self._left = False  # the directory knows that it goes
         self._restarting: asyncio.Task[None] | None = None
         self._orders: Orders | None = None
-        self._obeyed = 0  # number of the last orders that are carried out
         self._told = asyncio.Event()
         worker_id, node = f"experts-{uuid.uuid4().hex[:8]}", ray.util.get_node_ip_address()
         start_logging(config.logging, "experts", worker_id)
@@ -142,17 +141,17 @@ class ExpertWorker:
     async def _beat(self) -> None:
         signs = VitalSigns(time.monotonic())
         while True:
-            await asyncio.sleep(self._heartbeat_interval_s)
             host = getattr(self, "_host", None)  # not there while it loads
             if self._failure is None and host is not None:
                 self._failure = host.failure()
             if self._failure is not None:
                 break
             said = (0.0, 0.0) if host is None else signs.since_last(host.busy_s(), host.pairs(), time.monotonic())
-            beat = Heartbeat(self._member.worker_id, *said, free_memory_bytes(), self._obeyed, self._wish)
+            heard = 0 if self._orders is None else self._orders.number
+            beat = Heartbeat(self._member.worker_id, *said, free_memory_bytes(), heard, self._wish)
             try:
-                answer = self._directory.heartbeat.remote(beat)
-                reply: HeartbeatReply = await asyncio.wait_for(answer, CALL_TIMEOUT_S)
+                answer = self._directory.heartbeat.remote(beat)  # which it answers in the interval's time
+                reply: HeartbeatReply = await asyncio.wait_for(answer, self._heartbeat_interval_s + CALL_TIMEOUT_S)
                 self._seen = self._seen if reply.stamp == NO_TABLE else reply.stamp
                 self._plane_busy = reply.plane_busy
                 self._wish = reply.wish or self._wish
@@ -163,8 +162,11 @@ class ExpertWorker:
                     self._restarting = asyncio.create_task(self._restart())
                 if not reply.known or self._member.cores != self._cores_now():
                     await self._register()
+                if reply.restart:
+                    await asyncio.sleep(self._heartbeat_interval_s)  # it is answered at once now
             except DIRECTORY_AWAY as error:
                 logger.warning("the directory is away (%s); serving goes on", type(error).__name__)
+                await asyncio.sleep(self._heartbeat_interval_s)
         await self._leave(CALL_TIMEOUT_S)  # so that the table has others, and a new process may have the slot
 
     async def _leave(self, timeout_s: float) -> None:
@@ -180,7 +182,6 @@ class ExpertWorker:
             while (orders := self._orders) is not None:
                 try:
                     if not await self._step_to(orders):
-                        self._obeyed = orders.number
                         break
                 except DIRECTORY_AWAY:
                     await asyncio.sleep(JOIN_RETRY_S)

@@ -11,6 +11,7 @@ Legend: L MoE layers, E experts of a layer.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -313,6 +314,13 @@ class Membership:
     def share_of(self, worker_id: str) -> Share:
         """Return what the slot of a worker is to hold."""
         return self.share(self._members[worker_id].slot)
+
+    def orders(self, worker_id: str) -> int:
+        """Return a number, above 0, that changes with what `keeps` and `share_of` say of a worker, and costs little."""
+        slot = self._members[worker_id].slot
+        share_LE = self._shares_LE.get(slot)
+        share = 0 if share_LE is None else zlib.crc32(share_LE.tobytes())
+        return 1 + zlib.crc32(self._holdings.keeps(worker_id).tobytes(), share)
 
     def most_slots(self) -> int:
         """Return how many slots can have an expert of each layer."""

@@ -37,8 +37,8 @@ def directory(demo_model: Path, outside_serve: None) -> Directory:
     return Directory(Config.model_validate(config).model_dump_json())
 
 
-def beat(worker_id: str, busy: float = 0.0, obeyed: int = 0) -> Heartbeat:
-    return Heartbeat(worker_id, busy, rows_per_s=0.0, free_bytes=0, obeyed=obeyed)
+def beat(worker_id: str, busy: float = 0.0, heard: int = 0) -> Heartbeat:
+    return Heartbeat(worker_id, busy, rows_per_s=0.0, free_bytes=0, heard=heard)
 
 
 async def started(directory: Directory, workers: int, **said: object) -> None:
@@ -129,7 +129,7 @@ def test_expert_workers_of_a_leaving_node_hand_over_first(directory: Directory) 
         orders = (await directory.heartbeat(beat("y"))).orders
         assert orders is not None
         keeps = orders.keeps
-        assert (await directory.heartbeat(beat("y", obeyed=orders.number))).orders is None
+        assert (await directory.heartbeat(beat("y", heard=orders.number))).orders is None
         assert {layer: len(ids) for layer, ids in keeps.items()} == {
             layer: 2 * len(ids) for layer, ids in members["y"].held.items()
         }

@@ -63,7 +63,7 @@ def test_a_worker_that_fenced_itself_leaves_the_table_at_once() -> None:
     fenced, directory = worker(None), _Directory()
     fenced._directory = directory  # type: ignore[assignment]
     fenced._heartbeat_interval_s, fenced._seen = 0.001, NO_TABLE
-    fenced._cores, fenced._left, fenced._obeyed, fenced._wish = None, False, 0, None
+    fenced._cores, fenced._left, fenced._orders, fenced._wish = None, False, None, None
     fenced._member = WorkerMember("w", 0, 1, "node", "h:1", "ready")
     answers = iter([None, None, "3 turns failed"])
     fenced._host = SimpleNamespace(failure=lambda: next(answers), busy_s=lambda: 0.0, pairs=lambda: 0)  # type: ignore[assignment]
