@@ -22,6 +22,7 @@ from cluster.config import Config
 from cluster.model.spec import load_model_spec
 from cluster.plan.pools import with_copies
 from cluster.plan.shares import split_shares
+from deployments.directory.fleet import Fleet
 from deployments.directory.members import (
     AdmissionEndpoint,
     Assignment,
@@ -66,19 +67,13 @@ class Directory:
         experts = config.experts
         held = split_shares(spec.num_experts, experts.worker_shares(), experts.replicas_per_expert)
         shares = [dict.fromkeys(spec.moe_layers, ids) for ids in with_copies(held, experts)]  # by slot
-        self._config = config
+        self._heartbeat_interval_s = experts.heartbeat_interval_s
         self._workers = experts.workers  # slots from here on are those of redundant workers
-        self._fixed_attention = fixed_attention
-        self._to_restart: list[str] = []  # expert workers, in turn
-        self._wish: Wish | None = None
-        # Why the number of expert workers cannot change; None if it can.
-        self._fixed_experts = "`deepsplit scale` knows nothing of experts.pools" if experts.pools else None
-        if experts.spares is not None:
-            self._fixed_experts = "experts.spares is set: Serve sets the number of workers"
         self._model = config.model.served_name
         self._membership = Membership(
             shares, experts.heartbeat_timeout_s, time.monotonic(), secrets.randbits(63) + 1, self._on_lost
         )
+        self._fleet = Fleet(config, self._membership, fixed_attention)
         self._registry = Registry(_POLLS_UNTIL_LOST * LONG_POLL_S, first_version=time.time_ns())
         self._rebalancer: Rebalancer | None = None
         self._rebalancing: asyncio.Task[None] | None = None  # from the first load on
@@ -104,7 +99,8 @@ class Directory:
 
     async def join(self, worker_id: str, pid: int, node: str, slots: range) -> Assignment | None:
         """Assign a slot to a new expert worker whose pool has `slots`. Returns None if all are taken: ask again."""
-        slot = self._membership.join(worker_id, pid, node, time.monotonic(), slots if self._fixed_experts else None)
+        own = slots if self._fleet.fixed_experts else None  # else any, and new ones
+        slot = self._membership.join(worker_id, pid, node, time.monotonic(), own)
         if slot is None:
             return None
         self._metrics.worker_events.labels("joined").inc()
@@ -127,7 +123,7 @@ class Directory:
         worker_id, now = beat.worker_id, time.monotonic()
         self._hear(beat.wish)
         self._membership.heartbeat(worker_id, beat.busy, now, beat.rows_per_s, beat.free_bytes)
-        deadline = now + self._config.experts.heartbeat_interval_s
+        deadline = now + self._heartbeat_interval_s
         while True:
             reply = self._reply_to(beat)
             if not reply.known or reply.orders is not None or reply.restart or time.monotonic() >= deadline:
@@ -141,8 +137,8 @@ class Directory:
         orders = None
         if known and (number := membership.orders(worker_id)) != beat.heard:
             orders = Orders(number, membership.keeps(worker_id), membership.share_of(worker_id))
-        stamp, restart = table.stamp if table else NO_TABLE, worker_id == self._next_to_restart()
-        return HeartbeatReply(known, stamp, membership.busy(), orders, self._wish, restart)
+        stamp, restart = table.stamp if table else NO_TABLE, worker_id == self._fleet.next_to_restart()
+        return HeartbeatReply(known, stamp, membership.busy(), orders, self._fleet.wish, restart)
 
     async def retire(self, worker_id: str) -> bool:
         """Have an expert worker's experts move to others, since it is about to leave. Returns whether it may leave."""
@@ -207,8 +203,8 @@ class Directory:
         return json.dumps(
             {
                 "model": self._model,
-                "wanted": self._wanted(),
-                "to_restart": self._to_restart,
+                "wanted": dict(self._fleet.wanted),
+                "to_restart": self._fleet.to_restart,
                 "placement_epoch": table.stamp.n if table else 0,
                 "attention": [
                     {"id": m.replica_id, "pid": m.pid, "node": m.node, "state": m.state, "cores": m.cores}
@@ -248,15 +244,17 @@ class Directory:
         """Return what attention replicas pass on to Serve. `heard`: the wish that this one heard of last."""
         self._hear(heard)
         self._registry.expire(time.monotonic())
-        return Demand(self._registry.demand(), self._wish)
+        return Demand(self._registry.demand(), self._fleet.wish)
+
+    # --- what operators ask for ---
 
     async def scale(self, experts: int | None, attention: int | None) -> str:
         """Have so many expert workers and attention replicas from now on; None: as many as now. Returns why that cannot
         be, empty if it can.
         """
-        why_not = self._why_not_scale(experts, attention)
+        why_not = self._fleet.why_not(experts, attention)
         if why_not is None:
-            wanted = self._wanted()
+            wanted = self._fleet.wanted
             self._hear(Wish(time.time_ns(), experts or wanted["experts"], attention or wanted["attention"]))
         return why_not or ""
 
@@ -264,59 +262,14 @@ class Directory:
         """Have every expert worker end and Serve start another, one after the other, each when all others hold its
         experts. Returns why that cannot be, empty if it can.
         """
-        members = self._membership.members()
-        if not self._membership.settled():
-            return "expert workers start, leave, move experts, or cannot load others' experts: see `deepsplit status`"
-        if len(members) < 2:
-            return "the only expert worker has nobody to hand its experts to: `deepsplit scale experts=2` first"
-        self._to_restart = [member.worker_id for member in members]
-        return ""
-
-    def _next_to_restart(self) -> str | None:
-        """The one that is told so now: the next one's turn comes when the one before is replaced and all is calm."""
-        while self._to_restart and not self._membership.knows(self._to_restart[0]) and self._membership.settled():
-            del self._to_restart[0]
-        return self._to_restart[0] if self._to_restart else None
-
-    def _why_not_scale(self, experts: int | None, attention: int | None) -> str | None:
-        config, members = self._config, self._membership.members()
-        if attention is not None and config.attention.autoscaling is not None:
-            return "attention.autoscaling is set: Serve sets the number of attention replicas"
-        if attention is not None and self._fixed_attention:
-            return "the Serve configuration sets the number of attention replicas: change it there"
-        if experts is None or experts == self._wanted()["experts"]:
-            return None
-        if self._fixed_experts is not None:
-            return self._fixed_experts
-        if experts < config.experts.replicas_per_expert:
-            return f"experts.replicas_per_expert is {config.experts.replicas_per_expert}: there must be as many workers"
-        if any(member.state == "ready" and not member.elastic for member in members):
-            return "some expert workers cannot load others' experts (GPUs, no memory, or experts.take_over is false)"
-        if experts > (most := self._membership.most_slots()):
-            return f"there are no more than {most} copies of experts in a layer, and each worker is to hold one"
-        gone, expert_bytes = 1 - experts / self._wanted()["experts"], max((m.expert_bytes for m in members), default=0)
-        lacking = int(gone * sum(sum(map(len, m.held.values())) for m in members) * expert_bytes)
-        free = sum({member.node: member.free_bytes for member in members}.values())
-        if lacking > free:
-            return f"the workers that stay would load {lacking >> 20} MiB, and their hosts have {free >> 20} MiB free"
-        return None
-
-    def _wanted(self) -> dict[str, int]:
-        wish = self._wish
-        return {
-            "experts": self._config.experts.workers if wish is None else wish.experts,
-            "attention": self._config.attention.replicas if wish is None else wish.attention,
-        }
+        return self._fleet.restart_experts() or ""
 
     def _hear(self, wish: Wish | None) -> None:
-        """Follow a wish that is newer than the last."""
-        if wish is None or (self._wish is not None and wish.version <= self._wish.version):
+        if not self._fleet.hear(wish):
             return
-        self._wish = wish
-        logger.info("%d expert workers and %d attention replicas are wanted", wish.experts, wish.attention)
-        if self._fixed_experts is None:
-            self._membership.resize(wish.experts)
-        for role, count in self._wanted().items():
+        wanted = self._fleet.wanted
+        logger.info("%d expert workers and %d attention replicas are wanted", wanted["experts"], wanted["attention"])
+        for role, count in wanted.items():
             self._metrics.members_wanted.labels(role).set(count)
         self._publish_table()
 
@@ -405,7 +358,7 @@ class Directory:
         metrics.uncovered.set(self._membership.uncovered())
         for state in ("loading", "ready"):
             slots = [m.slot for m in self._membership.members() if (m.state == "loading") == (state == "loading")]
-            spare = 0 if self._fixed_experts is None else sum(slot >= self._workers for slot in slots)
+            spare = 0 if self._fleet.fixed_experts is None else sum(slot >= self._workers for slot in slots)
             metrics.members.labels("experts", state).set(len(slots) - spare)
             metrics.members.labels("redundant_experts", state).set(spare)
         for state in ("starting", "ready", "draining"):
