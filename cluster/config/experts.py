@@ -27,7 +27,8 @@ class Rebalance(Section):
     interval_s: float = Field(60.0, gt=0, description="How often the directory asks whether moves would pay.")
     threshold: float = Field(0.05, gt=0, lt=1, description="Part of the time that experts take in a step, by the load "
                                                            "of lately, that moves must save.")
-    budget_gib: float = Field(4.0, gt=0, description="Most that one round of moves may load, in all.")
+    budget_gib: float = Field(4.0, gt=0, description="Most that one round of moves may load, beside copies that "
+                                                     "replicas_per_expert asks for.")
     headroom: float = Field(0.25, ge=0, description="How much more than its first share a worker may hold, as far as "
                                                     "its host has free memory; more of it means more copies of hot "
                                                     "experts, and more experts on fast workers.")

@@ -161,7 +161,7 @@ def scale(folder: StateFolder, wanted: Mapping[str, int], wait_s: float, on_prog
         raise StartupError(why_not)
     deadline, told = time.monotonic() + wait_s, ""
     while True:
-        report = status(folder)
+        report = _status_until(folder, deadline)
         states = {role: _states(report[role]) for role in wanted}
         text = "; ".join(f"{role}: {count} wanted, {_counted(states[role])}" for role, count in wanted.items())
         if text != told:
@@ -189,7 +189,7 @@ def restart_experts(folder: StateFolder, wait_s: float, on_progress: Callable[[s
         raise StartupError(why_not)
     deadline, told = time.monotonic() + wait_s, ""
     while True:
-        report = status(folder)
+        report = _status_until(folder, deadline)
         left, states = old & _ids(report["experts"]), _states(report["experts"])
         text = f"experts: {len(old) - len(left)} of {len(old)} replaced, {_counted(states)}"
         if text != told:
@@ -202,6 +202,17 @@ def restart_experts(folder: StateFolder, wait_s: float, on_progress: Callable[[s
         if time.monotonic() > deadline:
             raise StartupError(f"not done after {wait_s:g} s ({text}); it goes on: see `deepsplit status`")
         time.sleep(1)
+
+
+def _status_until(folder: StateFolder, deadline: float) -> dict[str, object]:
+    """`status`, asked again while the directory is being restarted. Raises StartupError after `deadline`."""
+    while True:
+        try:
+            return status(folder)
+        except DeepsplitError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def _ids(processes: object) -> set[str]:

@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.config import Config
 from deployments.admission.replica_loads import ReplicaLoads
 from deployments.admission.server import AdmissionServer
-from deployments.directory.calls import DIRECTORY_AWAY, over_grpc
+from deployments.directory.calls import DirectoryAway, answer_of, over_grpc
 from deployments.directory.members import AdmissionEndpoint, ClusterView
 from deployments.hosting.background import BackgroundTasks
 from deployments.hosting.scrape import scrape_process
@@ -23,6 +23,7 @@ from monitoring.exporter import ProcessRegistry
 
 NAME = "admission"
 _RETRY_S = 0.5
+_ANSWER_TIMEOUT_S = 12.0  # of a long poll
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +58,15 @@ class AdmissionService:
         version = -1
         while True:
             try:
-                view: ClusterView | None = await self._directory.register_admission.remote(
+                asked = self._directory.register_admission.remote(
                     self._endpoint, self._scrape.target, version, self._server.demand().in_replicas
                 )
+                view: ClusterView | None = await answer_of(asked, _ANSWER_TIMEOUT_S)
                 if view is not None:
                     version = view.version
                     self._replicas.set_endpoints(view.endpoints)
-            except DIRECTORY_AWAY as error:
-                logger.warning("the directory is away (%s); admission goes on", type(error).__name__)
+            except DirectoryAway as error:
+                logger.warning("the directory is away (%s); admission goes on", error)
                 await asyncio.sleep(_RETRY_S)
 
     async def __del__(self) -> None:

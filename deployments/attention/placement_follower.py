@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import threading
@@ -10,7 +11,6 @@ from collections.abc import Callable
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.directory.calls import DIRECTORY_AWAY
 from deployments.directory.members import AttentionMember
 from deployments.directory.replica import LONG_POLL_S
 from routing.tokens.placement import NO_TABLE, PlacementFile, Stamp
@@ -61,7 +61,7 @@ class PlacementFollower:
                     stamp, table = answer
                     self._file.write_encoded(table)
                     seen = stamp
-            except (*DIRECTORY_AWAY, OSError) as error:
+            except (Exception, asyncio.CancelledError) as error:  # whatever went wrong there; the thread must live on
                 logger.warning("placement table %d stays: %s: %s", seen.n, type(error).__name__, error)
                 self._stop.wait(RETRY_S)
 

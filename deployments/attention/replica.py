@@ -7,6 +7,7 @@ Import this module in replicas only; it imports vLLM.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import tempfile
@@ -32,7 +33,7 @@ from deployments.attention.plugin import LOAD_FORMAT, check_installed
 from deployments.attention.private_port import ReplicaServer
 from deployments.attention.settings import RemoteExpertsSettings
 from deployments.attention.vllm_internals import CompilationConfig, Counter, Gauge, get_metrics_snapshot
-from deployments.directory.calls import DIRECTORY_AWAY, over_grpc
+from deployments.directory.calls import DirectoryAway, answer_of, over_grpc
 from deployments.directory.members import AttentionMember, Demand, EngineStats
 from deployments.hosting.autoscaling import DEMAND, OCCUPANCY, WISH, WISH_VERSION
 from deployments.hosting.process_cores import ProcessCores, child_pids, cores_folder
@@ -44,6 +45,8 @@ from routing.requests.request import ReplicaLoad
 from routing.tokens.placement import PlacementFile
 from routing.tokens.plane_state import ExpertPlaneFile, ExpertPlaneState
 from routing.tokens.routed_tokens import RoutedTokens, RoutedTokensFile
+
+_CALL_TIMEOUT_S = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +112,8 @@ class AttentionReplica:
         self._server = ReplicaServer(app, self._load, config.internal_tls)
         url = await self._server.start(config.own_host(node))
         self._member = replace(self._member, state="ready", url=url, token=self._server.token)
-        await directory.register_replica.remote(self._member)  # the follower's next poll would do, but comes later
+        with contextlib.suppress(DirectoryAway):  # the follower's next poll would do, but comes later
+            await answer_of(directory.register_replica.remote(self._member), _CALL_TIMEOUT_S)
 
     async def _start_engine(
         self, config: Config, args: dict[str, Any], engine_logging: EngineLogging
@@ -162,8 +166,8 @@ class AttentionReplica:
         """Tell Serve what it needs when it sets the number of replicas."""
         stats = await self.engine_stats()
         try:
-            self._demand = await self._directory.demand.remote(self._demand.wish)
-        except DIRECTORY_AWAY as error:
+            self._demand = await answer_of(self._directory.demand.remote(self._demand.wish), _CALL_TIMEOUT_S)
+        except DirectoryAway as error:
             logger.warning("the directory is away (%s); the last known demand stays", type(error).__name__)
         said = {OCCUPANCY: (stats.running + stats.waiting) / self._max_num_seqs}
         if self._demand.replicas is not None:

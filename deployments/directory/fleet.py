@@ -52,6 +52,8 @@ class Fleet:
             return "the Serve configuration sets the number of attention replicas: change it there"
         if experts is None or experts == self.wanted["experts"]:
             return None
+        if self.to_restart:
+            return "expert workers are being restarted: ask again when `deepsplit restart experts` is done"
         if self.fixed_experts is not None:
             return self.fixed_experts
         if experts < config.experts.replicas_per_expert:
@@ -63,18 +65,28 @@ class Fleet:
         part_gone = 1 - experts / self.wanted["experts"]
         held_bytes = sum(sum(map(len, member.held.values())) * member.expert_bytes for member in members)
         lacking = int(part_gone * held_bytes)
-        free = sum({member.node: member.free_bytes for member in members}.values())
-        if lacking > free:
+        if lacking > (free := self._free_bytes()):
             return f"the workers that stay would load {lacking >> 20} MiB, and their hosts have {free >> 20} MiB free"
         return None
+
+    def _free_bytes(self) -> int:
+        free: dict[str, int] = {}
+        for member in self._membership.members():
+            free[member.node] = max(member.free_bytes, free.get(member.node, 0))
+        return sum(free.values())
 
     def restart_experts(self) -> str | None:
         """Have every expert worker replaced, one after the other. Returns why that cannot be; None if it can."""
         members = self._membership.members()
         if not self._membership.settled():
-            return "expert workers start, leave, move experts, or cannot load others' experts: see `deepsplit status`"
+            return ("expert workers start, leave, move experts or cannot load others' (see `deepsplit status`), or "
+                    "experts.spares is set")  # fmt: skip
         if len(members) < 2:
             return "the only expert worker has nobody to hand its experts to: `deepsplit scale experts=2` first"
+        if self._config.experts.replicas_per_expert == 1:
+            most = max(sum(map(len, member.held.values())) * member.expert_bytes for member in members)
+            if most > (free := self._free_bytes()):
+                return f"the others would load {most >> 20} MiB of each, and the hosts have {free >> 20} MiB free"
         self.to_restart = [member.worker_id for member in members]
         return None
 

@@ -43,7 +43,7 @@ class Heartbeat:
 
     worker_id: str
     busy: float  # fraction of its time that it computed since the last one, 0 to 1
-    rows_per_s: float  # pairs of row and expert per second of computing, lately; 0: not known yet
+    speed: float  # work per second of computing, lately (`ExpertCompute.work`); 0: not known yet
     free_bytes: int  # of its host's memory
     heard: int  # number of the last orders that it heard; 0: none
     wish: Wish | None = None  # the last that it heard of

@@ -17,7 +17,7 @@ from cluster.config import ExpertsConfig
 from monitoring.metrics import DirectoryMetrics
 from routing.tokens.balancing.recent_tokens import RecentTokens
 from routing.tokens.membership import Membership, WorkerMember
-from routing.tokens.rebalancing import Proposal, RebalanceOptions, propose, step_s
+from routing.tokens.rebalancing import Proposal, RebalanceOptions, has_room, propose, step_s
 from routing.tokens.routed_tokens import RoutedTokens
 
 _INTERVALS = 2.0  # that the load looks back
@@ -77,6 +77,8 @@ class Rebalancer:
                            "short of memory, or experts.take_over is false)", ", ".join(fixed))  # fmt: skip
         self._told_why_not = bool(fixed)
         tokens_LE = self._tokens.at(time.monotonic())
+        if not has_room(self._membership.members()):
+            return False  # an optimisation must not take the memory that a failover needs
         if tokens_LE.mean() < _LEAST_TOKENS or not self._membership.settled():
             return False
         members, shares = self._membership.members(), self._membership.shares()

@@ -51,6 +51,7 @@ from routing.tokens.routed_tokens import RoutedTokens
 NAME = "Directory"
 LONG_POLL_S = 2.0
 _POLLS_UNTIL_LOST = 3
+_UNHEARD = Stamp(1, 0)  # of no directory: what a replica uses that was not heard yet
 _SILENCE_CHECK_S = 0.25  # how often a long poll looks for workers that fell silent
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Directory:
         experts = config.experts
         held = split_shares(spec.num_experts, experts.worker_shares(), experts.replicas_per_expert)
         shares = [dict.fromkeys(spec.moe_layers, ids) for ids in with_copies(held, experts)]  # by slot
+        self._started_s = time.monotonic()
         self._heartbeat_interval_s = experts.heartbeat_interval_s
         self._workers = experts.workers  # slots from here on are those of redundant workers
         self._model = config.model.served_name
@@ -122,11 +124,12 @@ class Directory:
         """
         worker_id, now = beat.worker_id, time.monotonic()
         self._hear(beat.wish)
-        self._membership.heartbeat(worker_id, beat.busy, now, beat.rows_per_s, beat.free_bytes)
+        self._membership.heartbeat(worker_id, beat.busy, now, beat.speed, beat.free_bytes)
         deadline = now + self._heartbeat_interval_s
         while True:
             reply = self._reply_to(beat)
-            if not reply.known or reply.orders is not None or reply.restart or time.monotonic() >= deadline:
+            news = reply.orders is not None or reply.restart or reply.wish != beat.wish
+            if not reply.known or news or time.monotonic() >= deadline:
                 return reply
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._table_changed.wait(), deadline - time.monotonic())
@@ -140,11 +143,13 @@ class Directory:
         stamp, restart = table.stamp if table else NO_TABLE, worker_id == self._fleet.next_to_restart()
         return HeartbeatReply(known, stamp, membership.busy(), orders, self._fleet.wish, restart)
 
-    async def retire(self, worker_id: str) -> bool:
-        """Have an expert worker's experts move to others, since it is about to leave. Returns whether it may leave."""
+    async def retire(self, worker_id: str, whatever_comes: bool) -> bool:
+        """Have an expert worker's experts move to others, since it is about to leave (`whatever_comes`: also if nobody
+        can take them). Returns whether it may leave.
+        """
         if self._registry.draining:
             return True
-        may_leave = self._membership.retire(worker_id)
+        may_leave = self._membership.retire(worker_id, whatever_comes)
         self._publish_table()
         return may_leave
 
@@ -169,7 +174,10 @@ class Directory:
         """
         self._membership.observe(after)
         if self._rebalancer is not None and member is not None and tokens is not None:
-            self._rebalancer.report(member.replica_id, tokens, time.monotonic())
+            try:
+                self._rebalancer.report(member.replica_id, tokens, time.monotonic())
+            except ValueError as error:  # such as of another model: the table is more important
+                logger.warning("tokens of %s do not count: %s", member.replica_id, error)
             if self._rebalancing is None:
                 self._rebalancing = asyncio.create_task(self._rebalance(self._rebalancer))
         if member is not None:
@@ -253,9 +261,12 @@ class Directory:
         be, empty if it can.
         """
         why_not = self._fleet.why_not(experts, attention)
+        if time.monotonic() - self._started_s < _POLLS_UNTIL_LOST * LONG_POLL_S:
+            why_not = "the directory has just been started, and may not know yet how many there are: ask again"
         if why_not is None:
             wanted = self._fleet.wanted
-            self._hear(Wish(time.time_ns(), experts or wanted["experts"], attention or wanted["attention"]))
+            version = time.time_ns() if self._fleet.wish is None else self._fleet.wish.version + 1
+            self._hear(Wish(version, experts or wanted["experts"], attention or wanted["attention"]))
         return why_not or ""
 
     async def restart_experts(self) -> str:
@@ -310,7 +321,10 @@ class Directory:
         self._registry.expire(now_s)
         live = {replica.replica_id for replica in self._registry.replicas()}
         self._tables_in_use = {name: used for name, used in self._tables_in_use.items() if name in live}
-        self._membership.followed(self._tables_in_use.values())
+        used = list(self._tables_in_use.values())
+        if now_s - self._started_s < _POLLS_UNTIL_LOST * LONG_POLL_S:
+            used.append(_UNHEARD)  # attention replicas that have not polled yet may use an earlier directory's table
+        self._membership.followed(used)
         if self._rebalancer is not None:
             self._rebalancer.keep_only(live)
 

@@ -53,7 +53,7 @@ class WorkerWatch:
     async def _watch(self, worker_id: str, address: str) -> None:
         met = False  # its process has answered here
         while True:
-            with contextlib.suppress(grpc.RpcError, OSError, TimeoutError):
+            with contextlib.suppress(Exception):  # whatever it is: look again
                 async with self._channel(address) as channel:
                     async with asyncio.timeout(_RETRY_S):
                         await channel.channel_ready()

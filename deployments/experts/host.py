@@ -123,9 +123,9 @@ class ExpertHost:
         """Return the seconds in which experts were computed, so far."""
         return self._server.busy_s()
 
-    def pairs(self) -> int:
-        """Return the pairs of row and expert that were computed so far."""
-        return self._compute.pairs
+    def work(self) -> float:
+        """Return what was computed so far, in experts; see ExpertCompute."""
+        return self._compute.work
 
     def start(self, host: str) -> str:
         """Listen on a free port of `host`; returns host:port."""

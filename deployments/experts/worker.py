@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import time
 import uuid
@@ -26,7 +27,7 @@ from cluster.plan.cores import CoreShare
 from cluster.plan.host_cores import this_host
 from cluster.plan.nodes import free_memory_bytes
 from cluster.plan.pools import Pool, expert_pools, spare_pools
-from deployments.directory.calls import DIRECTORY_AWAY, over_grpc
+from deployments.directory.calls import DirectoryAway, answer_of, over_grpc
 from deployments.directory.members import Assignment, Heartbeat, HeartbeatReply, Orders, Wish
 from deployments.experts.vital_signs import VitalSigns
 from deployments.hosting.autoscaling import BUSY, WISH, WISH_VERSION, on_wish, spare_autoscaling
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 NAME = "experts"
 JOIN_RETRY_S = 0.25
 _STEP_BYTES = 256 << 20  # of weights that are loaded at run time before the directory hears of them
+_RETRY_LOAD_S = 30.0  # after a load that failed, or had no memory
 _LEAST_FREE_BYTES = 512 << 20  # of the host's memory, after such a step
 CALL_TIMEOUT_S = 5.0
 
@@ -77,6 +79,9 @@ class ExpertWorker:
         self._wish: Wish | None = None
         self._failure: str | None = None
         self._left = False  # the directory knows that it goes
+        self._load_again_s = 0.0  # monotonic
+        self._registering = asyncio.Lock()
+        self._said: WorkerMember | None = None  # what the directory has accepted last
         self._restarting: asyncio.Task[None] | None = None
         self._orders: Orders | None = None
         self._told = asyncio.Event()
@@ -100,7 +105,7 @@ class ExpertWorker:
             worker_id, assignment.slot, os.getpid(), node, "", "loading", scrape=self._scrape.target,
             cores=self._cores_now(), share=assignment.experts, zone=_zone(),
         )  # fmt: skip
-        with contextlib.suppress(*DIRECTORY_AWAY):
+        with contextlib.suppress(DirectoryAway):
             await self._register()
         self._beating = asyncio.create_task(self._beat())
 
@@ -111,7 +116,7 @@ class ExpertWorker:
             self._member, address=address, state="ready", form=self._host.form, held=self._host.held,
             elastic=self._host.elastic and config.experts.take_over, expert_bytes=self._host.expert_bytes,
         )  # fmt: skip
-        with contextlib.suppress(*DIRECTORY_AWAY):  # the next heartbeat will register it
+        with contextlib.suppress(DirectoryAway):  # the next heartbeat will register it
             await self._register()
         logger.info(
             "expert worker ready at %s after %.1f s: slot %d, %.1f MiB read", address, time.monotonic() - started,
@@ -122,17 +127,20 @@ class ExpertWorker:
 
     async def _join(self, worker_id: str, pid: int, node: str, slots: range) -> Assignment:
         while True:
-            with contextlib.suppress(*DIRECTORY_AWAY):
-                answer = self._directory.join.remote(worker_id, pid, node, slots)
-                assignment: Assignment | None = await asyncio.wait_for(answer, CALL_TIMEOUT_S)
+            with contextlib.suppress(DirectoryAway):
+                asked = self._directory.join.remote(worker_id, pid, node, slots)
+                assignment: Assignment | None = await answer_of(asked, CALL_TIMEOUT_S)
                 if assignment is not None:
                     return assignment
             await asyncio.sleep(JOIN_RETRY_S)
 
     async def _register(self) -> None:
-        self._member = dataclasses.replace(self._member, cores=self._cores_now())
-        answer = self._directory.register_worker.remote(self._member, self._seen)
-        if not await asyncio.wait_for(answer, CALL_TIMEOUT_S):
+        async with self._registering:  # or an older word could be the last
+            member = self._member = dataclasses.replace(self._member, cores=self._cores_now())
+            accepted = await answer_of(self._directory.register_worker.remote(member, self._seen), CALL_TIMEOUT_S)
+        if accepted:
+            self._said = member
+        else:
             self._failure = f"slot {self._member.slot} was given to another worker while this one sent no heartbeats"
 
     def _cores_now(self) -> str:
@@ -146,12 +154,12 @@ class ExpertWorker:
                 self._failure = host.failure()
             if self._failure is not None:
                 break
-            said = (0.0, 0.0) if host is None else signs.since_last(host.busy_s(), host.pairs(), time.monotonic())
+            said = (0.0, 0.0) if host is None else signs.since_last(host.busy_s(), host.work(), time.monotonic())
             heard = 0 if self._orders is None else self._orders.number
             beat = Heartbeat(self._member.worker_id, *said, free_memory_bytes(), heard, self._wish)
             try:
-                answer = self._directory.heartbeat.remote(beat)  # which it answers in the interval's time
-                reply: HeartbeatReply = await asyncio.wait_for(answer, self._heartbeat_interval_s + CALL_TIMEOUT_S)
+                asked = self._directory.heartbeat.remote(beat)  # which it answers in the interval's time
+                reply: HeartbeatReply = await answer_of(asked, self._heartbeat_interval_s + CALL_TIMEOUT_S)
                 self._seen = self._seen if reply.stamp == NO_TABLE else reply.stamp
                 self._plane_busy = reply.plane_busy
                 self._wish = reply.wish or self._wish
@@ -164,26 +172,30 @@ class ExpertWorker:
                     await self._register()
                 if reply.restart:
                     await asyncio.sleep(self._heartbeat_interval_s)  # it is answered at once now
-            except DIRECTORY_AWAY as error:
-                logger.warning("the directory is away (%s); serving goes on", type(error).__name__)
+            except DirectoryAway as error:
+                logger.warning("the directory is away (%s); serving goes on", error)
                 await asyncio.sleep(self._heartbeat_interval_s)
         await self._leave(CALL_TIMEOUT_S)  # so that the table has others, and a new process may have the slot
 
     async def _leave(self, timeout_s: float) -> None:
-        with contextlib.suppress(*DIRECTORY_AWAY):
-            await asyncio.wait_for(self._directory.leave.remote(self._member.worker_id), timeout_s)
+        with contextlib.suppress(DirectoryAway):
+            await answer_of(self._directory.leave.remote(self._member.worker_id), timeout_s)
             self._left = True
 
     async def _obey(self) -> None:
-        """Hold what the directory wants this worker to hold, as far as it can."""
+        """Hold what the directory wants this worker to hold, as far as it can. Where it could not, try again later."""
         while True:
-            await self._told.wait()
+            try:
+                left_s = None if self._member.elastic else max(0.0, self._load_again_s - time.monotonic())
+                await asyncio.wait_for(self._told.wait(), left_s)
+            except TimeoutError:
+                self._member = dataclasses.replace(self._member, elastic=True)
             self._told.clear()
             while (orders := self._orders) is not None:
                 try:
                     if not await self._step_to(orders):
                         break
-                except DIRECTORY_AWAY:
+                except DirectoryAway:
                     await asyncio.sleep(JOIN_RETRY_S)
 
     async def _step_to(self, orders: Orders) -> bool:
@@ -208,15 +220,16 @@ class ExpertWorker:
                 else:
                     took_s = time.monotonic() - began_s
                     logger.info("loaded %d more experts, %d MiB in %.1f s", count, nbytes >> 20, took_s)
-        elif self._member.share == orders.share:
+        elif self._member.share == orders.share and self._member == self._said:
             return False
         self._member = dataclasses.replace(self._member, held=host.held, share=orders.share)
         await self._register()
         return True
 
     def _stay_as_is(self, why: str) -> None:
-        logger.warning("this worker takes no more experts over: %s", why)
+        logger.warning("this worker takes no more experts for %g s: %s", _RETRY_LOAD_S, why)
         self._member = dataclasses.replace(self._member, elastic=False)
+        self._load_again_s = time.monotonic() + _RETRY_LOAD_S
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Tell Serve what it needs when it sets the number of workers."""
@@ -226,35 +239,40 @@ class ExpertWorker:
 
     async def check_health(self) -> None:
         """Raise if this worker must be replaced; Serve does so."""
-        if self._failure is None and self._beating.done():
-            self._failure = f"heartbeats ended: {self._beating.exception()!r}"
+        for name in ("_beating", "_obeying", "_restarting"):
+            task = getattr(self, name, None)
+            if self._failure is None and task is not None and task.done():
+                ended = "cancelled" if task.cancelled() else repr(task.exception())
+                self._failure = f"the task {name.strip('_')} ended: {ended}"
         host = getattr(self, "_host", None)  # not there while it loads
         if self._failure is None and host is not None:
             self._failure = host.failure()
         if self._failure is not None:
             raise RuntimeError(self._failure)
 
-    async def _hand_over(self) -> None:
-        """Serve on until other workers hold what only this one holds, and every attention replica knows."""
-        deadline = time.monotonic() + self._hand_over_timeout_s
-        while not await asyncio.wait_for(self._directory.retire.remote(self._member.worker_id), 1.0):
-            if time.monotonic() > deadline:
-                logger.warning("leaving, although no other worker holds all of this one's experts yet")
-                return
+    async def _hand_over(self, timeout_s: float, whatever_comes: bool) -> None:
+        """Serve on until other workers hold what only this one holds, and every attention replica has a table that says
+        so. `whatever_comes`: the worker is about to end anyway, so if nobody can take its experts, it need not wait.
+        """
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            with contextlib.suppress(DirectoryAway):
+                asked = self._directory.retire.remote(self._member.worker_id, whatever_comes)
+                if await answer_of(asked, CALL_TIMEOUT_S):
+                    return
             await asyncio.sleep(JOIN_RETRY_S)
+        logger.warning("leaving, although no other worker holds all of this one's experts yet")
 
     async def _restart(self) -> None:
-        """Hand over, then have Serve replace this process, by failing its health check."""
-        with contextlib.suppress(*DIRECTORY_AWAY):
-            await self._hand_over()
+        """Hand over, however long it takes, then have Serve replace this process, by failing its health check."""
+        await self._hand_over(math.inf, whatever_comes=False)
         self._failure = "it was told to restart, and others hold its experts"
 
     async def __del__(self) -> None:
         host = getattr(self, "_host", None)
         if hasattr(self, "_member") and not self._left:
             if host is not None and self._failure is None:
-                with contextlib.suppress(*DIRECTORY_AWAY):
-                    await self._hand_over()
+                await self._hand_over(self._hand_over_timeout_s, whatever_comes=True)
             await self._leave(1.0)
         for name in ("_beating", "_obeying", "_restarting"):
             if (task := getattr(self, name, None)) is not None:

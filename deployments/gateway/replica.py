@@ -13,11 +13,13 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Config
 from cluster.errors import ReplicaUnavailable
-from deployments.directory.calls import DIRECTORY_AWAY, over_grpc
+from deployments.directory.calls import DirectoryAway, answer_of, over_grpc
 from deployments.directory.members import ClusterView, EngineStats, GatewayMember
 from deployments.gateway.server import GatewayServer
 from deployments.hosting.background import BackgroundTasks
@@ -31,6 +33,7 @@ _HEAD_NODE = "node:__internal_head__"
 _RETRY_S = 0.5
 _DRAIN_POLL_S = 0.1
 _STATUS_TIMEOUT_S = 5.0
+_ANSWER_TIMEOUT_S = 12.0  # of a long poll
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +80,15 @@ class Gateway:
                 self._id, os.getpid(), scrape.node, open_requests, in_flight, draining, scrape, server.demand()
             )
             try:
-                view: ClusterView | None = await self._directory.register_gateway.remote(member, version)
+                asked = self._directory.register_gateway.remote(member, version)
+                view: ClusterView | None = await answer_of(asked, _ANSWER_TIMEOUT_S)
                 if view is not None:
                     version = view.version
                     self._take(view)
                 if self._draining is not None:
                     await asyncio.sleep(_DRAIN_POLL_S)
-            except DIRECTORY_AWAY as error:
-                logger.warning("the directory is away (%s); serving goes on", type(error).__name__)
+            except DirectoryAway as error:
+                logger.warning("the directory is away (%s); serving goes on", error)
                 await asyncio.sleep(_RETRY_S)
 
     def _take(self, view: ClusterView) -> None:
@@ -100,9 +104,9 @@ class Gateway:
         """What the directory knows of both planes, and the counters of one attention replica's engine."""
         try:
             async with asyncio.timeout(_STATUS_TIMEOUT_S):
-                cluster = json.loads(await self._directory.status.remote())
+                cluster = json.loads(await answer_of(self._directory.status.remote(), _ANSWER_TIMEOUT_S))
                 stats: EngineStats = await self._attention.engine_stats.remote()
-        except DIRECTORY_AWAY as error:
+        except (DirectoryAway, RayError, RayServeException, TimeoutError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ReplicaUnavailable(f"the cluster is not ready: {reason}") from error
         return {**cluster, "engine": dataclasses.asdict(stats) | {"spec_acceptance": stats.spec_acceptance}}

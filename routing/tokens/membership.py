@@ -20,7 +20,7 @@ import numpy as np
 
 from monitoring.discovery import ScrapeTarget
 from routing.tokens.holdings import Holdings
-from routing.tokens.placement import NO_TABLE, PlacementTable, Stamp, Weights, WorkerEndpoint
+from routing.tokens.placement import NO_TABLE, PlacementTable, Stamp, WorkerEndpoint
 from routing.tokens.share import Share
 from routing.tokens.slot_shares import with_enough, with_one_more, with_orphans
 
@@ -48,7 +48,7 @@ class WorkerMember:
     zone: str = ""  # its node's availability zone, where Ray has a label of it
     expert_bytes: int = 0  # of one expert as it holds it; 0 while loading
     free_bytes: int = 0  # of its host's memory
-    rows_per_s: float = 0.0  # pairs of row and expert per second of computing, lately; 0: not known yet
+    speed: float = 0.0  # work per second of computing, lately (`ExpertCompute.work`); 0: not known yet
 
 
 class Membership:
@@ -74,7 +74,8 @@ class Membership:
         self._replicas = int(copies_LE[self._needed_LE].min())  # of each expert, at least
         self._first_experts = {slot: int(share_LE.sum()) for slot, share_LE in self._shares_LE.items()}
         self._wanted_slots = len(shares)
-        self._weights: Weights = {}
+        self._decided: set[int] = set()  # slots whose share is not the configured one, or was learnt from its worker
+        self._weights: dict[int, Mapping[int, np.ndarray]] = {}  # by slot and layer
         self._timeout_s = heartbeat_timeout_s
         self._started_s = now_s
         self._incarnation = incarnation
@@ -127,19 +128,22 @@ class Membership:
                 return False
             if rival is not None:
                 self._remove(rival.worker_id)
-            if member.share:
+            if member.share and member.slot not in self._decided:
                 self._shares_LE[member.slot] = self._holdings.mask(member.share)
                 self._first_experts.setdefault(member.slot, self._mean_experts())
-                self._wanted_slots = max(self._wanted_slots, len(self._shares_LE))
+                self._decided.add(member.slot)
             self._add(replace(member, last_heartbeat_s=now_s))
         else:
             if before.state == "leaving":
                 member = replace(member, state="leaving")
             if before.address != member.address and before.address:
                 self._holdings.renumber(0)
-            self._members[member.worker_id] = replace(member, last_heartbeat_s=now_s)
+            self._members[member.worker_id] = replace(
+                member, last_heartbeat_s=now_s, busy=before.busy, speed=before.speed, free_bytes=before.free_bytes
+            )
         if member.state != "loading":
             self._holdings.hold(member.worker_id, self._holdings.mask(member.held))
+        self._give_up_empty_slots()
         self._want()
         self._publish(now_s)
         return True
@@ -153,14 +157,14 @@ class Membership:
             self._holdings.renumber(seen.n)
 
     def heartbeat(
-        self, worker_id: str, busy: float, now_s: float, rows_per_s: float = 0.0, free_bytes: int = 0
+        self, worker_id: str, busy: float, now_s: float, speed: float = 0.0, free_bytes: int = 0
     ) -> bool:
         """Record a sign of life. Returns False if the worker is not known (any more): it must register again."""
         self.expire(now_s)
         if worker_id not in self._members:
             return False
         self._members[worker_id] = replace(
-            self._members[worker_id], last_heartbeat_s=now_s, busy=busy, rows_per_s=rows_per_s, free_bytes=free_bytes
+            self._members[worker_id], last_heartbeat_s=now_s, busy=busy, speed=speed, free_bytes=free_bytes
         )
         return True
 
@@ -169,15 +173,17 @@ class Membership:
         successors, and which part of an expert's rows each gets (float [L, E], in any unit).
         """
         for worker_id, share_LE in shares.items():
-            self._shares_LE[self._members[worker_id].slot] = share_LE
+            self._share_out({self._members[worker_id].slot: share_LE})
         layers = self._holdings.layers
-        self._weights = {name: dict(zip(layers, weight_LE, strict=True)) for name, weight_LE in weights.items()}
+        self._weights = {
+            self._members[name].slot: dict(zip(layers, weight_LE, strict=True)) for name, weight_LE in weights.items()
+        }
         self._holdings.renumber(0)
         self._want()
 
-    def retire(self, worker_id: str) -> bool:
+    def retire(self, worker_id: str, whatever_comes: bool = True) -> bool:
         """Have a worker's experts move to others, because it is about to leave. Returns whether it may: nobody needs it
-        any more, or nobody can take them. Ask again until it may.
+        any more, or, if it leaves `whatever_comes`, nobody can take them. Ask again until it may.
         """
         member = self._members.get(worker_id)
         if member is None or member.state == "loading":
@@ -186,7 +192,7 @@ class Membership:
         self._give_up_empty_slots()
         self._want()
         takers = any(other.state == "ready" and other.elastic for other in self._members.values())
-        return not takers or not self._holdings.keeps(worker_id).any()
+        return (whatever_comes and not takers) or not self._holdings.keeps(worker_id).any()
 
     def leave(self, worker_id: str) -> None:
         """Remove a worker that ends in good order."""
@@ -238,8 +244,8 @@ class Membership:
         """Add a slot whose share is taken from the others'. Its number is the lowest that nobody has."""
         taken = {*self._shares_LE, *(member.slot for member in self._members.values())}
         slot = next(number for number in range(len(taken) + 1) if number not in taken)
-        self._shares_LE |= with_one_more(self._shares_LE, slot)
-        self._first_experts[slot] = self._mean_experts()
+        self._share_out(with_one_more(self._shares_LE, slot))
+        self._first_experts = dict.fromkeys(self._shares_LE, self._mean_experts())
         self._want()
         return slot
 
@@ -250,8 +256,18 @@ class Membership:
             if not empty:
                 return
             del self._shares_LE[empty[0]]
+            self._decided.discard(empty[0])
             has = {member.slot: self._holdings.has(name) for name, member in self._members.items()}
-            self._shares_LE = with_enough(self._shares_LE, self._needed_LE, self._replicas, has)
+            self._share_out(with_enough(self._shares_LE, self._needed_LE, self._replicas, has))
+            self._first_experts = dict.fromkeys(self._shares_LE, self._mean_experts())
+
+    def _share_out(self, shares: Mapping[int, np.ndarray]) -> None:
+        """Decide slots' shares."""
+        for slot, share_LE in shares.items():
+            known_LE = self._shares_LE.get(slot)
+            if known_LE is None or not np.array_equal(known_LE, share_LE):
+                self._shares_LE[slot] = share_LE
+                self._decided.add(slot)
 
     def _mean_experts(self) -> int:
         return int(sum(share_LE.sum() for share_LE in self._shares_LE.values())) // len(self._shares_LE)
@@ -288,7 +304,7 @@ class Membership:
 
     def settled(self) -> bool:
         """Whether every slot has a ready worker that can load and drop, and all hold just what they are to hold."""
-        if len(self._members) != len(self._shares_LE):
+        if not len(self._members) == len(self._shares_LE) == self._wanted_slots:
             return False
         return all(
             member.state == "ready" and member.elastic and self._holdings.settled(member.worker_id)
@@ -338,7 +354,8 @@ class Membership:
         if self._table is None or self._table.stamp != stamp:
             listed = [(member, self._holdings.listed(member.worker_id)) for member in self._ready()]
             workers = [WorkerEndpoint(member.worker_id, member.address, share) for member, share in listed if share]
-            self._table = PlacementTable.of(stamp, workers, self._weights)
+            weights = {m.worker_id: self._weights[m.slot] for m in self._ready() if m.slot in self._weights}
+            self._table = PlacementTable.of(stamp, workers, weights)
         return self._table
 
     def uncovered(self) -> int:

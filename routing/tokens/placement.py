@@ -20,6 +20,7 @@ from routing.tokens.dispatching.routes import NO_HOLDER, UNCOVERED, Routes
 
 __all__ = ["NO_TABLE", "UNCOVERED", "PlacementFile", "PlacementTable", "Stamp", "WorkerEndpoint"]
 
+_LEAST_WEIGHT = 1e-3  # of a holder that is to have none: it is one all the same
 _MAGIC = b"deepsplit placement 1\n"
 
 
@@ -31,7 +32,7 @@ class Stamp(NamedTuple):
 
 
 NO_TABLE = Stamp(0, 0)
-# Part of an expert's rows that a worker gets: by worker id and layer, positive [E], in any unit.
+# Part of an expert's rows that a worker gets: by worker id and layer, [E], in any unit.
 Weights = Mapping[str, Mapping[int, np.ndarray]]
 
 
@@ -74,7 +75,7 @@ class PlacementTable:
         for at, worker in enumerate(workers):
             for layer, weight_E in weights.get(worker.worker_id, {}).items():
                 if layer in layers:
-                    weight_WLE[at, layers.index(layer)] = weight_E[:experts]
+                    weight_WLE[at, layers.index(layer)] = np.maximum(weight_E[:experts], _LEAST_WEIGHT)
         weights_LER = weight_WLE[holders_LER, np.arange(len(layers))[:, None, None], np.arange(experts)[:, None]]
         return cls(stamp, tuple(workers), layers, holders_LER, weights_LER)
 

@@ -14,8 +14,8 @@ import numpy as np
 from routing.tokens.balancing import BalanceOptions, Placement, Plan, WorkerCapacity, balance
 from routing.tokens.membership import WorkerMember
 
-_ALIKE = 1.2  # workers whose speeds differ by a smaller factor are taken to be equally fast: the measure is no better
-_SPARED_BYTES = 1 << 30  # of a host's free memory
+_ALIKE = 1.5  # workers whose speeds differ by a smaller factor are taken to be equally fast: the measure is no better
+_SPARED_BYTES = 1 << 30  # of a host's free memory; as much more per worker, or nothing moves
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,12 @@ def step_s(
     return balance(tokens_LE, capacities, current, _options(options, 0)).redivided.step_s
 
 
+def has_room(members: Sequence[WorkerMember]) -> bool:
+    """Return whether every worker's host has memory for moves, beside what is left to failover."""
+    on_node = Counter(member.node for member in members)
+    return all(member.free_bytes > _SPARED_BYTES * (1 + on_node[member.node]) for member in members)
+
+
 def capacities_of(
     members: Sequence[WorkerMember],
     shares: Mapping[str, np.ndarray],
@@ -94,7 +100,7 @@ def capacities_of(
 ) -> list[WorkerCapacity]:
     """Return what each worker could hold, in experts rather than bytes, and how fast it is."""
     on_node = Counter(member.node for member in members)
-    rates = [member.rows_per_s for member in members]
+    rates = [member.speed for member in members]
     if min(rates) <= 0 or max(rates) < _ALIKE * min(rates):
         rates = [1.0] * len(members)
     capacities = []

@@ -25,6 +25,7 @@ class VirtualDirectory:
         self.alive = True
         self.skew_s = 0.0  # of its clock
         self.membership = Membership(shares, HEARTBEAT_TIMEOUT_S, self.now_s, incarnation)
+        self._started_s = self.now_s
         self._in_use: dict[str, Stamp] = {}  # by client: the oldest table that it may still use
         self._heard_s: dict[str, float] = {}
 
@@ -85,7 +86,14 @@ class VirtualDirectory:
         self.membership.expire(self.now_s)
         live = {name for name, heard_s in self._heard_s.items() if self.now_s - heard_s < _REPLICA_SILENCE_S}
         self._in_use = {name: stamp for name, stamp in self._in_use.items() if name in live}
-        self.membership.followed(self._in_use.values())
+        used = list(self._in_use.values())
+        if self._all_may_not_be_heard:
+            used.append(Stamp(1, 0))
+        self.membership.followed(used)
+
+    @property
+    def _all_may_not_be_heard(self) -> bool:
+        return self.now_s - self._started_s < _REPLICA_SILENCE_S
 
     def _check_table(self) -> PlacementTable | None:
         table = self.membership.table()
@@ -97,7 +105,7 @@ class VirtualDirectory:
     def _nobody_needs_what_may_be_dropped(self, worker: VirtualWorker, keeps: Share) -> None:
         for client in self.world.clients:
             table = client.table
-            if client.name not in self._in_use or table.stamp.incarnation != self.incarnation:
+            if client.name not in self._in_use and not self._all_may_not_be_heard:
                 continue
             ids = [one.worker_id for one in table.workers]
             if worker.name not in ids:

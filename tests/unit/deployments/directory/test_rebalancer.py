@@ -36,11 +36,12 @@ class World:
         for slot, (name, rate) in enumerate(rates.items()):
             assert self.membership.join(name, 1, name, time.monotonic()) == slot
             self.obey(WorkerMember(name, slot, 1, name, "h:1", "ready", held=HALVES[slot], elastic=True,
-                                   expert_bytes=1 << 20, rows_per_s=rate, free_bytes=8 * GIB))  # fmt: skip
+                                   expert_bytes=1 << 20, speed=rate, free_bytes=8 * GIB))  # fmt: skip
 
     def obey(self, member: WorkerMember) -> None:
         self.members[member.worker_id] = member
         assert self.membership.register(member, NO_TABLE, time.monotonic())
+        self.membership.heartbeat(member.worker_id, 0.5, time.monotonic(), member.speed, member.free_bytes)
 
     def serve(self, tokens: int = 100_000) -> None:
         self.total += tokens

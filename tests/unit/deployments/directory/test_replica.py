@@ -38,11 +38,12 @@ def directory(demo_model: Path, outside_serve: None) -> Directory:
 
 
 def beat(worker_id: str, busy: float = 0.0, heard: int = 0) -> Heartbeat:
-    return Heartbeat(worker_id, busy, rows_per_s=0.0, free_bytes=0, heard=heard)
+    return Heartbeat(worker_id, busy, speed=0.0, free_bytes=1 << 40, heard=heard)
 
 
 async def started(directory: Directory, workers: int, **said: object) -> None:
-    """Workers that hold their slots' shares and may hold others'."""
+    """Workers that hold their slots' shares and may hold others', of a directory that has heard of everybody."""
+    directory._started_s -= 60
     for name in "abcd"[:workers]:
         assignment = await directory.join(name, 1, "n", range(workers))
         assert assignment is not None
@@ -117,6 +118,8 @@ def test_other_nodes_stay_only_for_gateways_that_are_leaving(directory: Director
 
 
 def test_expert_workers_of_a_leaving_node_hand_over_first(directory: Directory) -> None:
+    directory._started_s -= 60  # it has heard of every attention replica
+
     async def scenario() -> None:
         members = {}
         for name, node in (("x", "a"), ("y", "b")):
@@ -258,6 +261,8 @@ def test_what_cannot_be_is_refused_by_name(
 def test_workers_restart_one_after_the_other(directory: Directory) -> None:
     async def scenario() -> None:
         await started(directory, 2)
+        for name in "ab":
+            await directory.heartbeat(beat(name))
         assert await directory.restart_experts() == ""
         assert (await directory.heartbeat(beat("a"))).restart
         assert not (await directory.heartbeat(beat("b"))).restart
@@ -286,5 +291,35 @@ def test_a_worker_alone_cannot_be_replaced(demo_model: Path, outside_serve: None
     async def scenario() -> None:
         await started(alone, 1)
         assert "nobody to hand its experts to" in await alone.restart_experts()
+
+    asyncio.run(scenario())
+
+
+def test_a_directory_that_was_just_started_does_not_guess(directory: Directory) -> None:
+    async def scenario() -> None:
+        assert "just been started" in await directory.scale(2, None)
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_dropped_before_every_replica_may_have_polled(directory: Directory) -> None:
+    """What they use may be an earlier directory's table."""
+
+    async def scenario() -> None:
+        await started(directory, 2)
+        directory._started_s += 60
+        assert await directory.scale(3, None) != ""
+        directory._membership.resize(3)
+        assignment = await directory.join("c", 1, "n", range(2))
+        assert assignment is not None
+        made = WorkerMember("c", assignment.slot, 1, "n", "", "ready", held=assignment.experts, elastic=True)
+        assert await directory.register_worker(made, NO_TABLE)
+        for name, later in (("a", False), ("b", False), ("a", True)):
+            directory._started_s -= 60 * later
+            await directory.status()
+            reply = await directory.heartbeat(beat(name))
+            assert reply.orders is not None
+            may_drop = reply.orders.keeps == reply.orders.share
+            assert may_drop is later
 
     asyncio.run(scenario())

@@ -12,7 +12,7 @@ def test_the_busy_fraction_is_of_the_time_since_the_last_call() -> None:
     assert signs.since_last(0.5, 0, 102.0)[0] == pytest.approx(0.25)
     assert signs.since_last(0.5, 0, 103.0)[0] == 0
     assert signs.since_last(9.5, 0, 104.0)[0] == 1.0  # several threads
-    assert signs.since_last(9.5, 0, 104.0)[0] == 0  # no time at all
+    assert signs.since_last(9.5, 0, 104.1)[0] == 1.0  # too soon to say anything else
 
 
 def test_the_speed_is_of_the_computing_and_follows_it() -> None:

@@ -66,7 +66,7 @@ def test_a_worker_that_fenced_itself_leaves_the_table_at_once() -> None:
     fenced._cores, fenced._left, fenced._orders, fenced._wish = None, False, None, None
     fenced._member = WorkerMember("w", 0, 1, "node", "h:1", "ready")
     answers = iter([None, None, "3 turns failed"])
-    fenced._host = SimpleNamespace(failure=lambda: next(answers), busy_s=lambda: 0.0, pairs=lambda: 0)  # type: ignore[assignment]
+    fenced._host = SimpleNamespace(failure=lambda: next(answers), busy_s=lambda: 0.0, work=lambda: 0.0)  # type: ignore[assignment]
     asyncio.run(asyncio.wait_for(fenced._beat(), 10))
     assert directory.left == ["w"]
     with pytest.raises(RuntimeError, match="3 turns failed"):
@@ -110,7 +110,9 @@ def obeying(host: Host, told: list[Share]) -> ExpertWorker:
 
     async def register() -> None:
         told.append(made._member.held)
+        made._said = made._member
 
+    made._said = made._member
     made._register = register  # type: ignore[method-assign]
     return made
 

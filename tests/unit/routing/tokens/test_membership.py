@@ -465,8 +465,42 @@ def test_a_slot_that_is_empty_already_goes_at_once() -> None:
 
 def test_a_new_directory_learns_of_slots_it_was_not_configured_with() -> None:
     successor = Membership(SHARES, heartbeat_timeout_s=5.0, now_s=100.0, incarnation=8)
+    successor.resize(3)  # heartbeats say so
     for slot, ids in enumerate([(0,), (2, 3), (1,)]):
         member = replace(ready(f"w{slot}", 0), slot=slot, held={1: ids}, share={1: ids}, elastic=True)
         assert successor.register(member, Stamp(7, 9), 100.0)
     assert successor.settled()
     assert successor.join("late", 1, "n", 100.0) is None
+
+
+def test_a_worker_that_may_stay_waits_for_somebody_to_take_its_experts() -> None:
+    membership = make()
+    settled_pair(membership)
+    assert membership.register(ready("b", 1, elastic=False), NO_TABLE, 1.0)  # out of memory
+    assert not membership.retire("a", whatever_comes=False)
+    assert membership.retire("a")
+
+
+def test_registering_again_keeps_what_heartbeats_said() -> None:
+    membership = make()
+    a, _ = settled_pair(membership)
+    membership.heartbeat("a", 0.5, 1.0, speed=3.0, free_bytes=7)
+    assert membership.register(replace(a, elastic=True), NO_TABLE, 2.0)
+    known = membership.members()[0]
+    assert (known.busy, known.speed, known.free_bytes) == (0.5, 3.0, 7)
+
+
+def test_weights_and_decided_shares_are_the_slots() -> None:
+    membership = make()
+    settled_pair(membership)
+    masks = share(a=[0, 1, 2], b=[2, 3])
+    membership.reshare(masks, {"a": np.full((1, 4), 0.25), "b": np.full((1, 4), 0.75)})
+    membership.leave("a")
+    assert membership.join("c", 1, "n", 2.0) == 0
+    # A late word of an old process does not change what was decided since.
+    old = ready("c", 0, held={1: (0, 1, 2)}, share={1: (0, 1)}, elastic=True)
+    assert membership.register(old, NO_TABLE, 3.0)
+    assert membership.share_of("c") == {1: (0, 1, 2)}
+    table = membership.table()
+    assert table is not None
+    assert table.weights_LER[0, 2].tolist() == [0.25, 0.75]

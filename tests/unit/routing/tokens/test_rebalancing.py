@@ -16,7 +16,7 @@ OPTIONS = RebalanceOptions(replicas=1, headroom=0.5, budget_bytes=GIB, threshold
 
 def member(name: str, **said: object) -> WorkerMember:
     made = WorkerMember(name, 0, 1, f"node-{name}", "h:1", "ready", elastic=True, expert_bytes=1 << 20,
-                        free_bytes=64 * GIB, rows_per_s=1000.0)  # fmt: skip
+                        free_bytes=64 * GIB, speed=1000.0)  # fmt: skip
     return replace(made, **said)
 
 
@@ -36,7 +36,7 @@ def test_an_even_load_on_even_workers_moves_nothing() -> None:
 
 def test_a_fast_worker_gets_experts_of_a_slow_one() -> None:
     shares, first = halves(4, 16), {"a": 32, "b": 32}
-    fast = [member("a", rows_per_s=3000.0), member("b")]
+    fast = [member("a", speed=3000.0), member("b")]
     even = np.full((4, 16), 1000.0)
     proposal = propose(even, fast, shares, first, OPTIONS)
     assert proposal.worth_it
@@ -74,13 +74,13 @@ def test_what_it_holds_beyond_its_first_share_it_may_keep() -> None:
 
 @pytest.mark.parametrize(("rate", "equal"), [(1150.0, True), (0.0, True), (3000.0, False)])
 def test_speeds_count_where_they_are_known_and_differ(rate: float, equal: bool) -> None:
-    pair = [member("a", rows_per_s=1000.0), member("b", rows_per_s=rate)]
+    pair = [member("a", speed=1000.0), member("b", speed=rate)]
     speeds = [one.rows_per_s for one in capacities_of(pair, halves(1, 4), {}, 0.0)]
     assert (speeds[0] == speeds[1]) == equal
 
 
 def test_a_budget_bounds_the_moves() -> None:
-    fast = [member("a", rows_per_s=3000.0), member("b")]
+    fast = [member("a", speed=3000.0), member("b")]
     tight = replace(OPTIONS, budget_bytes=3 << 20)
     proposal = propose(np.full((4, 16), 1000.0), fast, halves(4, 16), {"a": 32, "b": 32}, tight)
     assert 0 < proposal.moved_bytes <= 3 << 20
