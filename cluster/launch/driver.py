@@ -144,9 +144,7 @@ class _Driver:
 
     def _drain(self) -> None:
         """Every gateway refuses what is new and ends what runs, so that nothing behind them is in use any more."""
-        from ray import serve
-
-        handle = _over_grpc(serve.get_deployment_handle(DIRECTORY, APP))
+        handle = _directory()
         grace_s = self._config.gateway.drain_timeout_s
         deadline = time.monotonic() + grace_s + _CALL_TIMEOUT_S
         # A directory that is gone has nobody to tell; the gateways then drain when Serve stops them.
@@ -193,24 +191,15 @@ class _Driver:
                 return
 
     def _directory_status(self) -> str:
-        from ray import serve
-
-        handle = _over_grpc(serve.get_deployment_handle(DIRECTORY, APP))
-        return str(handle.status.remote().result(timeout_s=_CALL_TIMEOUT_S))
+        return str(_directory().status.remote().result(timeout_s=_CALL_TIMEOUT_S))
 
     def _scale(self) -> str:
-        from ray import serve
-
-        handle = _over_grpc(serve.get_deployment_handle(DIRECTORY, APP))
         wanted = self._job.wanted
-        asked = handle.scale.remote(wanted.get("experts"), wanted.get("attention"))
+        asked = _directory().scale.remote(wanted.get("experts"), wanted.get("attention"))
         return str(asked.result(timeout_s=_CALL_TIMEOUT_S))
 
     def _restart_experts(self) -> str:
-        from ray import serve
-
-        handle = _over_grpc(serve.get_deployment_handle(DIRECTORY, APP))
-        return str(handle.restart_experts.remote().result(timeout_s=_CALL_TIMEOUT_S))
+        return str(_directory().restart_experts.remote().result(timeout_s=_CALL_TIMEOUT_S))
 
     def _gateway_ready(self) -> bool:
         from ray import serve
@@ -248,9 +237,13 @@ def _build(builder: str, config: str) -> Application:
     return app
 
 
-def _over_grpc(handle: DeploymentHandle) -> DeploymentHandle:
-    """As deployments.directory.calls does, and for the same reason: Ctrl-Z must not hold the directory up."""
-    return handle.options(_by_reference=False)
+def _directory() -> DeploymentHandle:
+    """A handle to the directory, over gRPC as deployments.directory.calls makes it, and for the same reason: Ctrl-Z
+    must not hold the directory up.
+    """
+    from ray import serve
+
+    return serve.get_deployment_handle(DIRECTORY, APP).options(_by_reference=False)
 
 
 def _own_error(message: str) -> DeepsplitError | None:
