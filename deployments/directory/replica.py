@@ -258,11 +258,11 @@ class Directory:
 
     async def scale(self, experts: int | None, attention: int | None) -> str:
         """Have so many expert workers and attention replicas from now on; None: as many as now. Returns why that cannot
-        be, empty if it can.
+        be, empty if it can. A directory that has just been started first waits for everybody who may know an earlier
+        wish.
         """
+        await asyncio.sleep(self._until_heard_s())
         why_not = self._fleet.why_not(experts, attention)
-        if time.monotonic() - self._started_s < _POLLS_UNTIL_LOST * LONG_POLL_S:
-            why_not = "the directory has just been started, and may not know yet how many there are: ask again"
         if why_not is None:
             wanted = self._fleet.wanted
             version = time.time_ns() if self._fleet.wish is None else self._fleet.wish.version + 1
@@ -316,13 +316,17 @@ class Directory:
 
     # --- bookkeeping ---
 
+    def _until_heard_s(self) -> float:
+        """Seconds until everybody who is alive has reported to this directory; 0 from then on."""
+        return max(0.0, self._started_s + _POLLS_UNTIL_LOST * LONG_POLL_S - time.monotonic())
+
     def _expire(self, now_s: float) -> None:
         self._membership.expire(now_s)
         self._registry.expire(now_s)
         live = {replica.replica_id for replica in self._registry.replicas()}
         self._tables_in_use = {name: used for name, used in self._tables_in_use.items() if name in live}
         used = list(self._tables_in_use.values())
-        if now_s - self._started_s < _POLLS_UNTIL_LOST * LONG_POLL_S:
+        if self._until_heard_s() > 0:
             used.append(_UNHEARD)  # attention replicas that have not polled yet may use an earlier directory's table
         self._membership.followed(used)
         if self._rebalancer is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -295,9 +296,16 @@ def test_a_worker_alone_cannot_be_replaced(demo_model: Path, outside_serve: None
     asyncio.run(scenario())
 
 
-def test_a_directory_that_was_just_started_does_not_guess(directory: Directory) -> None:
+def test_a_directory_that_was_just_started_hears_of_earlier_wishes_first(directory: Directory) -> None:
     async def scenario() -> None:
-        assert "just been started" in await directory.scale(2, None)
+        await started(directory, 2)
+        directory._started_s = time.monotonic() - 5.5  # of 6 s
+        asked = asyncio.create_task(directory.scale(None, 2))
+        await asyncio.sleep(0.1)
+        await directory.heartbeat(replace(beat("a"), wish=Wish(7, experts=4, attention=1)))
+        assert not asked.done()
+        assert await asked == ""
+        assert json.loads(await directory.status())["wanted"] == {"experts": 4, "attention": 2}
 
     asyncio.run(scenario())
 
@@ -308,7 +316,6 @@ def test_nothing_is_dropped_before_every_replica_may_have_polled(directory: Dire
     async def scenario() -> None:
         await started(directory, 2)
         directory._started_s += 60
-        assert await directory.scale(3, None) != ""
         directory._membership.resize(3)
         assignment = await directory.join("c", 1, "n", range(2))
         assert assignment is not None
