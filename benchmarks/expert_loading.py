@@ -2,7 +2,8 @@
 
 A temporary checkpoint of experts of DeepSeek-V3's size, bfloat16 and FP8 with block scales; its files are in the page
 cache, so the disk has no part in it. Both sides take turns in one process of each form, whose peak of memory above the
-weights' final size is measured too. `python -m benchmarks.expert_loading --help`
+weights' final size is measured too; and so do loads from another worker, a process that holds the same experts, alone
+and together with the disk. `python -m benchmarks.expert_loading --help`
 """
 
 from __future__ import annotations
@@ -20,6 +21,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from deployments.experts.sources import Peer
+    from deployments.experts.store import ExpertStore
+    from routing.tokens.expert_pieces import ExpertPeer
+    from routing.tokens.share import Share
 
 _FORMS = {  # what is loaded: checkpoint, experts.dtype
     "bfloat16": ("bfloat16", "bfloat16"), "float32 from bfloat16": ("bfloat16", "float32"),
@@ -38,6 +48,9 @@ class Row:
     plain_gb_per_s: float
     ratio: float  # median over neighbouring pairs
     peak_mib: float  # resident memory above the final weights
+    peer_gb_per_s: float  # of bytes in memory, from another worker alone, the best
+    peer_ratio: float  # seconds from disk alone to seconds from the worker alone, median
+    both_ratio: float  # and to seconds from both at once
 
 
 def main() -> None:
@@ -56,7 +69,8 @@ def main() -> None:
         print(json.dumps(_measure(Path(args.one[0]), args.one[1], args.pairs)))
         return
     out = sys.stderr if args.json else sys.stdout
-    print(f"{'loaded':24} {'GB/s':>6} {'plain':>6} {'ratio':>6} {'peak, MiB':>10}  form", file=out)
+    print(f"{'loaded':24} {'GB/s':>6} {'plain':>6} {'ratio':>6} {'peak, MiB':>10} {'peer GB/s':>10} {'peer':>6} "
+          f"{'both':>6}  form", file=out)  # fmt: skip
     rows = []
     with tempfile.TemporaryDirectory(prefix="loading-", dir=args.dir) as folder:
         for name in args.forms:
@@ -69,8 +83,9 @@ def main() -> None:
             told = subprocess.run([*command, "--pairs", str(args.pairs)], env=env, check=True, stdout=subprocess.PIPE)
             row = Row(name, **json.loads(told.stdout))
             rows.append(row)
-            print(f"{row.name:24} {row.gb_per_s:6.2f} {row.plain_gb_per_s:6.2f} {row.ratio:6.2f} {row.peak_mib:10.0f}  "
-                  f"{row.form}", file=out, flush=True)  # fmt: skip
+            print(f"{row.name:24} {row.gb_per_s:6.2f} {row.plain_gb_per_s:6.2f} {row.ratio:6.2f} {row.peak_mib:10.0f} "
+                  f"{row.peer_gb_per_s:10.2f} {row.peer_ratio:6.2f} {row.both_ratio:6.2f}  {row.form}",
+                  file=out, flush=True)  # fmt: skip
     if args.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
 
@@ -86,10 +101,15 @@ def _make(checkpoint: Path, args: argparse.Namespace, fp8: bool) -> None:
 
 
 def _measure(checkpoint: Path, dtype: str, pairs: int) -> dict[str, object]:
+    from cluster.config import DispatchConfig
+    from cluster.model.identity import model_identity
     from cluster.model.spec import load_checkpoint_index, load_model_spec
     from deployments.experts.forms import choose_form
+    from deployments.experts.sources import Peer
     from deployments.experts.store import ExpertStore
+    from routing.tokens.expert_pieces import ExpertPeer
     from routing.tokens.kept_memory import keep_freed_memory
+    from tests.expert_processes import ExpertPlane
 
     keep_freed_memory()  # as an expert worker
     index, spec = load_checkpoint_index(checkpoint), load_model_spec(checkpoint)
@@ -98,30 +118,50 @@ def _measure(checkpoint: Path, dtype: str, pairs: int) -> dict[str, object]:
     threads = max(2, min(8, len(os.sched_getaffinity(0))))
     _plain_read(checkpoint, threads)  # into the page cache
 
-    def load() -> tuple[float, ExpertStore]:
+    def load(peers: Sequence[Peer] = ()) -> tuple[float, ExpertStore]:
         store = ExpertStore(index, spec, form, "cpu", share)
         began_s = time.perf_counter()
-        store.load(share)
+        store.load(share, peers=peers)
         return time.perf_counter() - began_s, store
 
     took_s, store = load()
-    nbytes, size = store.bytes_read, store.nbytes
+    nbytes, size, store_layout = store.bytes_read, store.nbytes, store.layout
     del store
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = _status_kib("VmRSS")
     load()
     peak = (_status_kib("VmHWM") - before) * 1024 - size
-    loads, reads = [], []
-    for _ in range(pairs):
-        reads.append(_plain_read(checkpoint, threads))
-        took_s, store = load()
-        del store
-        loads.append(nbytes / took_s / 1e9)
+    loads, reads, disk_s, peer_s, both_s = [], [], [], [], []
+    with ExpertPlane(checkpoint, Path(tempfile.gettempdir())) as plane:
+        (holder,) = plane.start([1], form=dtype)
+        link = ExpertPeer(holder.address, model_identity(spec, index), store_layout, DispatchConfig(), None)
+        for _ in range(pairs):
+            reads.append(_plain_read(checkpoint, threads))
+            took_s, store = load()
+            del store
+            disk_s.append(took_s)
+            loads.append(nbytes / took_s / 1e9)
+            peer_s.append(_fetch_all(ExpertStore(index, spec, form, "cpu", share), link, share))
+            took_s, store = load([Peer(link, share)])
+            del store
+            both_s.append(took_s)
+        link.close()
     ratio = statistics.median(load_ / read for load_, read in zip(loads, reads, strict=True))
     return {
         "form": form.value, "gb_per_s": max(loads), "plain_gb_per_s": max(reads), "ratio": ratio,
-        "peak_mib": peak / 2**20,
+        "peak_mib": peak / 2**20, "peer_gb_per_s": size / min(peer_s) / 1e9,
+        "peer_ratio": statistics.median(disk / peer for disk, peer in zip(disk_s, peer_s, strict=True)),
+        "both_ratio": statistics.median(disk / both for disk, both in zip(disk_s, both_s, strict=True)),
     }  # fmt: skip
+
+
+def _fetch_all(store: ExpertStore, link: ExpertPeer, share: Share) -> float:
+    """Return the seconds that it takes to fill all places from a peer alone."""
+    began_s = time.perf_counter()
+    for layer, ids in share.items():
+        for expert in ids:
+            assert link.fetch(layer, expert, store.layers[layer].parts_of(expert))
+    return time.perf_counter() - began_s
 
 
 def _plain_read(checkpoint: Path, threads: int) -> float:

@@ -314,4 +314,9 @@ class ExpertMetrics:
         self.streams = Gauge("deepsplit_expert_streams", "Open streams of attention engines.", registry=registry)
         self.weights = Gauge("deepsplit_expert_weights_bytes", "Size of the weights held.", registry=registry)
         self.held = Gauge("deepsplit_experts_held", "Experts held, summed over layers.", registry=registry)
-        self.load = Gauge("deepsplit_expert_load_seconds", "Time that reading the weights took.", registry=registry)
+        self.load = Gauge("deepsplit_expert_load_seconds", "Time that loading the weights took.", registry=registry)
+        self.loaded = Counter(
+            "deepsplit_experts_loaded", "Experts loaded, by source (disk, peers).", ["source"], registry=registry
+        )
+        for source in ("disk", "peers"):  # from 0 on, or rates miss the first
+            self.loaded.labels(source)

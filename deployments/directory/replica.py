@@ -166,6 +166,11 @@ class Directory:
         self._registry.register_replica(member, time.monotonic())
         self._update()
 
+    async def placement(self) -> bytes | None:
+        """Return the present placement table, encoded; None while some experts have no worker."""
+        table = self._membership.table()
+        return None if table is None else table.encoded
+
     async def poll_table(
         self, after: Stamp, member: AttentionMember | None = None, tokens: RoutedTokens | None = None
     ) -> tuple[Stamp, bytes] | None:

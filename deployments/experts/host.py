@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Sequence
 from functools import partial
 
 from cluster.config import Config
 from cluster.model.identity import model_identity
 from cluster.model.spec import load_checkpoint_index, load_model_spec
 from cluster.tls.certificates import load_internal
+from cluster.tls.grpc_credentials import ExpertChannels
 from deployments.experts.calibration import choice_text, fastest_form, many_rows_from
 from deployments.experts.compute import ExpertCompute
 from deployments.experts.forms import choose_form
+from deployments.experts.loading import OnProgress
+from deployments.experts.sources import Peer, most_useful
 from deployments.experts.store import ExpertStore
 from monitoring.expert_meter import ExpertMeter
+from routing.tokens.expert_pieces import ExpertPeer
 from routing.tokens.kept_memory import keep_freed_memory
+from routing.tokens.placement import WorkerEndpoint
 from routing.tokens.server import ExpertServer
 from routing.tokens.share import Share
 
@@ -34,38 +41,46 @@ class _Progress:
         tenths = 10 * done_bytes // total_bytes
         if tenths > self._tenths and total_bytes > _LONG_LOAD_BYTES:
             self._tenths = tenths
-            logger.info("experts: %d of %d MiB read", done_bytes >> 20, total_bytes >> 20)
+            logger.info("experts: %d of %d MiB loaded", done_bytes >> 20, total_bytes >> 20)
 
 
 class ExpertHost:
     """Loads a share of the experts (expert ids by layer) and serves them. Raises CheckpointError or StartupError."""
 
-    def __init__(self, config: Config, experts: Share, meter: ExpertMeter) -> None:
+    def __init__(
+        self, config: Config, experts: Share, meter: ExpertMeter, holders: Sequence[WorkerEndpoint] = ()
+    ) -> None:
+        """`holders`: other workers, from which experts may be loaded as well as from disk."""
+        self._channels = None
         if config.internal_tls is not None:
             load_internal(config.internal_tls, time.time())  # before a load of minutes
+            self._channels = ExpertChannels(config.internal_tls)
         keep_freed_memory()  # packing asks for the same few MiB again and again
         spec = load_model_spec(config.model.path)
         threads, device = config.experts.threads, config.experts.device
+        self._device = device
         fastest = partial(fastest_form, spec=spec, threads=threads)
         form = choose_form(config.experts.dtype, config.model.dtype, spec, device, fastest)
         index = load_checkpoint_index(config.model.path)
-        began_s = time.monotonic()
+        self._dispatch, self._model_id = config.dispatch, model_identity(spec, index)
+        self._meter = meter
         self._store = ExpertStore(index, spec, form, device, experts)
-        self._store.load(experts, _Progress())
+        began_s = time.monotonic()
+        self.loaded = self._load(experts, holders, _Progress())  # where the first share came from, in words
         meter.metrics.load.set(time.monotonic() - began_s)
         many_rows = many_rows_from(self._store.weights, self._store.held, threads)
         self.form = choice_text(form, many_rows)
         logger.info("experts: %s", self.form)
-        self._meter = meter
         self._compute = ExpertCompute(self._store.weights, threads, meter.gemms, many_rows)
         self._serve_held()
         self._server = ExpertServer(
             self._compute.forward,
             spec.hidden_size,
-            model_identity(spec, index),
+            self._model_id,
             config.dispatch,
             config.internal_tls,
             meter=meter,
+            pieces=self._store if device == "cpu" else None,
         )
 
     @property
@@ -79,11 +94,6 @@ class ExpertHost:
         return self._store.elastic
 
     @property
-    def bytes_read(self) -> int:
-        """Bytes of weights that were read so far."""
-        return self._store.bytes_read
-
-    @property
     def expert_bytes(self) -> int:
         """Size in memory of one expert."""
         return self._store.expert_bytes
@@ -92,12 +102,26 @@ class ExpertHost:
         """Return the size in memory that a share has or would have."""
         return self._store.nbytes_of(share)
 
-    def load(self, share: Share) -> None:
-        """Hold these experts too, while others are computed. One thread at a time may load or drop. Raises
-        CheckpointError, and then holds what it held before.
+    def load(self, share: Share, holders: Sequence[WorkerEndpoint] = ()) -> str:
+        """Hold these experts too, while others are computed. One thread at a time may load or drop. Returns where they
+        came from, in words. Raises CheckpointError, and then holds what it held before.
         """
-        self._store.load(share)
+        text = self._load(share, holders)
         self._serve_held()
+        return text
+
+    def _load(self, share: Share, holders: Sequence[WorkerEndpoint], on_progress: OnProgress | None = None) -> str:
+        with contextlib.ExitStack() as links:
+            peers = []
+            for holder in most_useful(holders, share) if self._device == "cpu" else ():
+                link = ExpertPeer(holder.address, self._model_id, self._store.layout, self._dispatch, self._channels)
+                links.callback(link.close)
+                peers.append(Peer(link, holder.experts))
+            loaded = self._store.load(share, on_progress, peers)
+        total = sum(map(len, share.values()))
+        self._meter.metrics.loaded.labels("disk").inc(total - loaded.from_peers)
+        self._meter.metrics.loaded.labels("peers").inc(loaded.from_peers)
+        return f"{total - loaded.from_peers} from disk, {loaded.from_peers} from other workers"
 
     def drop(self, share: Share) -> None:
         """Hold these experts no more: a dispatch that asks for them is told that its placement is stale."""

@@ -1,8 +1,9 @@
 """Reads a worker's share of the routed experts from safetensors shards into the form that computes.
 
-Several threads take one expert at a time, and of that a strip of rows at a time: the strip is read (`preadv`) into a
-buffer that stays in the processor's cache, and packed from there to its place. Where the form is the stored one, rows
-are read straight into place. Memory peaks at the final weights and a few MiB per thread.
+Several threads take one expert at a time (deployments/experts/sources.py), and of that a strip of rows at a time: the
+strip is read (`preadv`) into a buffer that stays in the processor's cache, and packed from there to its place. Where
+the form is the stored one, rows are read straight into place. Memory peaks at the final weights and a few MiB per
+thread.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from cluster.model.checkpoint import CheckpointIndex, ExpertTensor, TensorEntry,
 from cluster.model.spec import ModelSpec
 from deployments.experts.forms import Form
 from deployments.experts.packing import BLOCK_ROWS
+from deployments.experts.sources import Peer, Source, Wanted, load_all
 from deployments.experts.storing import dequantise, put_rows, scale_place, store
 from deployments.experts.weights import DTYPES, FP8, PACKED, ExpertWeights, LayerExperts, empty_layer
 
@@ -46,32 +47,54 @@ def load_experts(
 ) -> ExpertWeights:
     """Return the experts of `assignment` (global ids by layer) in `form`, which `choose_form` has found possible.
 
-    `on_progress(done_bytes, total_bytes)` is called after each tensor, by one thread at a time. Opens only the shards
-    that it needs. Raises CheckpointError if a tensor is missing or of a wrong shape or dtype, or a shard is missing or
-    truncated.
+    `on_progress(done_bytes, total_bytes)`, in memory, is called after each expert, by one thread at a time. Opens only
+    the shards that it needs. Raises CheckpointError if a tensor is missing or of a wrong shape or dtype, or a shard is
+    missing or truncated.
     """
     layers = {layer: empty_layer(spec, tuple(sorted(assignment[layer])), form, device) for layer in sorted(assignment)}
-    bytes_read = read_experts(index, spec, layers, assignment, on_progress)
-    return ExpertWeights(layers, spec.num_experts, bytes_read)
+    loaded = fill_layers(index, spec, layers, assignment, on_progress)
+    return ExpertWeights(layers, spec.num_experts, loaded.bytes_read)
 
 
-def read_experts(
+@dataclass(frozen=True)
+class Loaded:
+    """Where experts came from."""
+
+    bytes_read: int  # from the shards, their headers left out
+    from_peers: int  # experts
+
+
+def fill_layers(
     index: CheckpointIndex,
     spec: ModelSpec,
     layers: Mapping[int, LayerExperts],
     share: Mapping[int, Sequence[int]],
     on_progress: OnProgress | None = None,
-) -> int:
-    """Read a share of the experts (global ids by layer) into their places in `layers`, as `load_experts` does. Returns
-    the bytes that were read.
+    peers: Sequence[Peer] = (),
+) -> Loaded:
+    """Load a share of the experts (global ids by layer) into their places in `layers`, as `load_experts` does, and from
+    `peers` too.
     """
-    reader = _Reader(index, spec, on_progress)
+    wanted = []
+    for number, ids in share.items():
+        place = {expert: local for local, expert in enumerate(layers[number].ids)}
+        wanted += [Wanted(number, expert, layers[number], place[expert]) for expert in ids]
+    total, done, from_peers = sum(one.experts.expert_bytes for one in wanted), 0, 0
+
+    def on_loaded(one: Wanted, source: Source) -> None:
+        nonlocal done, from_peers
+        done += one.experts.expert_bytes
+        from_peers += source is not disk
+        if on_progress is not None:
+            on_progress(done, total)
+
     threads = torch.get_num_threads()
-    try:
-        reader.read(layers, share)
-    finally:
-        torch.set_num_threads(threads)  # for threads that are still to begin; the reader's had one each
-    return reader.bytes_read
+    with _Disk(index, spec, wanted) as disk:
+        try:
+            load_all(disk.ordered, [disk, *peers], on_loaded)
+        finally:
+            torch.set_num_threads(threads)  # for threads that are still to begin; the sources' had one each
+    return Loaded(disk.bytes_read, from_peers)
 
 
 @dataclass(frozen=True)
@@ -96,36 +119,56 @@ class _Job:
     tensors: tuple[_Tensor, _Tensor, _Tensor]
 
 
-class _Reader:
-    def __init__(self, index: CheckpointIndex, spec: ModelSpec, on_progress: OnProgress | None) -> None:
-        self._index, self._spec, self._on_progress = index, spec, on_progress
+class _Disk:
+    """The checkpoint as a source. A context manager, which closes its files."""
+
+    name, from_end = "the checkpoint", False
+
+    def __init__(self, index: CheckpointIndex, spec: ModelSpec, wanted: Iterable[Wanted]) -> None:
+        """Reads the headers of the shards that `wanted` needs. What is wrong with one expert there is told by
+        `why_not`.
+        """
+        self._index, self._spec = index, spec
         self._headers: dict[str, dict[str, TensorEntry]] = {}
         self._files: dict[str, int] = {}
-        self._counting = threading.Lock()
+        self._lock = threading.Lock()  # of both below and of `_files`
         self._buffers = threading.local()
-        self.bytes_read = self._total = 0
+        self.bytes_read = 0
+        self.threads = max(_LEAST_THREADS, min(_MOST_THREADS, len(os.sched_getaffinity(0))))
+        self._jobs: dict[Wanted, _Job | CheckpointError] = {}
+        for one in wanted:
+            try:
+                self._jobs[one] = self._job(one.experts, one.layer, one.local)
+            except CheckpointError as error:
+                self._jobs[one] = error
+        # As disks like it; what cannot be read last, where peers begin.
+        self.ordered = sorted(self._jobs, key=self._place)
 
-    def read(self, layers: Mapping[int, LayerExperts], share: Mapping[int, Sequence[int]]) -> None:
-        jobs = []
-        for number, experts in share.items():
-            place = {expert: local for local, expert in enumerate(layers[number].ids)}
-            jobs += [self._job(layers[number], number, place[expert]) for expert in experts]
-        self._total = sum(tensor.nbytes for job in jobs for tensor in job.tensors)
-        jobs.sort(key=lambda job: (job.tensors[0].name.shard, job.tensors[0].entry.begin))  # as disks like it
-        try:
-            for shard in self._headers:
-                self._files[shard] = os.open(self._index.path / shard, os.O_RDONLY)
-            threads = max(_LEAST_THREADS, min(_MOST_THREADS, len(os.sched_getaffinity(0))))
-            with ThreadPoolExecutor(threads, "load", torch.set_num_threads, (1,)) as pool:
-                for done in [pool.submit(self._load, job) for job in jobs]:
-                    try:
-                        done.result()
-                    except BaseException:
-                        pool.shutdown(wait=True, cancel_futures=True)
-                        raise
-        finally:
-            for fd in self._files.values():
-                os.close(fd)
+    def __enter__(self) -> _Disk:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for fd in self._files.values():
+            os.close(fd)
+
+    def _place(self, one: Wanted) -> tuple[bool, str, int]:
+        job = self._jobs[one]
+        if isinstance(job, CheckpointError):
+            return True, "", 0
+        return False, job.tensors[0].name.shard, job.tensors[0].entry.begin
+
+    def why_not(self, wanted: Wanted) -> Exception | None:
+        """Return what is wrong with this expert's tensors."""
+        job = self._jobs[wanted]
+        return job if isinstance(job, CheckpointError) else None
+
+    def load(self, wanted: Wanted) -> None:
+        """Read one expert, and pack it if its form asks for that."""
+        job = self._jobs[wanted]
+        assert isinstance(job, _Job)
+        self._load(job)
+        with self._lock:
+            self.bytes_read += sum(tensor.nbytes for tensor in job.tensors)
 
     def _job(self, layer: LayerExperts, number: int, local: int) -> _Job:
         inner, hidden, expert = self._spec.moe_intermediate_size, self._spec.hidden_size, layer.ids[local]
@@ -203,7 +246,6 @@ class _Reader:
                     rows_RC = self._buffer("rows", layer, last - first, tensor.entry.shape[1], DTYPES[layer.form])
                     self._read_as(tensor, first, last, scale, rows_RC)
                     put_rows(layer, job.local, name, offset + first, rows_RC)
-            self._count(tensor.nbytes)
         if whole is not None:
             store(layer, job.local, *whole)
 
@@ -274,16 +316,16 @@ class _Reader:
         """Read bytes `begin` to `end` of the tensor's shard into `out`, which is contiguous and on the CPU."""
         buffer, done = memoryview(out.view(torch.uint8).reshape(-1).numpy()), 0  # type: ignore[arg-type]
         while done < len(buffer):
-            got = os.preadv(self._files[tensor.shard], [buffer[done:]], begin + done)
+            got = os.preadv(self._file(tensor.shard), [buffer[done:]], begin + done)
             if got == 0:
                 raise _cut_off(self._index.path / tensor.shard, begin + done, end)
             done += got
 
-    def _count(self, nbytes: int) -> None:
-        with self._counting:
-            self.bytes_read += nbytes
-            if self._on_progress is not None:
-                self._on_progress(self.bytes_read, self._total)
+    def _file(self, shard: str) -> int:
+        with self._lock:
+            if shard not in self._files:
+                self._files[shard] = os.open(self._index.path / shard, os.O_RDONLY)
+            return self._files[shard]
 
 
 def _cut_off(shard: Path, size: int, expected: int) -> CheckpointError:

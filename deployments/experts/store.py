@@ -7,28 +7,34 @@ where the system does not allow that, there is room for the first share only, an
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 
 from cluster.model.checkpoint import CheckpointIndex
 from cluster.model.spec import ModelSpec
 from deployments.experts.forms import Form
-from deployments.experts.loading import OnProgress, read_experts
+from deployments.experts.loading import Loaded, OnProgress, fill_layers
+from deployments.experts.operators import load_operators
+from deployments.experts.sources import Peer
 from deployments.experts.sparse_memory import SparseStack
 from deployments.experts.weights import ExpertWeights, LayerExperts, empty_layer, layer_of, shapes_of
 from routing.tokens.share import Share
+
+_LAYOUTS = 1  # another number when a form's bytes change
 
 logger = logging.getLogger(__name__)
 
 
 class ExpertStore:
-    """Not thread-safe: one thread at a time loads and drops. What `layers` has of an expert that is not held is not to
-    be read.
+    """One thread at a time loads and drops, others may `read`. What `layers` has of an expert that is not held is not
+    to be read.
     """
 
     def __init__(self, index: CheckpointIndex, spec: ModelSpec, form: Form, device: str, first: Share) -> None:
         """`first`: the share that is to be loaded first. Reads nothing yet."""
         self._index, self._spec = index, spec
         self._stacks: dict[int, tuple[SparseStack, ...]] = {}
+        self._releasing = threading.Lock()
         self.held: Mapping[int, tuple[int, ...]] = {}
         self.bytes_read = 0  # from the shards, their headers left out
         self.layers: dict[int, LayerExperts] = {}
@@ -72,13 +78,15 @@ class ExpertStore:
         """Return the size in memory that a share has or would have."""
         return sum(self.layers[layer].expert_bytes * len(ids) for layer, ids in share.items())
 
-    def load(self, share: Share, on_progress: OnProgress | None = None) -> None:
+    def load(self, share: Share, on_progress: OnProgress | None = None, peers: Sequence[Peer] = ()) -> Loaded:
         """Hold these experts too. Raises CheckpointError, and then holds what it held before."""
         assert self.elastic or not self.held, "only an elastic store loads more than its first share"
         wanted = {layer: [e for e in ids if e not in self.held.get(layer, ())] for layer, ids in share.items()}
-        self.bytes_read += read_experts(self._index, self._spec, self.layers, wanted, on_progress)
+        loaded = fill_layers(self._index, self._spec, self.layers, wanted, on_progress, peers)
+        self.bytes_read += loaded.bytes_read
         layers = sorted({*self.held, *wanted})
         self.held = {layer: tuple(sorted({*self.held.get(layer, ()), *wanted.get(layer, ())})) for layer in layers}
+        return loaded
 
     def drop(self, share: Share) -> Share:
         """Hold these experts no more, and return what is held then. Their memory is still there: `release` it when
@@ -90,7 +98,28 @@ class ExpertStore:
 
     def release(self, share: Share) -> None:
         """Give back the memory of experts that were dropped."""
-        for layer, ids in share.items():
-            for stack in self._stacks[layer]:
-                for expert in ids:
-                    stack.release(expert)
+        with self._releasing:
+            for layer, ids in share.items():
+                for stack in self._stacks[layer]:
+                    for expert in ids:
+                        stack.release(expert)
+
+    @property
+    def layout(self) -> str:
+        """How experts lie in memory: bytes of one store are right in another one with the same layout, of the same
+        checkpoint.
+        """
+        experts = next(iter(self.layers.values()))
+        return f"{_LAYOUTS} {experts.form.name} {load_operators()} {experts.expert_bytes}"
+
+    def read(self, layer: int, expert: int, part: int, offset: int, length: int) -> bytes:
+        """Return some bytes of a part of an expert, as `LayerExperts.parts_of` counts them; none if it is not held.
+        Raises ValueError if there are no such bytes.
+        """
+        with self._releasing:
+            if expert not in self.held.get(layer, ()):
+                return b""
+            parts = self.layers[layer].parts_of(self.layers[layer].ids.index(expert))
+            if part >= len(parts) or offset + length > len(parts[part]):
+                raise ValueError(f"an expert has no bytes {offset} to {offset + length} of part {part}")
+            return bytes(parts[part][offset : offset + length])

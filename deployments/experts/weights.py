@@ -51,6 +51,14 @@ class LayerExperts:
         stacks = (self.gate_up, self.down, self.gate_up_scale, self.down_scale)
         return sum(stack.nbytes // len(stack) for stack in stacks if stack is not None and len(stack))
 
+    def parts_of(self, local: int) -> list[memoryview]:
+        """Return the bytes of the expert with this index, which must be in the CPU's memory: its gate_up, its down, and
+        their scales if there are.
+        """
+        stacks = (self.gate_up, self.down, self.gate_up_scale, self.down_scale)
+        parts = [stack[local].view(torch.uint8).reshape(-1).numpy() for stack in stacks if stack is not None]
+        return [memoryview(part) for part in parts]  # type: ignore[arg-type]
+
     @property
     def nbytes(self) -> int:
         """Return the size in memory, if all are there."""

@@ -39,7 +39,7 @@ from monitoring.exporter import ProcessRegistry
 from monitoring.metrics import ExpertMetrics
 from routing.tokens.channel import GRPC_ENVIRONMENT
 from routing.tokens.membership import WorkerMember
-from routing.tokens.placement import NO_TABLE
+from routing.tokens.placement import NO_TABLE, PlacementTable, WorkerEndpoint
 from routing.tokens.share import Share, first_bytes, without
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class ExpertWorker:
         started = time.monotonic()
         self._directory = over_grpc(directory)
         self._heartbeat_interval_s = config.experts.heartbeat_interval_s
+        self._from_peers = config.experts.from_peers
         self._hand_over_timeout_s = config.experts.hand_over_timeout_s
         self._seen = NO_TABLE
         self._plane_busy = 0.0
@@ -109,7 +110,7 @@ class ExpertWorker:
             await self._register()
         self._beating = asyncio.create_task(self._beat())
 
-        self._host = await asyncio.to_thread(_load, config, assignment.experts, meter)
+        self._host = await asyncio.to_thread(_load, config, assignment.experts, meter, await self._holders())
         registry.before_scrape(self._host.measure)
         address = self._host.start(config.experts.host or config.own_host(node))
         self._member = dataclasses.replace(
@@ -119,8 +120,8 @@ class ExpertWorker:
         with contextlib.suppress(DirectoryAway):  # the next heartbeat will register it
             await self._register()
         logger.info(
-            "expert worker ready at %s after %.1f s: slot %d, %.1f MiB read", address, time.monotonic() - started,
-            assignment.slot, self._host.bytes_read / 2**20,
+            "expert worker ready at %s after %.1f s: slot %d, %s", address, time.monotonic() - started,
+            assignment.slot, self._host.loaded,
         )  # fmt: skip
         if self._member.elastic:
             self._obeying = asyncio.create_task(self._obey())
@@ -133,6 +134,16 @@ class ExpertWorker:
                 if assignment is not None:
                     return assignment
             await asyncio.sleep(JOIN_RETRY_S)
+
+    async def _holders(self) -> tuple[WorkerEndpoint, ...]:
+        """Return the workers from which this one may load experts."""
+        if self._from_peers:
+            with contextlib.suppress(DirectoryAway):
+                encoded = await answer_of(self._directory.placement.remote(), CALL_TIMEOUT_S)
+                if encoded is not None:
+                    holders = PlacementTable.decode(encoded).holders()
+                    return tuple(one for one in holders if one.worker_id != self._member.worker_id)
+        return ()
 
     async def _register(self) -> None:
         async with self._registering:  # or an older word could be the last
@@ -214,12 +225,12 @@ class ExpertWorker:
             else:
                 began_s = time.monotonic()
                 try:
-                    await asyncio.to_thread(host.load, missing)
+                    loaded = await asyncio.to_thread(host.load, missing, await self._holders())
                 except (DeepsplitError, OSError) as error:
                     self._stay_as_is(str(error))
                 else:
                     took_s = time.monotonic() - began_s
-                    logger.info("loaded %d more experts, %d MiB in %.1f s", count, nbytes >> 20, took_s)
+                    logger.info("loaded %d more experts, %d MiB in %.1f s: %s", count, nbytes >> 20, took_s, loaded)
         elif self._member.share == orders.share and self._member == self._said:
             return False
         self._member = dataclasses.replace(self._member, held=host.held, share=orders.share)
@@ -292,11 +303,13 @@ def _zone() -> str:
     return str(labels.get("ray.io/availability-zone", ""))
 
 
-def _load(config: Config, experts: Share, meter: ExpertMeter) -> ExpertHost:
+def _load(
+    config: Config, experts: Share, meter: ExpertMeter, holders: tuple[WorkerEndpoint, ...]
+) -> ExpertHost:
     """Load the weights. Called in a thread, because the event loop must go on with heartbeats; imports torch there."""
     from deployments.experts.host import ExpertHost
 
-    return ExpertHost(config, experts, meter)
+    return ExpertHost(config, experts, meter, holders)
 
 
 def expert_deployments(config: Config, directory: serve.Application) -> tuple[serve.Application, ...]:

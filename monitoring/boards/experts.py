@@ -97,9 +97,13 @@ WORK = Row("Work", (
         (Query(rate("deepsplit_expert_requests_total", HERE, "outcome"), "{{outcome}}"),), "stack",
     ),
     Chart(
-        "Slowest loads", "s", "Time that reading the weights took: how long a failover takes. The ten longest.",
+        "Slowest loads", "s", "Time that loading the weights took: how long a failover takes. The ten longest.",
         (Query(top(f"max by (node, worker) (deepsplit_expert_load_seconds{{{HERE}}})"), "{{node}} {{worker}}"),),
         "bars", alert="DeepsplitExpertWorkerDown",
+    ),
+    Chart(
+        "Experts loaded", "suffix:/s", "From disk, and from other workers that hold them: the faster gives more.",
+        (Query(rate("deepsplit_experts_loaded_total", HERE, "source"), "{{source}}"),), "stack",
     ),
     Chart(
         "Weights", "bytes", "Held by all workers together, and by the largest.",

@@ -20,7 +20,9 @@ warnings.filterwarnings("ignore", message="The given buffer is not writable")
 SERVICE = "deepsplit.experts.v1.Experts"
 METHOD = "Dispatch"
 METHOD_PATH = f"/{SERVICE}/{METHOD}"
+PIECE_PATH = f"/{SERVICE}/Piece"  # of an expert's weights, for other workers
 MODEL_KEY = "deepsplit-model"  # metadata key: the model's identity, which must fit on both ends
+LAYOUT_KEY = "deepsplit-layout"  # metadata key of calls for pieces: how experts are held, the same on both ends
 
 
 def channel_options(settings: DispatchConfig) -> list[tuple[str, int]]:

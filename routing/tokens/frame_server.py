@@ -159,12 +159,14 @@ def _ignore(event: Any) -> None:
 
 
 class FrameServer:
-    """Serves one streaming method. One thread at a time may call `poll`, any thread the rest."""
+    """Serves methods that take frames and answer each. One thread at a time may call `poll`, any thread the rest."""
 
-    def __init__(self, method_path: str, handler: StreamHandler, options: Sequence[tuple[str, int]], max_streams: int):
+    def __init__(
+        self, handlers: Mapping[str, StreamHandler], options: Sequence[tuple[str, int]], max_streams: int
+    ) -> None:
+        """`handlers`: by the method's path."""
         probe()
-        self._method = method_path.encode()
-        self._handler = handler
+        self._handlers = {path.encode(): handler for path, handler in handlers.items()}
         self._options = tuple((key.encode(), value) for key, value in options)
         self._max_streams = max_streams
         self._streams: set[Stream] = set()
@@ -238,21 +240,23 @@ class FrameServer:
             )
             event.call.start_server_batch(operations, _ignore)
             return
-        stream = Stream(event.call, self._handler, self._streams.discard)
+        handler = self._handlers[event.call_details.method]
+        stream = Stream(event.call, handler, self._streams.discard)
         self._streams.add(stream)
-        self._handler.opened(stream)
+        handler.opened(stream)
         stream.begin()
 
     def _refusal(self, event: Any) -> Refusal | None:
         if self._shut_down:  # it had come before, but nobody had looked
             return Refusal(grpc.StatusCode.UNAVAILABLE, "this worker is being stopped")
-        if event.call_details.method != self._method:
+        handler = self._handlers.get(event.call_details.method)
+        if handler is None:
             return Refusal(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         if len(self._streams) >= self._max_streams:
             text = f"this worker has {self._max_streams} streams already: raise dispatch.max_streams"
             return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         identity = {key.decode(): value for key, value in (cygrpc.auth_context(event.call) or {}).items()}
-        return self._handler.admit(dict(event.invocation_metadata), identity)
+        return handler.admit(dict(event.invocation_metadata), identity)
 
     def _on_shutdown(self, event: Any) -> None:
         with self._ending:  # gRPC may still be inside of what caused this event

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -103,6 +103,18 @@ class PlacementTable:
         weights_LER = np.frombuffer(data, "<f2", count, end + 1 + 2 * count).reshape(head["shape"])
         workers = tuple(WorkerEndpoint(worker_id, address, {}) for worker_id, address in head["workers"])
         return cls(Stamp(*head["stamp"]), workers, tuple(head["layers"]), holders_LER, weights_LER)
+
+    def holders(self) -> list[WorkerEndpoint]:
+        """Return the workers with their experts."""
+        listed = []
+        for at, worker in enumerate(self.workers):
+            held_LE = (self.holders_LER == at).any(axis=2)
+            experts = {
+                layer: tuple(held_E.nonzero()[0].tolist())
+                for layer, held_E in zip(self.layers, held_LE, strict=True)
+            }  # fmt: skip
+            listed.append(replace(worker, experts=experts))
+        return listed
 
     def covers(self, layers: Iterable[int], num_experts: int) -> bool:
         """Return whether every expert of these layers has a holder."""

@@ -16,9 +16,10 @@ from cluster.model.identity import same_model
 from cluster.tls.grpc_credentials import expert_server_credentials, peer_is
 from monitoring.expert_meter import ExpertMeter
 from routing.tokens.batcher import Batcher, QueuedRequest, Turn
-from routing.tokens.channel import METHOD_PATH, MODEL_KEY, channel_options
+from routing.tokens.channel import METHOD_PATH, MODEL_KEY, PIECE_PATH, channel_options
+from routing.tokens.expert_pieces import PieceHandler, PieceSource
 from routing.tokens.fence import Fence
-from routing.tokens.frame_server import FrameServer, Refusal, Stream
+from routing.tokens.frame_server import FrameServer, Refusal, Stream, StreamHandler
 from routing.tokens.kept_memory import keep_freed_memory
 from routing.tokens.turn_runner import ComputeExperts, TurnRunner
 from routing.tokens.turn_threads import TurnThreads
@@ -47,7 +48,9 @@ class ExpertServer:
         settings: DispatchConfig,
         tls: InternalTlsConfig | None = None,
         meter: ExpertMeter | None = None,
+        pieces: PieceSource | None = None,
     ) -> None:
+        """`pieces`: what other workers may have of this one's weights."""
         self._meter = meter
         self._hidden_size = hidden_size
         self._model_id = model_id
@@ -55,7 +58,10 @@ class ExpertServer:
         self._batcher = Batcher(settings.batch_rows)
         self._fence = Fence(settings.call_timeout_s)
         self._runner = TurnRunner(experts, self._finish, time.monotonic, self._fence, meter)
-        self._frames = FrameServer(METHOD_PATH, self, channel_options(settings), settings.max_streams)
+        handlers: dict[str, StreamHandler] = {METHOD_PATH: self}
+        if pieces is not None:
+            handlers[PIECE_PATH] = PieceHandler(pieces, self.admit)
+        self._frames = FrameServer(handlers, channel_options(settings), settings.max_streams)
         self._threads = TurnThreads(self._batcher, self._run, self._frames, settings.keepalive_timeout_s / 4)
         self._started = False
 

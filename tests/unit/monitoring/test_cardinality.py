@@ -45,7 +45,7 @@ VALUES = {
     "slo": ("ttft", "tpot"), "met": ("true", "false"), "kind": ("again", "continued"),
     "member": ("experts", "attention", "gateway"), "state": ("starting", "loading", "ready", "draining"),
     "event": ("joined", "ready", "left", "lost"), "stage": ("pack", "send", "wait", "compute", "return", "combine"),
-    "direction": ("in", "out"),
+    "direction": ("in", "out"), "source": ("disk", "peers"),
     "expert_worker": tuple(f"w{number}" for number in range(WORKERS)), "certificate": ("internal_tls", "gateway.tls"),
 }  # fmt: skip
 

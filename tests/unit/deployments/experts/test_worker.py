@@ -87,7 +87,7 @@ class Host:
     def nbytes_of(self, share: Share) -> int:
         return sum(map(len, share.values())) << 20
 
-    def load(self, share: Share) -> None:
+    def load(self, share: Share, holders: object) -> None:
         if self.broken:
             raise CheckpointError("shard is gone")
         self.steps.append(("load", share))
@@ -113,6 +113,7 @@ def obeying(host: Host, told: list[Share]) -> ExpertWorker:
         made._said = made._member
 
     made._said = made._member
+    made._from_peers = False
     made._register = register  # type: ignore[method-assign]
     return made
 

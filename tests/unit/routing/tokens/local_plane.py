@@ -80,7 +80,7 @@ class LocalPlane:
     def start_stranger(self, name: str, answer: bytes) -> None:
         """A worker that answers every frame with these bytes."""
         handler = _Stranger(answer)
-        frames = FrameServer(METHOD_PATH, handler, channel_options(DispatchConfig()), 8)
+        frames = FrameServer({METHOD_PATH: handler}, channel_options(DispatchConfig()), 8)
         self.put(name, f"127.0.0.1:{frames.listen('127.0.0.1:0', None)}", ALL)
 
         def poll() -> None:
