@@ -35,10 +35,7 @@ def without(checkpoint: Path, folder: Path, remove: Callable[[str], bool]) -> Pa
         kept = {name: tensor for name, tensor in load_file(shard).items() if not remove(name)}
         if kept:
             save_file(kept, folder / shard.name, metadata={"format": "pt"})
-    if (index := folder / INDEX).exists():
-        content = json.loads(index.read_text())
-        content["weight_map"] = {name: file for name, file in content["weight_map"].items() if not remove(name)}
-        index.write_text(json.dumps(content, indent=2) + "\n")
+    _remove_from_index(folder, remove)
     return folder
 
 
@@ -63,20 +60,29 @@ def truncate_shard(checkpoint: Path, folder: Path, shard: int = 0, keep: float =
 
 
 def dequantised(checkpoint: Path, folder: Path) -> Path:
-    """A float32 copy of a checkpoint with FP8 experts, without its quantisation: what the reference can load."""
+    """A float32 copy of a checkpoint with FP8 weights, without its quantisation: what the reference can load."""
     _copy_all_but_tensors(checkpoint, folder)
+    everything = tensors_of(checkpoint)
     for shard in shard_files(checkpoint):
         tensors = load_file(shard)
         plain = {name: tensor.float() for name, tensor in tensors.items() if not name.endswith("_scale_inv")}
         for name in plain:
-            if (scale := tensors.get(f"{name}_scale_inv")) is not None:
+            if (scale := everything.get(f"{name}_scale_inv")) is not None:
                 full = scale.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
                 plain[name] *= full[: plain[name].shape[0], : plain[name].shape[1]]
         save_file(plain, folder / shard.name, metadata={"format": "pt"})
+    _remove_from_index(folder, lambda name: name.endswith("_scale_inv"))
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}, indent=2) + "\n")
     return folder
+
+
+def _remove_from_index(folder: Path, remove: Callable[[str], bool]) -> None:
+    if (index := folder / INDEX).exists():
+        content = json.loads(index.read_text())
+        content["weight_map"] = {name: file for name, file in content["weight_map"].items() if not remove(name)}
+        index.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def shard_files(checkpoint: Path) -> list[Path]:

@@ -51,6 +51,7 @@ class Shape:
     yarn: bool = False  # RoPE with YaRN scaling, as DeepSeek-V3 has it; plain RoPE otherwise
     max_positions: int = 512
     fp8_experts: bool = False  # routed experts as float8_e4m3fn with one float32 scale per block
+    fp8_linears: bool = False  # all other linear layers too, as DeepSeek-V3 is released
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -68,6 +69,10 @@ SHAPES: MappingProxyType[str, Shape] = MappingProxyType(
         "sixty_experts": Shape(num_experts=60, top_k=6),  # 60 experts over 7 workers: not divisible
         "mtp": Shape(num_mtp_layers=1),
         "fp8": Shape(hidden_size=256, moe_intermediate_size=128, fp8_experts=True),
+        "released_fp8": Shape(
+            hidden_size=256, moe_intermediate_size=128, head_dim=64, q_lora_rank=128, num_mtp_layers=1,
+            fp8_experts=True, fp8_linears=True,
+        ),
         "qwen3_moe": Shape(architecture="Qwen3MoeForCausalLM", n_group=1, topk_group=1, num_shared_experts=0),
     }
 )
@@ -112,15 +117,17 @@ def write_shards(folder: Path, tensors: dict[str, torch.Tensor], shards: int) ->
 
 
 def quantise_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block-quantise a float [rows, cols] (multiples of 128) to float8_e4m3fn and float32 [rows/128, cols/128] scales.
+    """Block-quantise a float [rows, cols] to float8_e4m3fn and float32 scales [rows/128, cols/128], rounded up.
 
     The weight is `fp8 * scale`, block by block, as DeepSeek-V3's `weight_scale_inv` says.
     """
-    rows, cols = (size // FP8_BLOCK for size in weight.shape)
-    blocks = weight.float().view(rows, FP8_BLOCK, cols, FP8_BLOCK)
+    rows, cols = (-(-size // FP8_BLOCK) for size in weight.shape)
+    padded = torch.zeros(rows * FP8_BLOCK, cols * FP8_BLOCK)
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    blocks = padded.view(rows, FP8_BLOCK, cols, FP8_BLOCK)
     scale = blocks.abs().amax(dim=(1, 3)) / _FP8_MAX
     fp8 = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
-    return fp8.view(weight.shape), scale
+    return fp8.view(padded.shape)[: weight.shape[0], : weight.shape[1]].contiguous(), scale
 
 
 class _Maker:
@@ -157,7 +164,8 @@ class _Maker:
         yield f"{at}.post_attention_layernorm.weight", self._norm(self.hidden)
         yield from self._mla(f"{at}.self_attn") if deepseek else self._gqa(f"{at}.self_attn")
         if layer not in self.shape.moe_layers:
-            yield from self._mlp(f"{at}.mlp", 2 * self.hidden)
+            for name, weight in self._mlp(f"{at}.mlp", 2 * self.hidden):
+                yield from _stored(name, weight, self.shape.fp8_linears)
             return
         yield f"{at}.mlp.gate.weight", self._linear(self.shape.num_experts, self.hidden, gain=1.5)
         if deepseek:
@@ -165,17 +173,17 @@ class _Maker:
             yield f"{at}.mlp.gate.e_score_correction_bias", bias.float()
         if self.shape.num_shared_experts:
             shared = self.shape.num_shared_experts * self.shape.moe_intermediate_size
-            yield from self._mlp(f"{at}.mlp.shared_experts", shared)
+            for name, weight in self._mlp(f"{at}.mlp.shared_experts", shared):
+                yield from _stored(name, weight, self.shape.fp8_linears)
         for expert in range(self.shape.num_experts):
             for name, weight in self._mlp(f"{at}.mlp.experts.{expert}", self.shape.moe_intermediate_size):
-                if self.shape.fp8_experts:
-                    fp8, scale = quantise_fp8(weight)
-                    yield name, fp8
-                    yield f"{name}_scale_inv", scale
-                else:
-                    yield name, weight
+                yield from _stored(name, weight, self.shape.fp8_experts)
 
     def _mla(self, at: str) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in self._plain_mla(at):
+            yield from _stored(name, weight, self.shape.fp8_linears and weight.dim() == 2)
+
+    def _plain_mla(self, at: str) -> Iterator[tuple[str, torch.Tensor]]:
         query_rows = self.shape.heads * (self.shape.head_dim + _ROPE_DIM)
         if rank := self.shape.q_lora_rank:
             yield f"{at}.q_a_proj.weight", self._linear(rank, self.hidden)
@@ -209,6 +217,15 @@ class _Maker:
 
     def _normal(self, *size: int, std: float) -> torch.Tensor:
         return (torch.randn(*size, generator=self.generator) * std).to(self.dtype)
+
+
+def _stored(name: str, weight: torch.Tensor, fp8: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    if not fp8:
+        yield name, weight
+        return
+    quantised, scale = quantise_fp8(weight)
+    yield name, quantised
+    yield f"{name}_scale_inv", scale
 
 
 def _config(shape: Shape, dtype: str) -> dict[str, object]:
@@ -284,6 +301,8 @@ def _config(shape: Shape, dtype: str) -> dict[str, object]:
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-            "modules_to_not_convert": [f"model.layers.{layer}.{name}" for layer in layers for name in plain],
         }
+        if not shape.fp8_linears:
+            kept = [f"model.layers.{layer}.{name}" for layer in layers for name in plain]
+            config["quantization_config"] |= {"modules_to_not_convert": kept}
     return config

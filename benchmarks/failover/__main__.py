@@ -1,10 +1,13 @@
-"""Processes of the demo model killed, stopped or slowed while clients stream: failed requests, other tokens, gaps.
+"""Processes of the demo model killed, stopped, cut off or slowed while clients stream: failed requests, other tokens,
+gaps.
 
 The whole product, started as `deepsplit up` starts it, in float32, where tokens can be compared. A gap is the longest
-time that a stream got no token, from the fault until the cluster is whole again. Faults: an expert worker is killed
-(`kill`), stopped (`stop`), or runs for 1 ms of each 20 for a while (`slow`); the directory is killed (`directory`), and
-a worker with it (`both`); two workers more are added and go again (`scale`); all workers are replaced, one after the
-other (`restart`). `python -m benchmarks.failover --help`
+time that a stream got no token, from the fault until the cluster is whole again; beside it the 99th percentile of the
+times between two tokens meanwhile, over that of the seconds before. Faults: an expert worker is killed (`kill`),
+stopped (`stop`), or runs for 1 ms of each 20 for a while (`slow`); packets to and from its port vanish for a while, so
+that its connections are half open while its heartbeats go on (`cut`, needs root and iptables); the directory is killed
+(`directory`), and a worker with it (`both`); two workers more are added and go again (`scale`); all workers are
+replaced, one after the other (`restart`). `python -m benchmarks.failover --help`
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -23,13 +29,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.failover.streams import MODEL, Streams, now_s
 from benchmarks.measuring.application import Application
 
 _DEMO = Path(__file__).parents[2] / "models" / "demo"
+_CALM_S = 2.0  # before each fault
 _WHOLE_S = 90.0  # the longest wait for the replacement of a worker
 _SLOW_S, _SLOW_RUNS_S, _SLOW_STOPS_S = 8.0, 0.001, 0.019
-_FAULTS = ("kill", "stop", "slow", "directory", "both", "scale", "restart")
+_CUT_S = 8.0
+_FAULTS = ("kill", "stop", "slow", "cut", "directory", "both", "scale", "restart")
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ class Outcome:
     failed: Mapping[str, int]
     gaps_s: list[float]  # sorted, of all streams that were open
     whole_s: list[float]  # sorted: until every worker was there again
+    between_tokens: float  # 99th percentile of the times between tokens meanwhile, over that of the seconds before
 
 
 async def strike(app: Application, fault: str, times: int, workers: int, replicas: int, clients: int) -> Outcome:
@@ -55,9 +66,12 @@ async def strike(app: Application, fault: str, times: int, workers: int, replica
             await asyncio.sleep(2 + 2 * random.random())
             victim = random.choice(await asyncio.to_thread(app.ready))
             directory = await asyncio.to_thread(app.directory)
+            calm_s, _ = now_s(), await asyncio.sleep(_CALM_S)
             struck_s = now_s()
             if fault == "slow":
                 await asyncio.to_thread(_slow_down, victim["pid"])
+            elif fault == "cut":
+                await asyncio.to_thread(_cut_off, int(victim["address"].rpartition(":")[2]))
             elif fault == "restart":
                 await asyncio.to_thread(app.restart)
             elif fault == "scale":
@@ -78,12 +92,16 @@ async def strike(app: Application, fault: str, times: int, workers: int, replica
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(victim["pid"], signal.SIGKILL)
             whole.append(now_s() - struck_s)
-            moments.append((struck_s, now_s()))
-    for struck_s, whole_s in moments:
+            moments.append((calm_s, struck_s, now_s()))
+    calm, meanwhile = list[float](), list[float]()
+    for calm_s, struck_s, whole_s in moments:
         gaps += streams.longest_gaps(struck_s, whole_s)
+        calm += streams.between_tokens(calm_s, struck_s)
+        meanwhile += streams.between_tokens(struck_s, whole_s)
+    between_tokens = float(np.percentile(meanwhile, 99) / np.percentile(calm, 99))
     tally = streams.tally
     requests = tally.answered + tally.failed.total()
-    return Outcome(fault, replicas, times, requests, dict(tally.failed), sorted(gaps), sorted(whole))
+    return Outcome(fault, replicas, times, requests, dict(tally.failed), sorted(gaps), sorted(whole), between_tokens)
 
 
 def _slow_down(pid: int) -> None:
@@ -93,6 +111,17 @@ def _slow_down(pid: int) -> None:
         time.sleep(_SLOW_STOPS_S)
         os.kill(pid, signal.SIGCONT)
         time.sleep(_SLOW_RUNS_S)
+
+
+def _cut_off(port: int) -> None:
+    rules = [["INPUT", "-p", "tcp", end, str(port), "-j", "DROP"] for end in ("--dport", "--sport")]
+    try:
+        for rule in rules:
+            subprocess.run(["iptables", "-I", *rule], check=True)
+        time.sleep(_CUT_S)
+    finally:
+        for rule in rules:
+            subprocess.run(["iptables", "-D", *rule], check=False)
 
 
 def _config(workers: int, replicas: int) -> dict[str, Any]:
@@ -111,8 +140,8 @@ def report(one: Outcome) -> None:
 
     print(f"{one.fault:<10}{one.replicas_per_expert:>9}{one.times:>7}{one.requests:>10}{sum(one.failed.values()):>8}"
           f"{len(one.gaps_s):>9}{at(one.gaps_s, 0.5):>9.2f}{at(one.gaps_s, 0.99):>8.2f}{at(one.gaps_s, 1):>8.2f}"
-          f"{at(one.whole_s, 0.5):>9.1f}  {'; '.join(f'{why}: {count}' for why, count in one.failed.items())}",
-          flush=True)  # fmt: skip
+          f"{at(one.whole_s, 0.5):>9.1f}{one.between_tokens:>12.2f}  "
+          f"{'; '.join(f'{why}: {count}' for why, count in one.failed.items())}", flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -126,10 +155,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a request failed or had other tokens")
     parser.add_argument("--json", action="store_true", help="every value, as JSON")
     args = parser.parse_args()
+    if "cut" in args.fault and (os.geteuid() != 0 or shutil.which("iptables") is None):
+        print("without `cut`, which needs root and iptables", file=sys.stderr)
+        args.fault = [fault for fault in args.fault if fault != "cut"]
     outcomes = []
     if not args.json:
         print(f"{'fault':<10}{'replicas':>9}{'times':>7}{'requests':>10}{'failed':>8}{'streams':>9}{'gap p50':>9}"
-              f"{'p99':>8}{'max, s':>8}{'whole, s':>9}  what clients saw", flush=True)  # fmt: skip
+              f"{'p99':>8}{'max, s':>8}{'whole, s':>9}{'tokens p99':>12}  what clients saw", flush=True)  # fmt: skip
     for replicas in args.replicas:
         with tempfile.TemporaryDirectory(prefix="dsplit-", dir="/tmp") as folder:
             with Application(Path(folder), _config(args.workers, replicas)) as app:

@@ -59,6 +59,15 @@ class Streams:
                 gaps.append(max(later - sooner for sooner, later in itertools.pairwise(edges)))
         return gaps
 
+    def between_tokens(self, since_s: float, until_s: float) -> list[float]:
+        """The times between two tokens of a stream, seconds, of all streams; of those that overlap that time."""
+        return [
+            later - sooner
+            for times in self.tally.token_times
+            for sooner, later in itertools.pairwise(times)
+            if sooner < until_s and later > since_s
+        ]
+
     async def _client(self, number: int) -> None:
         prompt = _PROMPTS[number % len(_PROMPTS)]
         while not self._stopping:

@@ -1,7 +1,8 @@
 """The vLLM plugin: puts our routed experts and our loader into vLLM's registries.
 
 vLLM loads `register` in each of its processes through the entry point group `vllm.general_plugins`. An engine whose
-`additional_config` has no `deepsplit` key is left as it is, so unsplit engines run in the same environment.
+`additional_config` has no `deepsplit` key keeps its experts, so unsplit engines run in the same environment; on CPU
+they too get linear layers for FP8 weights, which vLLM has for AMX only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from cluster.versions import VLLM_VERSION
 from deployments.attention.cpu_router_ops import define_missing
 from deployments.attention.loader import AttentionOnlyLoader
 from deployments.attention.remote_experts import RemoteRoutedExperts
-from deployments.attention.vllm_internals import RoutedExperts, op_registry_oot, probe, register_model_loader
+from deployments.attention.vllm_internals import (
+    RoutedExperts,
+    current_platform,
+    op_registry_oot,
+    probe,
+    register_model_loader,
+    register_quantization_config,
+)
 
 PLUGIN, LOAD_FORMAT = "deepsplit", "deepsplit"
 _ROUTER_OPS = torch.library.Library("_moe_C", "FRAGMENT")  # ops live as long as their library object
@@ -25,6 +33,10 @@ _ROUTER_OPS = torch.library.Library("_moe_C", "FRAGMENT")  # ops live as long as
 def register() -> None:
     """Entry point: put the class and the loader in vLLM's registries. vLLM may call it more than once."""
     define_missing(_ROUTER_OPS)
+    if current_platform.is_cpu():
+        from deployments.attention.block_fp8 import CpuFp8Config
+
+        register_quantization_config("fp8")(CpuFp8Config)
     if op_registry_oot.get(RoutedExperts.__name__) is not RemoteRoutedExperts:
         RoutedExperts.register_oot(RemoteRoutedExperts)
         register_model_loader(LOAD_FORMAT)(AttentionOnlyLoader)

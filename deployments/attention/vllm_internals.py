@@ -27,6 +27,7 @@ class Internal:
 
 
 _MOE = "vllm.model_executor.layers.fused_moe"
+_QUANTIZATION = "vllm.model_executor.layers.quantization"
 
 NAMES = {
     # The replica's process: engine client and OpenAI application.
@@ -78,7 +79,20 @@ NAMES = {
     "moe_forward_shared": Internal(f"{_MOE}.runner.moe_runner"),
     "SharedExperts": Internal(f"{_MOE}.runner.shared_experts", ("_output_idx",)),
     "SharedExpertsOrder": Internal(f"{_MOE}.runner.shared_experts", ("MK_INTERNAL_OVERLAPPED",)),
-    "QuantizationConfig": Internal("vllm.model_executor.layers.quantization.base_config"),
+    "QuantizationConfig": Internal(f"{_QUANTIZATION}.base_config"),
+    "QuantizeMethodBase": Internal(f"{_QUANTIZATION}.base_config"),
+    "register_quantization_config": Internal(_QUANTIZATION, ("quantization",)),
+    "Fp8Config": Internal(f"{_QUANTIZATION}.fp8", ("get_quant_method", "weight_block_size", "ignored_layers")),
+    "LinearBase": Internal("vllm.model_executor.layers.linear"),
+    "LinearMethodBase": Internal(
+        "vllm.model_executor.layers.linear", ("create_weights", "apply", "process_weights_after_loading")
+    ),
+    "create_fp8_weight_parameter": Internal(f"{_QUANTIZATION}.utils.fp8_utils"),
+    "create_fp8_scale_parameter": Internal(f"{_QUANTIZATION}.utils.fp8_utils", ("block_size",)),
+    "validate_fp8_block_shape": Internal(f"{_QUANTIZATION}.utils.fp8_utils"),
+    "is_layer_skipped": Internal(f"{_QUANTIZATION}.utils.quant_utils", ("match_mode", "fused_mapping")),
+    "BlockQuantScaleParameter": Internal("vllm.model_executor.parameter"),
+    "replace_parameter": Internal("vllm.model_executor.utils"),
     "extract_layer_index": Internal("vllm.model_executor.models.utils", ("layer_name",)),
     "SchedulerOutput": Internal("vllm.v1.core.sched.output", ("num_scheduled_tokens",)),
     "CPUWorker": Internal("vllm.v1.worker.cpu_worker", ("execute_model", "load_model")),

@@ -23,8 +23,9 @@ from cluster.model.spec import ModelSpec
 from deployments.experts.forms import Form
 from deployments.experts.packing import BLOCK_ROWS
 from deployments.experts.sources import Peer, Source, Wanted, load_all
-from deployments.experts.storing import dequantise, put_rows, scale_place, store
+from deployments.experts.storing import put_rows, scale_place, store
 from deployments.experts.weights import DTYPES, FP8, PACKED, ExpertWeights, LayerExperts, empty_layer
+from deployments.hosting.fp8_blocks import dequantise
 
 _FILE_DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn,
@@ -205,7 +206,7 @@ class _Disk:
                 f"download the checkpoint again"
             )
         rows, columns = self._spec.expert_quant.block_shape
-        self._check(scale, self._entry(scale), (-(-wanted[0] // rows), -(-wanted[1] // columns)), {"F32"})
+        self._check(scale, self._entry(scale), (-(-wanted[0] // rows), -(-wanted[1] // columns)), {"F32", "BF16"})
         return _Tensor(tensor, entry, (scale, self._entry(scale)))
 
     def _check(self, tensor: ExpertTensor, entry: TensorEntry, shape: tuple[int, ...], dtypes: set[str]) -> None:
@@ -285,11 +286,12 @@ class _Disk:
             return None
         name, entry = tensor.scale
         place = scale_place(job.layer, job.local, projection)
-        scale = torch.empty(entry.shape, dtype=torch.float32) if place is None or place.is_cuda else place
-        self._fill(name, entry.begin, entry.end, scale)
-        if place is not None and place is not scale:
-            place.copy_(scale)
-        return scale
+        stored = torch.empty(entry.shape, dtype=_FILE_DTYPES[entry.dtype])
+        self._fill(name, entry.begin, entry.end, stored)
+        if place is None:
+            return stored.float()
+        place.copy_(stored)
+        return place
 
     def _read_as(
         self, tensor: _Tensor, first: int, last: int, scale: torch.Tensor | None, out_RC: torch.Tensor

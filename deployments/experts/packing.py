@@ -1,4 +1,4 @@
-"""Weights in the layout of vLLM's packed kernel, and FP8 blocks as that kernel reads them right.
+"""Weights in the layout of vLLM's packed kernel.
 
 The layout is that of `convert_weight_packed`: blocks of 32 output rows; within a block, units of 4 bytes (bfloat16,
 int8) or 2 bytes (FP8) of a row are the columns of a transposed matrix. int8 adds one int32 per row after each block:
@@ -11,12 +11,9 @@ Legend: R output rows (a multiple of 32), C input columns; B matrices of M x N w
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
 BLOCK_ROWS = 32
 _STRIP_BYTES = 1 << 19
-_LOW = 0x58  # FP8 code of 16
-_LARGEST = 448.0
 
 
 def pack(weight_RC: torch.Tensor, out: torch.Tensor) -> None:
@@ -54,28 +51,3 @@ def _transposed(words_BMN: torch.Tensor) -> torch.Tensor:
     channels_last = words_BMN.view(torch.float32).view(1, count, 1, rows * columns).permute(0, 3, 1, 2)
     shuffled = torch.channel_shuffle(channels_last, rows).permute(0, 2, 3, 1)
     return shuffled.reshape(count, columns, rows).view(torch.int32)
-
-
-def lift_low_blocks(weight_RC: torch.Tensor, scale_inv: torch.Tensor, block: tuple[int, int]) -> None:
-    """Multiply blocks of small values by a power of two and divide their scales by it, in place and exactly.
-
-    vLLM's packed kernel takes the code of a subnormal m x 2**-9 for (1 + m/8) x 2**-7, and that of 0 too. In a block
-    that is scaled to FP8's range, as DeepSeek-V3's are, that is a hundredth of bfloat16's rounding of the largest one;
-    in one that is not, it would be wrong. Blocks of zeros get scale 0. The last blocks may be ragged.
-    """
-    rows, columns = block
-    for at, scales in enumerate(scale_inv):
-        strip = weight_RC[at * rows : (at + 1) * rows]
-        codes = strip.view(torch.int8).bitwise_and(127)
-        peaks = functional.pad(codes.amax(0), (0, -codes.shape[1] % columns)).view(-1, columns).amax(1)
-        if int(peaks.min()) >= _LOW:
-            continue
-        for number in (peaks < _LOW).nonzero().flatten().tolist():
-            part = strip[:, number * columns : (number + 1) * columns]
-            largest = part.float().abs().max()
-            if largest == 0:
-                scales[number] = 0
-                continue
-            power = float(2 ** torch.floor(torch.log2(_LARGEST / largest)))
-            part.copy_(part.float() * power)
-            scales[number] /= power

@@ -1,4 +1,4 @@
-"""Brings rows of an expert into the form that computes: dequantised, quantised or packed, into their place.
+"""Brings rows of an expert into the form that computes: quantised or packed, into their place.
 
 Legend: R rows and C columns of a projection, or of a strip of it; I intermediate size.
 """
@@ -8,13 +8,11 @@ from __future__ import annotations
 import torch
 
 from deployments.experts.forms import Form
-from deployments.experts.packing import lift_low_blocks, pack
+from deployments.experts.packing import pack
 from deployments.experts.weights import FP8, PACKED, LayerExperts
+from deployments.hosting.fp8_blocks import lift_low_blocks
 
 _INT8_MAX, _LEAST_ABS = 127, 1e-30  # a row of zeros has a scale too
-
-_SIGN_AND_LOW_BITS = ~0x4000  # of a float16 made from a sign-extended E4M3
-_NAN_CODE = 0x7F
 
 
 def store(layer: LayerExperts, local: int, gate_up_2IH: torch.Tensor, down_HI: torch.Tensor) -> None:
@@ -63,27 +61,3 @@ def scale_place(layer: LayerExperts, local: int, projection: int) -> torch.Tenso
     half = len(layer.gate_up_scale[local]) // 2
     up = layer.gate_up_scale[local]
     return (up[:half], up[half:], layer.down_scale[local])[projection]
-
-
-def dequantise(weight_RC: torch.Tensor, scale_inv: torch.Tensor, block: tuple[int, int], out_RC: torch.Tensor) -> None:
-    """Compute weight x its block's scale in float32 and write it to `out_RC`, rounded to its dtype.
-
-    weight_RC: float8_e4m3fn [R, C]. scale_inv: float32 [ceil(R/rows), ceil(C/columns)]; the last blocks may be ragged.
-
-    torch's own conversion from float8 is 7x slower than moving bits: the seven lower bits of E4M3, shifted into place,
-    are a float16 (bias 15 for 7, subnormals too) that is 2**8 times too small. Only NaN comes out finite.
-    """
-    rows, columns = block
-    codes = weight_RC.view(torch.int8)
-    half = torch.empty(rows, codes.shape[1], dtype=torch.int16)
-    full = torch.empty(rows, codes.shape[1], dtype=torch.float32)
-    for at, scales in enumerate(scale_inv):
-        strip = codes[at * rows : (at + 1) * rows]
-        bits, values = half[: len(strip)], full[: len(strip)]
-        bits.copy_(strip)  # extends the sign
-        bits.bitwise_left_shift_(7).bitwise_and_(_SIGN_AND_LOW_BITS)
-        values.copy_(bits.view(torch.float16))
-        values *= (scales * 256).repeat_interleave(columns)[: strip.shape[1]]
-        if int(strip.bitwise_and(127).max()) == _NAN_CODE:
-            values[strip.bitwise_and(127) == _NAN_CODE] = torch.nan
-        out_RC[at * rows : (at + 1) * rows] = values

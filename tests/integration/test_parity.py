@@ -130,16 +130,30 @@ def test_fp8_experts_equal_their_dequantised_selves(random_checkpoint: Checkpoin
     checkpoint, prompts = random_checkpoint("fp8"), make_prompts(PROMPTS, VOCAB_SIZE)
     twin = dequantised(checkpoint, tmp_path / "plain")
     reference = _reference(twin, prompts)
-    # vLLM refuses float32 for a checkpoint with FP8 tensors; the attention half of this one has none.
-    plain = {"hf_overrides": {"quantization_config": None}}
-    _expect_split(reference, checkpoint, tmp_path, prompts, SHARES[1:2], engine_args=plain, form="float32")
+    _expect_split(reference, checkpoint, tmp_path, prompts, SHARES[1:2], form="float32")
     # Held as FP8 they are multiplied with bfloat16 rows.
     sequences = [prompt + ids for prompt, ids in zip(prompts, reference.token_ids, strict=True)]
     with ExpertPlane(checkpoint, tmp_path) as plane:
         plane.publish(plane.start(SHARES[1]))
-        with Engine(checkpoint, engine_args={**plane.engine_args, **plain}) as engine:
+        with Engine(checkpoint, engine_args=plane.engine_args) as engine:
             held_as_fp8 = engine.score(sequences)
     assert 0 < _mean_difference(held_as_fp8, score_reference(twin, sequences)) < 0.03
+
+
+def test_a_checkpoint_as_released_equals_its_dequantised_self(random_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    checkpoint, prompts = random_checkpoint("released_fp8", shards=3), make_prompts(PROMPTS, VOCAB_SIZE)
+    twin = dequantised(checkpoint, tmp_path / "plain")
+    reference = _reference(twin, prompts)
+    _expect_split(reference, checkpoint, tmp_path, prompts, SHARES[1:2], engine_args=MTP, form="float32")
+    # As it is stored, both halves are multiplied with bfloat16 rows: as near as the dequantised model in bfloat16.
+    sequences = [prompt + ids for prompt, ids in zip(prompts, reference.token_ids, strict=True)]
+    exact, differences = score_reference(twin, sequences), []
+    for model, form in ((checkpoint, "auto"), (twin, "bfloat16")):
+        with ExpertPlane(model, tmp_path, dtype="bfloat16") as plane:
+            plane.publish(plane.start(SHARES[1], form=form))
+            with Engine(model, dtype="bfloat16", engine_args=plane.engine_args) as engine:
+                differences.append(_mean_difference(engine.score(sequences), exact))
+    assert 0 < differences[0] < 1.5 * differences[1]
 
 
 class TestDemoModel:

@@ -17,8 +17,8 @@ from cluster.model.checkpoint import load_checkpoint_index
 from cluster.model.spec import load_model_spec
 from deployments.experts.forms import Form
 from deployments.experts.loading import load_experts
-from deployments.experts.storing import dequantise
 from deployments.experts.weights import ExpertWeights
+from deployments.hosting.fp8_blocks import dequantise
 from tests.checkpoint_edits import dequantised, drop_tensor, shard_files, tensors_of, truncate_shard, without
 from tests.checkpoints import SHAPES
 

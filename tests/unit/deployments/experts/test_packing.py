@@ -8,9 +8,10 @@ import torch
 from deployments.experts.compute import ExpertCompute
 from deployments.experts.forms import Form
 from deployments.experts.operators import has_packed_kernel
-from deployments.experts.packing import lift_low_blocks, pack
-from deployments.experts.storing import dequantise, store
+from deployments.experts.packing import pack
+from deployments.experts.storing import store
 from deployments.experts.weights import ExpertWeights, empty_layer
+from deployments.hosting.fp8_blocks import dequantise, lift_low_blocks
 from tests.unit.deployments.experts.layers import EXPERTS, HIDDEN, INNER, spec_of
 
 needs_packed = pytest.mark.skipif(not has_packed_kernel(), reason="needs AVX-512 with bfloat16")
