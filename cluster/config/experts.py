@@ -75,8 +75,9 @@ class ExpertsConfig(Section):
                                                              "the nodes as evenly as it can if not set.")
     take_over: bool = Field(True, description="Whether CPU workers load, while they serve, experts that no other "
                                               "worker holds any more or is to hold on to, as far as memory is free.")
-    from_peers: bool = Field(True, description="Whether CPU workers load experts also from others that hold them in "
-                                               "the same form, at the same time as from disk: the faster gives more.")
+    from_peers: bool = Field(True, description="Whether CPU workers load experts also from workers on other hosts "
+                                               "that hold them in the same form, at the same time as from disk: the "
+                                               "faster gives more.")
     rebalance: Rebalance = Field(default_factory=Rebalance, description="When experts move with their load.")
     hand_over_timeout_s: float = Field(60.0, ge=0, description="How long a worker that is stopped goes on serving "
                                                                "until other workers hold what only it holds.")

@@ -181,7 +181,7 @@ def model_facts(config: Config, spec: ModelSpec) -> ModelFacts:
         expert_bytes_on_disk=on_disk,
         expert_form=form,
         expert_bytes_in_memory=spec.expert_bytes(form),
-        attention_weight_bytes=_attention_bytes(spec, dtype, drafting),
+        attention_weight_bytes=_attention_bytes(spec, dtype, drafting, config.attention.device),
         kv_bytes_per_token=_kv_values_per_layer(spec) * kv_layers * DTYPE_BYTES[dtype],
     )
 
@@ -266,13 +266,16 @@ def _dtype(asked: str, otherwise: str) -> str:
     return otherwise if asked == "auto" else asked
 
 
-def _attention_bytes(spec: ModelSpec, dtype: str, drafting: bool) -> int:
-    """Everything but the routed experts. In an FP8 checkpoint the embeddings and heads are not quantised."""
+def _attention_bytes(spec: ModelSpec, dtype: str, drafting: bool, device: str | None = None) -> int:
+    """Everything but the routed experts. In an FP8 checkpoint the embeddings and heads are not quantised; on CPU the
+    rest is dequantised where it does not meet bfloat16 rows. `device`: None on disk.
+    """
     params = spec.attention_params + (spec.mtp_attention_params if drafting else 0)
     if spec.expert_quant is None:
         return params * DTYPE_BYTES[dtype]
     plain = 2 * spec.vocab_size * spec.hidden_size * (1 + (spec.num_mtp_layers if drafting else 0))
-    return (params - plain) + plain * DTYPE_BYTES[dtype]
+    linear_bytes = DTYPE_BYTES[dtype] if device == "cpu" and dtype != "bfloat16" else 1
+    return (params - plain) * linear_bytes + plain * DTYPE_BYTES[dtype]
 
 
 def _kv_values_per_layer(spec: ModelSpec) -> int:

@@ -20,6 +20,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle
 
+from cluster.addresses import bracketed
 from cluster.config import Config
 from cluster.errors import DeepsplitError
 from cluster.plan.compute_processes import expert_process, plan_whole_host
@@ -74,6 +75,7 @@ class ExpertWorker:
         self._directory = over_grpc(directory)
         self._heartbeat_interval_s = config.experts.heartbeat_interval_s
         self._from_peers = config.experts.from_peers
+        self._listen_host = config.experts.host or config.own_host(ray.util.get_node_ip_address())
         self._hand_over_timeout_s = config.experts.hand_over_timeout_s
         self._seen = NO_TABLE
         self._plane_busy = 0.0
@@ -112,7 +114,7 @@ class ExpertWorker:
 
         self._host = await asyncio.to_thread(_load, config, assignment.experts, meter, await self._holders())
         registry.before_scrape(self._host.measure)
-        address = self._host.start(config.experts.host or config.own_host(node))
+        address = self._host.start(self._listen_host)
         self._member = dataclasses.replace(
             self._member, address=address, state="ready", form=self._host.form, held=self._host.held,
             elastic=self._host.elastic and config.experts.take_over, expert_bytes=self._host.expert_bytes,
@@ -136,13 +138,15 @@ class ExpertWorker:
             await asyncio.sleep(JOIN_RETRY_S)
 
     async def _holders(self) -> tuple[WorkerEndpoint, ...]:
-        """Return the workers from which this one may load experts."""
+        """Return the workers from which this one may load experts: on other hosts. Those of this one have the same disk
+        and processor, and loading from both at once was slower there (benchmarks/expert_loading.py).
+        """
         if self._from_peers:
             with contextlib.suppress(DirectoryAway):
                 encoded = await answer_of(self._directory.placement.remote(), CALL_TIMEOUT_S)
                 if encoded is not None:
-                    holders = PlacementTable.decode(encoded).holders()
-                    return tuple(one for one in holders if one.worker_id != self._member.worker_id)
+                    holders, own = PlacementTable.decode(encoded).holders(), bracketed(self._listen_host)
+                    return tuple(one for one in holders if one.address.rpartition(":")[0] != own)
         return ()
 
     async def _register(self) -> None:

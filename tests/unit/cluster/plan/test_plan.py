@@ -191,3 +191,16 @@ def test_fp8_experts_stay_fp8_in_memory(device: str) -> None:
     assert facts.expert_form == "fp8"
     weights, blocks = 3 * 7168 * 2048, 3 * 56 * 16
     assert facts.expert_bytes_in_memory == weights + 4 * blocks
+
+
+@pytest.mark.parametrize(("dtype", "device", "linear_bytes"), [
+    ("bfloat16", "cpu", 1), ("float32", "cpu", 4), ("float16", "cpu", 2), ("bfloat16", "cuda", 1),
+    ("float16", "cuda", 1),
+])  # fmt: skip
+def test_fp8_linears_of_attention_stay_fp8_where_they_can(dtype: str, device: str, linear_bytes: int) -> None:
+    model, attention = {"path": EXAMPLES / "deepseek-v3", "dtype": dtype}, {"device": device}
+    spec = load_model_spec(EXAMPLES / "deepseek-v3")
+    facts = model_facts(Config.model_validate({"model": model, "attention": attention}), spec)
+    embeddings = 2 * spec.vocab_size * spec.hidden_size
+    expected = (spec.attention_params - embeddings) * linear_bytes + embeddings * (4 if dtype == "float32" else 2)
+    assert facts.attention_weight_bytes == expected

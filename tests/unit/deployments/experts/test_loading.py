@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cluster.errors import CheckpointError
 from cluster.model.checkpoint import load_checkpoint_index
 from cluster.model.spec import load_model_spec
-from deployments.experts.forms import Form
+from deployments.experts.forms import Form, choose_form
 from deployments.experts.loading import load_experts
 from deployments.experts.weights import ExpertWeights
 from deployments.hosting.fp8_blocks import dequantise
@@ -112,6 +114,26 @@ def test_dequantise_against_float64(rows: int, columns: int) -> None:
         out = torch.empty(rows, columns, dtype=dtype)
         dequantise(weight, scale, (128, 128), out)
         assert ((out.double() - exact).abs() <= bound * exact.abs()).all()
+
+
+def test_scales_in_bfloat16_are_read_too(random_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """As Qwen3's FP8 checkpoints store them."""
+    path = random_checkpoint("fp8", dtype="bfloat16")
+    shutil.copytree(path, tmp_path / "copy")
+    (shard,) = shard_files(tmp_path / "copy")
+    rounded = {
+        name: tensor.bfloat16() if name.endswith("_scale_inv") else tensor
+        for name, tensor in tensors_of(path).items()
+    }
+    save_file(rounded, shard, metadata={"format": "pt"})
+    plain = tensors_of(dequantised(tmp_path / "copy", tmp_path / "plain"))
+    assert_holds(load(tmp_path / "copy", {1: [0, 5]}), plain, torch.float32)
+    index, spec = load_checkpoint_index(tmp_path / "copy"), load_model_spec(tmp_path / "copy")
+    if choose_form("auto", "auto", spec, "cpu") is not Form.PACKED_FP8:
+        return  # this host dequantises
+    kept = load_experts(index, spec, {1: [5]}, Form.PACKED_FP8).layers[1]
+    assert kept.down_scale is not None
+    assert torch.equal(kept.down_scale[0], rounded["model.layers.1.mlp.experts.5.down_proj.weight_scale_inv"].float())
 
 
 def test_every_fp8_value_is_read_right() -> None:
