@@ -31,6 +31,11 @@ _PROJ: dict[str, Proj] = {
 _KIND: dict[str, Kind] = {"weight": "weight", "weight_scale_inv": "scale"}
 _ROUTED = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(.+)$")
 _EXPERT = re.compile(r"(\d+)\.([a-z0-9_]+)\.(weight|weight_scale_inv)$")
+_OTHER_FORMATS = {  # by the end of a tensor's name
+    ".weight_packed": " (INT4, packed)", "_blocks": " (MXFP4, all experts in one tensor)",
+    "_scales": " (MXFP4, all experts in one tensor)", "_proj": " (all experts in one tensor)",
+}  # fmt: skip
+_EXPERTS_ELSEWHERE = re.compile(r"(?:^|\.)experts?\.")  # a part of a name, and not of the shared experts' names
 _ROUTER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:mlp|block_sparse_moe)\.gate\.weight$")
 
 
@@ -122,15 +127,22 @@ def _index(path: Path, weight_map: Mapping[str, str], total_size: int | None) ->
         if routed := _ROUTED.search(name):
             parts = _EXPERT.match(routed[2])
             if parts is None or parts[2] not in _PROJ:
+                known = next((what for end, what in _OTHER_FORMATS.items() if name.endswith(end)), "")
                 raise CheckpointError(
-                    f"{path}: cannot read routed-expert tensor {name}: experts must be one tensor per expert and "
-                    f"projection, plain or FP8 with weight_scale_inv; use a checkpoint in that format"
+                    f"{path}: cannot read routed-expert tensor {name}{known}: experts must be one tensor per expert "
+                    f"and projection, plain or FP8 with weight_scale_inv; use a checkpoint in that format"
                 )
             layer, expert = int(routed[1]), int(parts[1])
             tensor = ExpertTensor(layer, expert, _PROJ[parts[2]], _KIND[parts[3]], name, shard)
             experts.setdefault((layer, expert), []).append(tensor)
         elif router := _ROUTER.search(name):
             routers.add(int(router[1]))
+        elif _EXPERTS_ELSEWHERE.search(name):  # left alone, it would be loaded by the attention half
+            raise CheckpointError(
+                f"{path}: tensor {name} seems to be a routed expert's, but those of this model are not known: they "
+                f"must be called layers.N.mlp.experts.E or layers.N.block_sparse_moe.experts.E; serve this model with "
+                f"plain vLLM"
+            )
     return CheckpointIndex(
         path,
         weight_map,

@@ -121,20 +121,23 @@ class _Line:
         self._waiting = list(wanted)
         self._sources = list(sources)  # that still give
         self._refused: dict[tuple[Wanted, Source], Exception] = {}
-        self._loading = 0
+        self._loading = self._given_back = 0
         self.error: Exception | None = None  # with it everything ends
         for one in wanted:
             self._check(one)
 
     def take(self, source: Source) -> Wanted | None:
         """Return the next expert for a source; waits while others may still give one back. None: there will be none."""
+        looked = -1  # at all that wait, when so many had been given back: only those may be new to this source
         with self._changed:
             while self.error is None and source in self._sources and (self._waiting or self._loading):
-                order = range(len(self._waiting))
-                for at in reversed(order) if source.from_end else order:
-                    if self._why_not(source, self._waiting[at]) is None:
-                        self._loading += 1
-                        return self._waiting.pop(at)
+                if looked != self._given_back:
+                    looked = self._given_back
+                    order = range(len(self._waiting))
+                    for at in reversed(order) if source.from_end else order:
+                        if self._why_not(source, self._waiting[at]) is None:
+                            self._loading += 1
+                            return self._waiting.pop(at)
                 self._changed.wait()
             return None
 
@@ -149,6 +152,7 @@ class _Line:
         """A source could not load this expert."""
         with self._changed:
             self._loading -= 1
+            self._given_back += 1
             self._waiting.insert(0, one)
             self._refused[one, source] = error
             if isinstance(error, PeerAway) and source in self._sources:

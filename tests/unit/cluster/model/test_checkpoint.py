@@ -105,17 +105,35 @@ def test_bad_index(tmp_path: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "known"),
     [
-        "model.layers.1.mlp.experts.gate_up_proj",
-        "model.layers.1.mlp.experts.0.gate_proj.weight_packed",
-        "model.layers.1.mlp.experts.0.gate_proj.bias",
+        ("model.layers.1.mlp.experts.gate_up_proj", " (all experts in one tensor)"),
+        ("model.layers.1.mlp.experts.gate_up_proj_blocks", " (MXFP4, all experts in one tensor)"),  # gpt-oss
+        ("model.layers.1.mlp.experts.0.gate_proj.weight_packed", " (INT4, packed)"),  # Kimi-K2-Thinking
+        ("model.layers.1.mlp.experts.0.gate_proj.bias", ""),
     ],
 )
-def test_experts_in_a_layout_that_cannot_be_split(tmp_path: Path, name: str) -> None:
+def test_experts_in_a_layout_that_cannot_be_split(tmp_path: Path, name: str, known: str) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {name: "a.safetensors"}}))
-    with refuses(f"cannot read routed-expert tensor {re.escape(name)}: .*; use a checkpoint in that format"):
+    with refuses(f"cannot read routed-expert tensor {re.escape(name + known)}: .*; use a checkpoint in that format"):
         load_checkpoint_index(tmp_path)
+
+
+@pytest.mark.parametrize("name", [
+    "layers.3.ffn.experts.7.w1.weight",  # DeepSeek's own names
+    "language_model.model.layers.1.feed_forward.experts.gate_up_proj",  # Llama-4
+    "transformer.blocks.0.ffn.experts.mlp.w1",  # DBRX
+])  # fmt: skip
+def test_experts_whose_names_are_not_known_are_not_left_to_attention(tmp_path: Path, name: str) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {name: "a.safetensors"}}))
+    with refuses(f"tensor {re.escape(name)} seems to be a routed expert's, .*; serve this model with plain vLLM"):
+        load_checkpoint_index(tmp_path)
+
+
+def test_shared_experts_are_attentions(tmp_path: Path) -> None:
+    names = ["model.layers.1.mlp.shared_experts.up_proj.weight", "model.layers.1.mlp.shared_expert_gate.weight"]
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "a.safetensors")}))
+    assert load_checkpoint_index(tmp_path).expert_layers == frozenset()
 
 
 def test_whole_shards_pass(random_checkpoint: MakeCheckpoint) -> None:
