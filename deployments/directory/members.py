@@ -68,6 +68,7 @@ class HeartbeatReply:
     orders: Orders | None = None  # None: those that the worker has heard
     wish: Wish | None = None  # None: as configured
     restart: bool = False  # the worker is to hand over, end, and have Serve start another process
+    draining: bool = False  # the application ends: nobody needs the worker's experts any more
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class Directory:
         deadline = now + self._heartbeat_interval_s
         while True:
             reply = self._reply_to(beat)
-            news = reply.orders is not None or reply.restart or reply.wish != beat.wish
+            news = reply.orders is not None or reply.restart or reply.draining or reply.wish != beat.wish
             if not reply.known or news or time.monotonic() >= deadline:
                 return reply
             with contextlib.suppress(TimeoutError):
@@ -141,7 +141,8 @@ class Directory:
         if known and (number := membership.orders(worker_id)) != beat.heard:
             orders = Orders(number, membership.keeps(worker_id), membership.share_of(worker_id))
         stamp, restart = table.stamp if table else NO_TABLE, worker_id == self._fleet.next_to_restart()
-        return HeartbeatReply(known, stamp, membership.busy(), orders, self._fleet.wish, restart)
+        draining = self._registry.draining
+        return HeartbeatReply(known, stamp, membership.busy(), orders, self._fleet.wish, restart, draining)
 
     async def retire(self, worker_id: str, whatever_comes: bool) -> bool:
         """Have an expert worker's experts move to others, since it is about to leave (`whatever_comes`: also if nobody
@@ -293,6 +294,7 @@ class Directory:
         """Have every gateway refuse new requests. Returns how many they still hold; ask again until it is 0."""
         self._registry.drain()
         self._update()
+        self._wake_those_who_wait()
         return self._registry.open_requests()
 
     async def leave_node(self, node: str, settled: bool) -> int:
@@ -355,10 +357,14 @@ class Directory:
         logger.warning("an expert worker is lost", extra={"fields": fields})
         self._update_metrics()
 
-    def _publish_table(self) -> None:
-        """Wake the attention replicas that wait for a table."""
+    def _wake_those_who_wait(self) -> None:
+        """Answer heartbeats, and polls for a table, to which there is something new."""
         self._table_changed.set()
         self._table_changed = asyncio.Event()
+
+    def _publish_table(self) -> None:
+        """Wake the attention replicas that wait for a table."""
+        self._wake_those_who_wait()
         self._update()
         self._update_metrics()
 

@@ -79,6 +79,7 @@ class ExpertWorker:
         self._hand_over_timeout_s = config.experts.hand_over_timeout_s
         self._seen = NO_TABLE
         self._plane_busy = 0.0
+        self._draining = False
         self._wish: Wish | None = None
         self._failure: str | None = None
         self._left = False  # the directory knows that it goes
@@ -185,7 +186,8 @@ class ExpertWorker:
                     self._restarting = asyncio.create_task(self._restart())
                 if not reply.known or self._member.cores != self._cores_now():
                     await self._register()
-                if reply.restart:
+                self._draining = reply.draining
+                if reply.restart or reply.draining:
                     await asyncio.sleep(self._heartbeat_interval_s)  # it is answered at once now
             except DirectoryAway as error:
                 logger.warning("the directory is away (%s); serving goes on", error)
@@ -267,16 +269,23 @@ class ExpertWorker:
 
     async def _hand_over(self, timeout_s: float, whatever_comes: bool) -> None:
         """Serve on until other workers hold what only this one holds, and every attention replica has a table that says
-        so. `whatever_comes`: the worker is about to end anyway, so if nobody can take its experts, it need not wait.
+        so. `whatever_comes`: the worker is about to end anyway, so if nobody can take its experts, or the directory
+        does not come back soon, it need not wait.
         """
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            with contextlib.suppress(DirectoryAway):
+        deadline, away_since = time.monotonic() + timeout_s, math.inf
+        while time.monotonic() < deadline and not self._draining:
+            try:
                 asked = self._directory.retire.remote(self._member.worker_id, whatever_comes)
                 if await answer_of(asked, CALL_TIMEOUT_S):
                     return
+                away_since = math.inf
+            except DirectoryAway:
+                away_since = min(away_since, time.monotonic())
+                if whatever_comes and time.monotonic() - away_since > CALL_TIMEOUT_S:
+                    break
             await asyncio.sleep(JOIN_RETRY_S)
-        logger.warning("leaving, although no other worker holds all of this one's experts yet")
+        if not self._draining:
+            logger.warning("leaving, although no other worker holds all of this one's experts yet")
 
     async def _restart(self) -> None:
         """Hand over, however long it takes, then have Serve replace this process, by failing its health check."""

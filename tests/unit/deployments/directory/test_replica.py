@@ -285,6 +285,19 @@ def test_workers_restart_one_after_the_other(directory: Directory) -> None:
     asyncio.run(scenario())
 
 
+def test_workers_hear_at_once_that_the_application_ends(directory: Directory) -> None:
+    async def scenario() -> None:
+        await started(directory, 2)
+        orders = (await directory.heartbeat(beat("a"))).orders
+        assert orders is not None
+        waiting = asyncio.create_task(directory.heartbeat(beat("a", heard=orders.number)))
+        await asyncio.sleep(0.05)
+        await directory.drain()
+        assert (await asyncio.wait_for(waiting, 0.5)).draining
+
+    asyncio.run(scenario())
+
+
 def test_a_worker_alone_cannot_be_replaced(demo_model: Path, outside_serve: None) -> None:
     config = {"model": {"path": demo_model}, "monitoring": {"port": 0}, "experts": {"workers": 1}}
     alone = Directory(Config.model_validate(config).model_dump_json())
