@@ -66,7 +66,8 @@ async def strike(app: Application, fault: str, times: int, workers: int, replica
             await asyncio.sleep(2 + 2 * random.random())
             victim = random.choice(await asyncio.to_thread(app.ready))
             directory = await asyncio.to_thread(app.directory)
-            calm_s, _ = now_s(), await asyncio.sleep(_CALM_S)
+            calm_s = now_s()
+            await asyncio.sleep(_CALM_S)
             struck_s = now_s()
             if fault == "slow":
                 await asyncio.to_thread(_slow_down, victim["pid"])

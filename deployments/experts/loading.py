@@ -24,7 +24,7 @@ from deployments.experts.forms import Form
 from deployments.experts.packing import BLOCK_ROWS
 from deployments.experts.sources import Peer, Source, Wanted, load_all
 from deployments.experts.storing import put_rows, scale_place, store
-from deployments.experts.weights import DTYPES, FP8, PACKED, ExpertWeights, LayerExperts, empty_layer
+from deployments.experts.weights import DTYPES, FP8, PACKED, ExpertWeights, LayerExperts, bytes_of, empty_layer
 from deployments.hosting.fp8_blocks import dequantise
 
 _FILE_DTYPES = {
@@ -316,7 +316,7 @@ class _Disk:
 
     def _fill(self, tensor: ExpertTensor, begin: int, end: int, out: torch.Tensor) -> None:
         """Read bytes `begin` to `end` of the tensor's shard into `out`, which is contiguous and on the CPU."""
-        buffer, done = memoryview(out.view(torch.uint8).reshape(-1).numpy()), 0  # type: ignore[arg-type]
+        buffer, done = bytes_of(out), 0
         while done < len(buffer):
             got = os.preadv(self._file(tensor.shard), [buffer[done:]], begin + done)
             if got == 0:

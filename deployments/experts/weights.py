@@ -23,6 +23,11 @@ DTYPES = {
 }  # fmt: skip
 
 
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor in the CPU's memory, to read and to write."""
+    return memoryview(tensor.view(torch.uint8).reshape(-1).numpy())  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class LayerExperts:
     """The held experts of one layer, stacked: index n is expert `ids[n]`.
@@ -56,8 +61,7 @@ class LayerExperts:
         their scales if there are.
         """
         stacks = (self.gate_up, self.down, self.gate_up_scale, self.down_scale)
-        parts = [stack[local].view(torch.uint8).reshape(-1).numpy() for stack in stacks if stack is not None]
-        return [memoryview(part) for part in parts]  # type: ignore[arg-type]
+        return [bytes_of(stack[local]) for stack in stacks if stack is not None]
 
     @property
     def nbytes(self) -> int:
