@@ -132,7 +132,7 @@ class _Disk:
         self._index, self._spec = index, spec
         self._headers: dict[str, dict[str, TensorEntry]] = {}
         self._files: dict[str, int] = {}
-        self._lock = threading.Lock()  # of both below and of `_files`
+        self._lock = threading.Lock()  # of `_files` and `bytes_read`
         self._buffers = threading.local()
         self.bytes_read = 0
         self.threads = max(_LEAST_THREADS, min(_MOST_THREADS, len(os.sched_getaffinity(0))))
