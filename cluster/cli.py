@@ -15,17 +15,8 @@ from cluster.errors import DeepsplitError, StartupError
 from cluster.keys.api_keys import key_hash, new_key
 from cluster.keys.editor import add_key, snippet
 from cluster.keys.file import tenant_name_fault
-from cluster.launch.launcher import (
-    BUILDER,
-    down,
-    grpc_target,
-    rest_url,
-    restart_experts,
-    scale,
-    status,
-    up,
-    up_detached,
-)
+from cluster.launch.launcher import BUILDER, down, up, up_detached
+from cluster.launch.running import grpc_target, rest_url, restart_experts, scale, status
 from cluster.launch.state import ClusterState, StateFolder
 from cluster.launch.supervisor import Stopped
 from cluster.plan.bandwidth import bandwidth_gb_per_s
@@ -115,6 +106,8 @@ def status_command(as_json: bool) -> None:
 def scale_command(wanted: tuple[str, ...], wait_s: float) -> None:
     """Have another number of expert workers or attention replicas, without a pause: experts=4 attention=2.
 
+    Where experts.pools has several, each has its own number: experts.NAME=4.
+
     It lasts until the cluster is stopped; the configuration says what the next one starts with.
     """
     scale(StateFolder(), _roles(wanted), wait_s, lambda text: click.echo(text, err=True))
@@ -132,9 +125,10 @@ def _roles(wanted: tuple[str, ...]) -> dict[str, int]:
     roles: dict[str, int] = {}
     for one in wanted:
         role, _, number = one.partition("=")
-        if role not in ("experts", "attention") or not number.isdecimal() or int(number) < 1 or role in roles:
-            raise click.BadParameter(f"{one!r} is not one of experts=NUMBER and attention=NUMBER, each at most once, "
-                                     f"NUMBER at least 1", param_hint="ROLE=NUMBER")  # fmt: skip
+        known = role in ("experts", "attention") or (role.startswith("experts.") and role != "experts.")
+        if not known or not number.isdecimal() or int(number) < 1 or role in roles:
+            raise click.BadParameter(f"{one!r} is not one of experts=NUMBER, experts.POOL=NUMBER and attention=NUMBER, "
+                                     f"each at most once, NUMBER at least 1", param_hint="ROLE=NUMBER")  # fmt: skip
         roles[role] = int(number)
     return roles
 

@@ -3,7 +3,7 @@
 from cluster.config.admission import AdmissionConfig, ClassObjective
 from cluster.config.attention import AttentionAutoscaling, AttentionConfig
 from cluster.config.dispatch import DispatchConfig
-from cluster.config.experts import ExpertPool, ExpertsConfig, ExpertSpares
+from cluster.config.experts import ExpertAutoscaling, ExpertPool, ExpertsConfig
 from cluster.config.gateway import GatewayConfig
 from cluster.config.model import ModelConfig
 from cluster.config.operations import LoggingConfig, MonitoringConfig, RayConfig
@@ -20,8 +20,8 @@ __all__ = [
     "Config",
     "DispatchConfig",
     "Dtype",
+    "ExpertAutoscaling",
     "ExpertPool",
-    "ExpertSpares",
     "ExpertsConfig",
     "GatewayConfig",
     "InternalTlsConfig",

@@ -9,13 +9,23 @@ from pydantic import Field, model_validator
 from cluster.config.section import NodeSelector, PinCores, Section, conflict
 
 
-class ExpertSpares(Section):
-    """More expert workers while the experts are busy, each with a copy of one worker's share. Serve sets the number."""
+class ExpertAutoscaling(Section):
+    """As many expert workers as the load asks for, by the fraction of their time that they compute. They must be able
+    to load and drop experts while they serve: on CPU, with experts.take_over.
+    """
 
-    max_workers: int = Field(ge=1, description="Most redundant workers; there is always one.")
-    target_busy: float = Field(0.6, gt=0, le=1, description="Fraction of its time that a worker is to compute.")
+    min_workers: int = Field(1, ge=1, description="Fewest workers.")
+    max_workers: int = Field(ge=1, description="Most workers.")
+    target_busy: float = Field(0.6, gt=0, le=1, description="Fraction of its time that a worker is to compute, on "
+                                                            "average.")
     upscale_delay_s: float = Field(30.0, ge=0, description="How long more must be wanted before there are more.")
     downscale_delay_s: float = Field(600.0, ge=0, description="How long fewer must be wanted before there are fewer.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.max_workers < self.min_workers:
+            raise conflict("max_workers", f"{self.max_workers} is below min_workers ({self.min_workers}): raise it")
+        return self
 
 
 class Rebalance(Section):
@@ -44,14 +54,14 @@ class ExpertPool(Section):
     pin_cores: PinCores = Field("auto", description="Whether each of its CPU workers gets cores of its own, as "
                                                     "experts.pin_cores.")
     placement: NodeSelector = Field(default_factory=NodeSelector, description="Which nodes its workers run on.")
-    spares: ExpertSpares | None = Field(None, description="More workers while the experts are busy, on a joined "
-                                                          "cluster with room for them.")
+    autoscaling: ExpertAutoscaling | None = Field(None, description="Let the load set the number of workers, on a "
+                                                                    "joined cluster with room for them.")
 
 
 class ExpertsConfig(Section):
     """Expert workers: routed experts only, stateless between calls."""
 
-    workers: int = Field(2, ge=1, description="Number of expert workers.")
+    workers: int = Field(2, ge=1, description="Number of expert workers; at the start, where it can change.")
     replicas_per_expert: int = Field(1, ge=1, description="How many workers hold each expert (for failover and load).")
     shares: tuple[float, ...] | None = Field(
         None, description="Relative share of the experts per worker, such as [3, 1]; equal shares if not set.")
@@ -69,8 +79,8 @@ class ExpertsConfig(Section):
     placement: NodeSelector = Field(default_factory=NodeSelector, description="Which nodes expert workers run on.")
     pools: tuple[ExpertPool, ...] = Field((), description="Workers on different kinds of nodes, such as GPU and CPU "
                                                           "hosts side by side.")
-    spares: ExpertSpares | None = Field(None, description="More workers while the experts are busy, on a joined "
-                                                          "cluster with room for them.")
+    autoscaling: ExpertAutoscaling | None = Field(None, description="Let the load set the number of workers, on a "
+                                                                    "joined cluster with room for them.")
     max_per_node: int | None = Field(None, ge=1, description="Most expert workers on one node; Ray spreads them over "
                                                              "the nodes as evenly as it can if not set.")
     take_over: bool = Field(True, description="Whether CPU workers load, while they serve, experts that no other "
@@ -113,7 +123,7 @@ class ExpertsConfig(Section):
     def _pools_are_all_workers(self) -> Self:
         if not self.pools:
             return self
-        for name in ("device", "threads", "pin_cores", "placement", "spares"):
+        for name in ("device", "threads", "pin_cores", "placement", "autoscaling"):
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise conflict(name, "is set per pool where there are pools: move it into experts.pools")
         total, names = sum(pool.workers for pool in self.pools), {pool.name for pool in self.pools}
@@ -128,6 +138,35 @@ class ExpertsConfig(Section):
         devices = {pool.device for pool in self.pools} or {self.device}
         if self.dtype == "int8" and "cuda" in devices:
             raise conflict("dtype", "int8 runs on CPU workers only: set bfloat16, or move all experts to CPU workers")
+        return self
+
+    @model_validator(mode="after")
+    def _scales_what_can_change(self) -> Self:
+        sections: list[tuple[tuple[str | int, ...], ExpertsConfig | ExpertPool]] = [(("autoscaling",), self)]
+        sections += [(("pools", at, "autoscaling"), pool) for at, pool in enumerate(self.pools)]
+        for path, section in sections:
+            scaling = section.autoscaling
+            if scaling is None:
+                continue
+            if section.device == "cuda":
+                raise conflict(path, "needs workers that load and drop experts while they serve, and those on GPUs do "
+                                     "not: leave it out, and give them the number of workers that they need at most")
+            if not self.take_over:
+                raise conflict(path, "needs workers that load and drop experts while they serve, and experts.take_over "
+                                     "is false: leave one of the two out")
+            if not scaling.min_workers <= section.workers <= scaling.max_workers:
+                raise conflict(path, f"is for {scaling.min_workers} to {scaling.max_workers} workers, but workers is "
+                                     f"{section.workers}: put it between the two")
+        return self
+
+    @model_validator(mode="after")
+    def _always_has_enough(self) -> Self:
+        sections: tuple[ExpertsConfig | ExpertPool, ...] = self.pools or (self,)
+        least = sum(one.workers if one.autoscaling is None else one.autoscaling.min_workers for one in sections)
+        if self.replicas_per_expert > least:
+            raise conflict("replicas_per_expert", f"{self.replicas_per_expert} copies of each expert need as many "
+                                                   f"workers, but with autoscaling there may be {least}: raise "
+                                                   f"min_workers")
         return self
 
     def worker_shares(self) -> tuple[float, ...]:

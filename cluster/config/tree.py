@@ -47,9 +47,10 @@ class Config(Section):
         if self.attention.autoscaling is not None and self.ray.address is None:
             raise conflict(("attention", "autoscaling"), "a cluster of our own has room for attention.replicas only: "
                                                          "set ray.address, or a fixed attention.replicas")
-        if self.ray.address is None and (self.experts.spares or any(pool.spares for pool in self.experts.pools)):
-            raise conflict(("experts", "spares"), "a cluster of our own has room for experts.workers only: set "
-                                                  "ray.address, or leave spares out")
+        scaled = self.experts.autoscaling or any(pool.autoscaling for pool in self.experts.pools)
+        if self.ray.address is None and scaled:
+            raise conflict(("experts", "autoscaling"), "a cluster of our own has room for experts.workers only: set "
+                                                       "ray.address, or a fixed experts.workers")
         return self
 
     @property

@@ -51,7 +51,7 @@ class Job:
     builder: str  # import string of the function that builds the application
     resources: dict[str, float]  # of a local cluster's one node, "CPU" among them
     labels: dict[str, str]  # of a local cluster's one node
-    wanted: dict[str, int] = field(default_factory=dict)  # processes by role, to "scale" to
+    wanted: dict[str, int] = field(default_factory=dict)  # processes by role (experts.POOL: of one pool), to "scale" to
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,9 @@ class _Driver:
         return str(_directory().status.remote().result(timeout_s=_CALL_TIMEOUT_S))
 
     def _scale(self) -> str:
-        wanted = self._job.wanted
-        asked = _directory().scale.remote(wanted.get("experts"), wanted.get("attention"))
+        roles = {role.partition("."): count for role, count in self._job.wanted.items()}
+        experts = {pool: count for (role, _, pool), count in roles.items() if role == "experts"}
+        asked = _directory().scale.remote(experts, self._job.wanted.get("attention"))
         return str(asked.result(timeout_s=_CALL_TIMEOUT_S))
 
     def _restart_experts(self) -> str:

@@ -1,4 +1,4 @@
-"""`deepsplit up`, `status`, `scale`, `restart` and `down`: one cluster per user, in the foreground or detached."""
+"""`deepsplit up` and `down`: one cluster per user, in the foreground or detached."""
 
 from __future__ import annotations
 
@@ -10,26 +10,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
-from typing import Literal
 
-from cluster.addresses import bracketed
 from cluster.config import Config
 from cluster.errors import DeepsplitError, StartupError
-from cluster.launch.driver import Job
-from cluster.launch.driver_process import as_error, log_tail, make_root, read_events, start_driver, token_path
 from cluster.launch.preflight import check_ports, check_versions
 from cluster.launch.processes import end_all
 from cluster.launch.progress import Stages
+from cluster.launch.running import ask
 from cluster.launch.state import ClusterState, StateFolder
 from cluster.launch.supervisor import Signals, Stopped, Supervisor, Task
 
 BUILDER = "deployments.app:build"
-_QUERY_TIMEOUT_S = 60.0
 _TICK_S = 0.1
 
 
@@ -122,126 +116,12 @@ def down(folder: StateFolder) -> bool:
     if left is not None and left.root == state.root:
         if state.joined and state.address:
             try:
-                _ask("delete", state)
+                ask("delete", state)
             except DeepsplitError as error:
                 print(f"deepsplit: Ray at {state.address} cannot be asked ({error}); forgetting it", file=sys.stderr)
         _sweep(left)
         folder.clear()
     return True
-
-
-def status(folder: StateFolder) -> dict[str, object]:
-    """What `deepsplit status --json` prints. Raises StartupError when nothing runs."""
-    state = folder.read()
-    if state is None or (state.supervisor and state.supervisor_process() is None):
-        what = "no cluster is running" if state is None else "the cluster's supervisor was killed"
-        raise StartupError(f"{what}: {'start one with `deepsplit up`' if state is None else 'run `deepsplit down`'}")
-    config = state.parsed_config()
-    report: dict[str, object] = {
-        "state": "ready" if state.ready else "starting",
-        "model": config.model.served_name,
-        "gateway": {"rest": rest_url(config), "grpc": grpc_target(config)},
-        "ray": {"address": state.address, "joined": state.joined},
-        "supervisor": {"pid": state.supervisor or None},
-        "attention": [],
-        "experts": [],
-        "placement_epoch": 0,
-    }
-    return report | json.loads(_ask("status", state)) if state.ready else report
-
-
-def scale(folder: StateFolder, wanted: Mapping[str, int], wait_s: float, on_progress: Callable[[str], None]) -> None:
-    """Have as many processes of each role as `wanted` says, and wait for them. Raises StartupError when nothing runs,
-    when that cannot be, or when they are not there after `wait_s` seconds; the wish stands then.
-    """
-    state = folder.read()
-    if status(folder)["state"] != "ready" or state is None:
-        raise StartupError("the cluster is still starting: ask again when `deepsplit status` says ready")
-    if why_not := _ask("scale", state, wanted):
-        raise StartupError(why_not)
-    deadline, told = time.monotonic() + wait_s, ""
-    while True:
-        report = _status_until(folder, deadline)
-        states = {role: _states(report[role]) for role in wanted}
-        text = "; ".join(f"{role}: {count} wanted, {_counted(states[role])}" for role, count in wanted.items())
-        if text != told:
-            on_progress(text)
-            told = text
-        if all(states[role] == ["ready"] * count for role, count in wanted.items()):
-            return
-        if time.monotonic() > deadline:
-            raise StartupError(
-                f"not there after {wait_s:g} s ({text}); Serve goes on trying. If Ray has no room: "
-                f"{'add nodes' if state.joined else 'set ray.num_cpus to more and start again'}, or ask for less"
-            )
-        time.sleep(1)
-
-
-def restart_experts(folder: StateFolder, wait_s: float, on_progress: Callable[[str], None]) -> None:
-    """Replace every expert worker, one after the other. Raises StartupError when nothing runs, when that cannot be, or
-    when it is not done after `wait_s` seconds.
-    """
-    state, report = folder.read(), status(folder)
-    if report["state"] != "ready" or state is None:
-        raise StartupError("the cluster is still starting: ask again when `deepsplit status` says ready")
-    old = _ids(report["experts"])
-    if why_not := _ask("restart", state):
-        raise StartupError(why_not)
-    deadline, told = time.monotonic() + wait_s, ""
-    while True:
-        report = _status_until(folder, deadline)
-        left, states = old & _ids(report["experts"]), _states(report["experts"])
-        text = f"experts: {len(old) - len(left)} of {len(old)} replaced, {_counted(states)}"
-        if text != told:
-            on_progress(text)
-            told = text
-        if not left and states == ["ready"] * len(old):
-            return
-        if left and not report["to_restart"]:
-            raise StartupError(f"stopped half-way ({text}): the directory was restarted meanwhile; run it again")
-        if time.monotonic() > deadline:
-            raise StartupError(f"not done after {wait_s:g} s ({text}); it goes on: see `deepsplit status`")
-        time.sleep(1)
-
-
-def _status_until(folder: StateFolder, deadline: float) -> dict[str, object]:
-    """`status`, asked again while the directory is being restarted. Raises StartupError after `deadline`."""
-    while True:
-        try:
-            return status(folder)
-        except DeepsplitError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1)
-
-
-def _ids(processes: object) -> set[str]:
-    assert isinstance(processes, list)
-    return {process["id"] for process in processes}
-
-
-def _states(processes: object) -> list[str]:
-    assert isinstance(processes, list)
-    return [process["state"] for process in processes]
-
-
-def _counted(states: Sequence[str]) -> str:
-    return ", ".join(f"{count} {state}" for state, count in sorted(Counter(states).items())) or "none"
-
-
-def rest_url(config: Config) -> str:
-    """Base URL of the REST gateway, as this machine reaches it."""
-    return f"{'https' if config.gateway.tls else 'http'}://{_reachable(config.gateway.host)}:{config.gateway.port}"
-
-
-def grpc_target(config: Config) -> str | None:
-    """host:port of the gRPC API, as this machine reaches it; None when it is off."""
-    port = config.gateway.grpc_port
-    return None if port is None else f"{_reachable(config.gateway.host)}:{port}"
-
-
-def _reachable(host: str) -> str:
-    return bracketed("127.0.0.1" if host in ("0.0.0.0", "::", "") else host)
 
 
 def _claim(config: Config, folder: StateFolder) -> None:
@@ -270,33 +150,6 @@ def _sweep(state: ClusterState) -> None:
     if state.root:
         end_all(Path(state.root), state.session or None, grace_s=0)
         shutil.rmtree(state.root, ignore_errors=True)
-
-
-def _ask(
-    action: Literal["status", "scale", "restart", "delete"],
-    state: ClusterState,
-    wanted: Mapping[str, int] = MappingProxyType({}),
-) -> str:
-    """Run a driver for one request to a running cluster."""
-    root = make_root()
-    read_end, write_end = os.pipe()
-    job = Job(action, state.config, state.address, str(root), write_end, "", {}, {}, dict(wanted))
-    driver = start_driver(job, None if state.joined else token_path(Path(state.root)))
-    os.close(write_end)
-    deadline = time.monotonic() + _QUERY_TIMEOUT_S
-    try:
-        for event in read_events(read_end, driver):
-            if event is not None and event.kind == "failed":
-                raise as_error(event)
-            if event is not None and event.kind == "result":
-                return event.text
-            if time.monotonic() > deadline:
-                raise StartupError(f"the cluster at {state.address} did not answer within {_QUERY_TIMEOUT_S:g} s")
-        raise StartupError(f"could not ask the cluster at {state.address}:\n{log_tail(root)}")
-    finally:
-        driver.kill()
-        driver.wait()
-        shutil.rmtree(root, ignore_errors=True)
 
 
 def _detached(ready_fd: int, folder: StateFolder) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.config import Config
+from cluster.config import Config, ExpertsConfig
 from cluster.plan.cores import ComputeProcess, CoreShare, HostCores, assign
-from cluster.plan.pools import Pool, expert_pools
+from cluster.plan.pools import expert_pools
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ def plan_whole_host(config: Config, host: HostCores) -> HostPlan:
 
 
 def compute_processes(config: Config) -> tuple[ComputeProcess, ...]:
-    """All of them, without redundant workers: a cluster of our own has none."""
+    """All of them, as many as there are at the start."""
     replicas = [attention_process(config, number) for number in range(config.attention.replicas)]
-    workers = [expert_process(pool, slot) for pool in expert_pools(config.experts) for slot in pool.slots]
+    workers = [expert_process(pool.experts, slot) for pool in expert_pools(config.experts) for slot in pool.slots]
     return tuple(process for process in (*replicas, *workers) if process is not None)
 
 
@@ -47,7 +47,6 @@ def attention_process(config: Config, number: int = 0) -> ComputeProcess | None:
     return ComputeProcess(f"attention-{number}", threads, attention.pin_cores)
 
 
-def expert_process(pool: Pool, slot: int) -> ComputeProcess | None:
-    """The expert worker in this slot. None if it computes on a GPU."""
-    experts = pool.experts
+def expert_process(experts: ExpertsConfig, slot: int) -> ComputeProcess | None:
+    """The expert worker in this slot, with its pool's settings. None if it computes on a GPU."""
     return None if experts.device != "cpu" else ComputeProcess(f"experts-{slot}", experts.threads, experts.pin_cores)

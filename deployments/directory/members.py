@@ -28,12 +28,12 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Wish:
-    """How many processes there are to be, as `deepsplit scale` was told last. Workers and replicas repeat it, so that a
-    new directory learns of it.
+    """How many processes there are to be, as `deepsplit scale` or the experts' load said last. Workers and replicas
+    repeat it, so that a new directory learns of it.
     """
 
     version: int  # grows with every wish
-    experts: int
+    experts: Mapping[str, int]  # workers, by pool
     attention: int
 
 
@@ -64,7 +64,6 @@ class HeartbeatReply:
 
     known: bool  # False: the worker must register again
     stamp: Stamp  # of the newest published table; NO_TABLE: none
-    plane_busy: float  # mean fraction of their time that all ready workers compute, 0 to 1
     orders: Orders | None = None  # None: those that the worker has heard
     wish: Wish | None = None  # None: as configured
     restart: bool = False  # the worker is to hand over, end, and have Serve start another process

@@ -13,6 +13,7 @@ import json
 import logging
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 import ray
@@ -20,7 +21,7 @@ from ray import serve
 
 from cluster.config import Config
 from cluster.model.spec import load_model_spec
-from cluster.plan.pools import with_copies
+from cluster.plan.pools import expert_pools
 from cluster.plan.shares import split_shares
 from deployments.directory.fleet import Fleet
 from deployments.directory.members import (
@@ -67,18 +68,20 @@ class Directory:
         spec = load_model_spec(config.model.path)
         experts = config.experts
         held = split_shares(spec.num_experts, experts.worker_shares(), experts.replicas_per_expert)
-        shares = [dict.fromkeys(spec.moe_layers, ids) for ids in with_copies(held, experts)]  # by slot
+        shares = [dict.fromkeys(spec.moe_layers, ids) for ids in held]  # by slot
+        pools = expert_pools(experts)
         self._started_s = time.monotonic()
         self._heartbeat_interval_s = experts.heartbeat_interval_s
-        self._workers = experts.workers  # slots from here on are those of redundant workers
         self._model = config.model.served_name
         self._membership = Membership(
-            shares, experts.heartbeat_timeout_s, time.monotonic(), secrets.randbits(63) + 1, self._on_lost
-        )
+            shares, experts.heartbeat_timeout_s, time.monotonic(), secrets.randbits(63) + 1, self._on_lost,
+            [pool.name for pool in pools for _ in pool.slots], [pool.name for pool in pools if not pool.elastic],
+        )  # fmt: skip
         self._fleet = Fleet(config, self._membership, fixed_attention)
         self._registry = Registry(_POLLS_UNTIL_LOST * LONG_POLL_S, first_version=time.time_ns())
         self._rebalancer: Rebalancer | None = None
         self._rebalancing: asyncio.Task[None] | None = None  # from the first load on
+        self._autoscaling: asyncio.Task[None] | None = None  # from the first worker on
         self._tables_in_use: dict[str, Stamp] = {}  # by attention replica; NO_TABLE before the first
         self._table_changed = asyncio.Event()
         self._view_changed = asyncio.Event()
@@ -99,10 +102,11 @@ class Directory:
 
     # --- expert workers ---
 
-    async def join(self, worker_id: str, pid: int, node: str, slots: range) -> Assignment | None:
-        """Assign a slot to a new expert worker whose pool has `slots`. Returns None if all are taken: ask again."""
-        own = slots if self._fleet.fixed_experts else None  # else any, and new ones
-        slot = self._membership.join(worker_id, pid, node, time.monotonic(), own)
+    async def join(self, worker_id: str, pid: int, node: str, pool: str) -> Assignment | None:
+        """Assign a slot of its pool to a new expert worker. Returns None if all are taken: ask again."""
+        if self._autoscaling is None:
+            self._autoscaling = asyncio.create_task(self._follow_load())
+        slot = self._membership.join(worker_id, pid, node, time.monotonic(), pool)
         if slot is None:
             return None
         self._metrics.worker_events.labels("joined").inc()
@@ -142,7 +146,7 @@ class Directory:
             orders = Orders(number, membership.keeps(worker_id), membership.share_of(worker_id))
         stamp, restart = table.stamp if table else NO_TABLE, worker_id == self._fleet.next_to_restart()
         draining = self._registry.draining
-        return HeartbeatReply(known, stamp, membership.busy(), orders, self._fleet.wish, restart, draining)
+        return HeartbeatReply(known, stamp, orders, self._fleet.wish, restart, draining)
 
     async def retire(self, worker_id: str, whatever_comes: bool) -> bool:
         """Have an expert worker's experts move to others, since it is about to leave (`whatever_comes`: also if nobody
@@ -226,8 +230,8 @@ class Directory:
                 ],
                 "experts": [
                     {
-                        "id": m.worker_id, "pid": m.pid, "node": m.node, "address": m.address, "state": m.state,
-                        "cores": m.cores, "form": m.form,
+                        "id": m.worker_id, "pool": m.pool, "pid": m.pid, "node": m.node, "address": m.address,
+                        "state": m.state, "cores": m.cores, "form": m.form,
                         "experts": {str(layer): ids for layer, ids in m.held.items()},
                     }
                     for m in self._membership.members()
@@ -262,17 +266,15 @@ class Directory:
 
     # --- what operators ask for ---
 
-    async def scale(self, experts: int | None, attention: int | None) -> str:
-        """Have so many expert workers and attention replicas from now on; None: as many as now. Returns why that cannot
-        be, empty if it can. A directory that has just been started first waits for everybody who may know an earlier
-        wish.
+    async def scale(self, experts: Mapping[str, int], attention: int | None) -> str:
+        """Have so many expert workers (by pool; "": of the only one) and attention replicas (None: as many as now) from
+        now on. Returns why that cannot be, empty if it can. A directory that has just been started first waits for
+        everybody who may know an earlier wish.
         """
         await asyncio.sleep(self._until_heard_s())
         why_not = self._fleet.why_not(experts, attention)
         if why_not is None:
-            wanted = self._fleet.wanted
-            version = time.time_ns() if self._fleet.wish is None else self._fleet.wish.version + 1
-            self._hear(Wish(version, experts or wanted["experts"], attention or wanted["attention"]))
+            self._hear(self._fleet.with_changes(experts, attention))
         return why_not or ""
 
     async def restart_experts(self) -> str:
@@ -347,6 +349,13 @@ class Directory:
             except Exception:  # whatever is wrong with it, everything else goes on
                 logger.exception("the load of the experts was not balanced")
 
+    async def _follow_load(self) -> None:
+        """Have as many expert workers as the load asks for, where the configuration says so."""
+        await asyncio.sleep(self._until_heard_s())
+        while True:
+            self._hear(self._fleet.by_load(time.monotonic()))
+            await asyncio.sleep(self._heartbeat_interval_s)
+
     def _worker_ended(self, worker_id: str) -> None:
         self._membership.lose(worker_id)
         self._publish_table()
@@ -386,10 +395,8 @@ class Directory:
         metrics.epoch.set(table.stamp.n if table else 0)
         metrics.uncovered.set(self._membership.uncovered())
         for state in ("loading", "ready"):
-            slots = [m.slot for m in self._membership.members() if (m.state == "loading") == (state == "loading")]
-            spare = 0 if self._fleet.fixed_experts is None else sum(slot >= self._workers for slot in slots)
-            metrics.members.labels("experts", state).set(len(slots) - spare)
-            metrics.members.labels("redundant_experts", state).set(spare)
+            members = [m for m in self._membership.members() if (m.state == "loading") == (state == "loading")]
+            metrics.members.labels("experts", state).set(len(members))
         for state in ("starting", "ready", "draining"):
             metrics.members.labels("attention", state).set(sum(m.state == state for m in self._registry.replicas()))
         for state, draining in (("ready", False), ("draining", True)):

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
-from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle
 
 from cluster.addresses import bracketed
@@ -27,11 +26,11 @@ from cluster.plan.compute_processes import expert_process, plan_whole_host
 from cluster.plan.cores import CoreShare
 from cluster.plan.host_cores import this_host
 from cluster.plan.nodes import free_memory_bytes
-from cluster.plan.pools import Pool, expert_pools, spare_pools
+from cluster.plan.pools import Pool, expert_pools
 from deployments.directory.calls import DirectoryAway, answer_of, over_grpc
 from deployments.directory.members import Assignment, Heartbeat, HeartbeatReply, Orders, Wish
 from deployments.experts.vital_signs import VitalSigns
-from deployments.hosting.autoscaling import BUSY, WISH, WISH_VERSION, on_wish, spare_autoscaling
+from deployments.hosting.autoscaling import WISH, WISH_VERSION, on_wish
 from deployments.hosting.process_cores import ProcessCores, cores_folder, waiting_environment
 from deployments.hosting.scrape import scrape_process
 from deployments.hosting.serve_logs import start_logging
@@ -64,11 +63,11 @@ class ExpertWorker:
         self,
         config_json: str,
         directory: DeploymentHandle,
-        slots: range,
+        pool: str,
         planned: tuple[CoreShare, ...] | None = None,
     ) -> None:
-        """`slots`: the slots of the worker's pool; the directory gives it one of them. `planned`: cores of
-        all compute processes of this host, if they are known.
+        """`pool`: the name of the worker's pool; the directory gives it one of its slots. `planned`: cores of all
+        compute processes of this host, if they are known.
         """
         config = Config.model_validate_json(config_json)
         started = time.monotonic()
@@ -78,7 +77,7 @@ class ExpertWorker:
         self._listen_host = config.experts.host or config.own_host(ray.util.get_node_ip_address())
         self._hand_over_timeout_s = config.experts.hand_over_timeout_s
         self._seen = NO_TABLE
-        self._plane_busy = 0.0
+        self._pool = pool
         self._draining = False
         self._wish: Wish | None = None
         self._failure: str | None = None
@@ -91,14 +90,14 @@ class ExpertWorker:
         self._told = asyncio.Event()
         worker_id, node = f"experts-{uuid.uuid4().hex[:8]}", ray.util.get_node_ip_address()
         start_logging(config.logging, "experts", worker_id)
-        assignment = await self._join(worker_id, os.getpid(), node, slots)
+        assignment = await self._join(worker_id, os.getpid(), node)
         # Heartbeats and metrics from now on: a real checkpoint loads for minutes.
         registry = ProcessRegistry()
         meter = ExpertMeter(ExpertMetrics(registry))
         self._scrape = scrape_process(registry, "experts", worker_id, node, config)
         # Huge pages for weights: a decode step reads them all (4-10 % of a GEMM's time). Read when torch is loaded.
         os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
-        process = expert_process(Pool("", slots, config.experts), assignment.slot)
+        process = expert_process(config.experts, assignment.slot)
         self._cores = None if process is None else ProcessCores(process, this_host(), cores_folder(), planned)
         threads = {"OMP_NUM_THREADS": str(config.experts.threads), **waiting_environment(spin=False)}
         # Read when torch is loaded: below, not yet here.
@@ -107,7 +106,7 @@ class ExpertWorker:
             self._cores.start()  # so that the threads that load have the same cores, and memory of their NUMA node
         self._member = WorkerMember(
             worker_id, assignment.slot, os.getpid(), node, "", "loading", scrape=self._scrape.target,
-            cores=self._cores_now(), share=assignment.experts, zone=_zone(),
+            cores=self._cores_now(), share=assignment.experts, zone=_zone(), pool=pool,
         )  # fmt: skip
         with contextlib.suppress(DirectoryAway):
             await self._register()
@@ -129,10 +128,10 @@ class ExpertWorker:
         if self._member.elastic:
             self._obeying = asyncio.create_task(self._obey())
 
-    async def _join(self, worker_id: str, pid: int, node: str, slots: range) -> Assignment:
+    async def _join(self, worker_id: str, pid: int, node: str) -> Assignment:
         while True:
             with contextlib.suppress(DirectoryAway):
-                asked = self._directory.join.remote(worker_id, pid, node, slots)
+                asked = self._directory.join.remote(worker_id, pid, node, self._pool)
                 assignment: Assignment | None = await answer_of(asked, CALL_TIMEOUT_S)
                 if assignment is not None:
                     return assignment
@@ -177,7 +176,6 @@ class ExpertWorker:
                 asked = self._directory.heartbeat.remote(beat)  # which it answers in the interval's time
                 reply: HeartbeatReply = await answer_of(asked, self._heartbeat_interval_s + CALL_TIMEOUT_S)
                 self._seen = self._seen if reply.stamp == NO_TABLE else reply.stamp
-                self._plane_busy = reply.plane_busy
                 self._wish = reply.wish or self._wish
                 if reply.orders is not None:
                     self._orders = reply.orders
@@ -251,8 +249,8 @@ class ExpertWorker:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Tell Serve what it needs when it sets the number of workers."""
         wish = self._wish
-        said = {} if wish is None else {WISH: float(wish.experts), WISH_VERSION: float(wish.version)}
-        return {BUSY: self._plane_busy, **said}
+        wanted = None if wish is None else wish.experts.get(self._pool)
+        return {} if wish is None or wanted is None else {WISH: float(wanted), WISH_VERSION: float(wish.version)}
 
     async def check_health(self) -> None:
         """Raise if this worker must be replaced; Serve does so."""
@@ -326,22 +324,11 @@ def _load(
 
 
 def expert_deployments(config: Config, directory: serve.Application) -> tuple[serve.Application, ...]:
-    """Return the expert workers, bound: one deployment per pool, and one for the redundant workers of each that has
-    some.
-    """
-    # With pools or spares the number of workers is fixed: `Directory.scale` says so too.
-    on_demand = None if config.experts.pools or config.experts.spares else on_wish(config.experts.workers)
-    fixed = [_deployment(config, pool, directory, on_demand) for pool in expert_pools(config.experts)]
-    redundant = [
-        _deployment(config, one.pool, directory, spare_autoscaling(one.scaling, len(one.helped)))
-        for one in spare_pools(config.experts)
-    ]
-    return (*fixed, *redundant)
+    """Return the expert workers, bound: one deployment per pool."""
+    return tuple(_deployment(config, pool, directory) for pool in expert_pools(config.experts))
 
 
-def _deployment(
-    config: Config, pool: Pool, directory: serve.Application, autoscaling: AutoscalingConfig | None = None
-) -> serve.Application:
+def _deployment(config: Config, pool: Pool, directory: serve.Application) -> serve.Application:
     experts, placement = pool.experts, pool.experts.placement
     options: dict[str, Any] = {
         "num_cpus": experts.threads if placement.num_cpus is None else placement.num_cpus,
@@ -355,8 +342,8 @@ def _deployment(
     deployment = serve.deployment(
         ExpertWorker,
         name=f"{NAME}-{pool.name}" if pool.name else NAME,
-        num_replicas=len(pool.slots) if autoscaling is None else None,
-        autoscaling_config=autoscaling,
+        num_replicas=None if pool.elastic else len(pool.slots),
+        autoscaling_config=on_wish(len(pool.slots)) if pool.elastic else None,
         max_replicas_per_node=experts.max_per_node,
         ray_actor_options=options,
         max_ongoing_requests=1,  # Serve sends it none
@@ -369,4 +356,4 @@ def _deployment(
     )
     own = config.model_copy(update={"experts": experts}).model_dump_json()
     planned = plan_whole_host(config, this_host()).shares if config.ray.address is None else None
-    return deployment.bind(own, directory, pool.slots, planned)
+    return deployment.bind(own, directory, pool.name, planned)

@@ -1,8 +1,9 @@
-"""How many attention replicas and redundant expert workers Serve is to run, by what they say of themselves.
+"""How many attention replicas and expert workers Serve is to run, by what they say of themselves.
 
 Serve's own measure, the requests that it routes, is always 0 here: gateways talk to the replicas directly, and those to
 the expert workers. Engines know only what admission let through, so attention replicas also pass on what clients ask
-for, which gateways and the common admission tell the directory.
+for, which gateways and the common admission tell the directory. The number of expert workers is the directory's
+decision (`deployments.directory.expert_autoscaler`), and so is what `deepsplit scale` asks for: Serve follows.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from typing import Any
 
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
-from cluster.config import AttentionAutoscaling, ExpertSpares
+from cluster.config import AttentionAutoscaling
 
 OCCUPANCY = "occupancy"  # of a replica: sequences in its engine, relative to attention.max_num_seqs
 DEMAND = "demand"  # attention replicas that would be full with what clients ask for, refused requests included
-WISH = "wish"  # processes of this kind that there are to be, by the last `deepsplit scale` that the process heard of
+WISH = "wish"  # processes of this kind that there are to be, as the process heard last from the directory
 WISH_VERSION = "wish_version"
-BUSY = "busy"  # fraction of their time that expert workers compute, the mean over all of them
 _MOST = 10_000  # replicas of one kind, for want of a better bound
 
 
@@ -36,24 +36,21 @@ def wanted(said: Mapping[str, float], running: int, target: float) -> int:
 class LoadPolicy:
     """Serve's autoscaling policy; Serve itself adds bounds and delays."""
 
-    def __init__(self, measure: str, target: float, fixed: int = 0) -> None:
-        """`fixed`: replicas that do the same work and are always there, in another deployment."""
-        self._measure = measure
+    def __init__(self, target: float) -> None:
+        """`target`: mean occupancy."""
         self._target = target
-        self._fixed = fixed
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """Serve's interface: the number of replicas, and state that the next call gets (none)."""
         metrics = context.aggregated_metrics or {}
-        by_replica = {str(replica): value for replica, value in metrics.get(self._measure, {}).items()}
-        replicas = wanted(by_replica, self._fixed + context.current_num_replicas, self._target)
+        by_replica = {str(replica): value for replica, value in metrics.get(OCCUPANCY, {}).items()}
+        replicas = wanted(by_replica, context.current_num_replicas, self._target)
         demand = max(metrics.get(DEMAND, {}).values(), default=0.0)  # all say the same, but not at the same time
-        replicas = max(replicas, math.ceil(round(demand / self._target, 6)))
-        return max(0, replicas - self._fixed), {}
+        return max(replicas, math.ceil(round(demand / self._target, 6))), {}
 
 
 class WishPolicy:
-    """Serve's autoscaling policy: as many replicas as `deepsplit scale` asked for last."""
+    """Serve's autoscaling policy: as many replicas as the directory wants."""
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """Serve's interface. Nothing changes while no replica has heard of a wish."""
@@ -86,21 +83,8 @@ def serve_autoscaling(scaling: AttentionAutoscaling, initial: int) -> Autoscalin
         initial_replicas=min(max(initial, scaling.min_replicas), scaling.max_replicas),
         upscale_delay_s=scaling.upscale_delay_s,
         downscale_delay_s=scaling.downscale_delay_s,
-        policy=_policy({"measure": OCCUPANCY, "target": scaling.target_occupancy}),
+        policy=AutoscalingPolicy(
+            policy_function="deployments.hosting.autoscaling:LoadPolicy",
+            policy_kwargs={"target": scaling.target_occupancy},
+        ),
     )
-
-
-def spare_autoscaling(spares: ExpertSpares, helped: int) -> AutoscalingConfig:
-    """Serve's form of it. One redundant worker is always there: through it Serve hears of the `helped` ones' load."""
-    return AutoscalingConfig(
-        min_replicas=1,
-        max_replicas=spares.max_workers,
-        initial_replicas=1,
-        upscale_delay_s=spares.upscale_delay_s,
-        downscale_delay_s=spares.downscale_delay_s,
-        policy=_policy({"measure": BUSY, "target": spares.target_busy, "fixed": helped}),
-    )
-
-
-def _policy(arguments: dict[str, Any]) -> AutoscalingPolicy:
-    return AutoscalingPolicy(policy_function="deployments.hosting.autoscaling:LoadPolicy", policy_kwargs=arguments)

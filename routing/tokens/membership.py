@@ -1,9 +1,10 @@
 """Which expert workers are alive and what they are to hold: the directory's decisions, as functions of events, time.
 
-The placement has slots, numbered from 0. Each has a share: the experts, by layer, that the worker in it is to hold. A
-worker process takes a free slot, loads the share, and is in the placement table from the moment it registers as ready
-until it leaves or falls silent. While no ready worker has an expert in its share, because its own was lost or is about
-to leave, others are wanted to hold it too. `routing.tokens.holdings` says what the table lists and who may drop what.
+The placement has slots (`routing.tokens.worker_slots`), each with a share: the experts, by layer, that the worker in it
+is to hold. A worker process takes a free slot of its pool, loads the share, and is in the placement table from the
+moment it registers as ready until it leaves or falls silent. While no ready worker has an expert in its share, because
+its own was lost or is about to leave, others are wanted to hold it too. `routing.tokens.holdings` says what the table
+lists and who may drop what.
 Every change of the table has a new stamp.
 
 Legend: L MoE layers, E experts of a layer.
@@ -12,7 +13,7 @@ Legend: L MoE layers, E experts of a layer.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -22,7 +23,8 @@ from monitoring.discovery import ScrapeTarget
 from routing.tokens.holdings import Holdings
 from routing.tokens.placement import NO_TABLE, PlacementTable, Stamp, WorkerEndpoint
 from routing.tokens.share import Share
-from routing.tokens.slot_shares import with_enough, with_one_more, with_orphans
+from routing.tokens.slot_shares import with_orphans
+from routing.tokens.worker_slots import WorkerSlots
 
 State = Literal["loading", "ready", "leaving"]
 
@@ -49,6 +51,7 @@ class WorkerMember:
     expert_bytes: int = 0  # of one expert as it holds it; 0 while loading
     free_bytes: int = 0  # of its host's memory
     speed: float = 0.0  # work per second of computing, lately (`ExpertCompute.work`); 0: not known yet
+    pool: str = ""  # whose slot it has
 
 
 class Membership:
@@ -61,21 +64,17 @@ class Membership:
         now_s: float,
         incarnation: int,
         on_lost: Callable[[WorkerMember], None] = lambda member: None,
+        pools: Sequence[str] | None = None,
+        fixed_pools: Collection[str] = (),
     ) -> None:
-        """`shares`: by slot. `incarnation`: of the directory, unlike that of any other. `on_lost` is called with each
-        worker that fell silent or ended, whichever event shows it.
+        """`shares` and `pools`: by slot; `fixed_pools`: whose workers cannot load and drop experts. `incarnation`: of
+        the directory, unlike that of any other. `on_lost` is called with each worker that fell silent or ended,
+        whichever event shows it.
         """
         layers = sorted({layer for share in shares for layer in share})
         experts = 1 + max((max(ids, default=-1) for share in shares for ids in share.values()), default=-1)
         self._holdings = Holdings(layers, experts)
-        self._shares_LE = {slot: self._holdings.mask(share) for slot, share in enumerate(shares)}
-        copies_LE = np.sum(list(self._shares_LE.values()), axis=0)
-        self._needed_LE: np.ndarray = copies_LE > 0
-        self._replicas = int(copies_LE[self._needed_LE].min())  # of each expert, at least
-        self._first_experts = {slot: int(share_LE.sum()) for slot, share_LE in self._shares_LE.items()}
-        self._wanted_slots = len(shares)
-        self._decided: set[int] = set()  # slots whose share is not the configured one, or was learnt from its worker
-        self._weights: dict[int, Mapping[int, np.ndarray]] = {}  # by slot and layer
+        self._slots = WorkerSlots([self._holdings.mask(share) for share in shares], pools, fixed_pools)
         self._timeout_s = heartbeat_timeout_s
         self._started_s = now_s
         self._incarnation = incarnation
@@ -87,29 +86,33 @@ class Membership:
 
     # --- events ---
 
-    def resize(self, slots: int) -> None:
-        """Have so many slots from now on. A new one comes when a worker asks for it, and takes experts of the others; a
-        slot too many goes once nobody is in it, and gives its experts to the others.
+    def resize(self, slots: Mapping[str, int]) -> None:
+        """Have so many slots in these pools from now on. A new one comes when a worker asks for it, and takes experts
+        of the others; a slot too many goes once nobody is in it, and gives its experts to the others.
         """
-        self._wanted_slots = slots
+        self._slots.resize(slots)
         self._give_up_empty_slots()
         self._want()
 
-    def join(self, worker_id: str, pid: int, node: str, now_s: float, slots: range | None = None) -> int | None:
-        """Give a new worker a free slot, one of `slots` if they are given. Returns None while each has a live worker:
-        ask again, because a dead one falls silent.
+    def join(self, worker_id: str, pid: int, node: str, now_s: float, pool: str = "") -> int | None:
+        """Give a new worker a free slot of its pool. Returns None while each has a live worker: ask again, because a
+        dead one falls silent.
         """
         self.expire(now_s)
         if worker_id in self._members:
             return self._members[worker_id].slot
-        taken = {member.slot for member in self._members.values() if member.state != "leaving"}
-        free = [slot for slot in slots or sorted(self._shares_LE) if slot not in taken]
-        if not free and slots is None and len(self._shares_LE) < self._wanted_slots:
-            free = [self._new_slot()]
-        if not free:
-            return None
-        self._add(WorkerMember(worker_id, free[0], pid, node, "", "loading", now_s))
-        return free[0]
+        live = self._live_slots()
+        free = [slot for slot in self._slots.of(pool) if slot not in live]
+        if free:
+            slot = free[0]
+        else:
+            new = self._slots.add(pool, [member.slot for member in self._members.values()])
+            if new is None:
+                return None
+            slot = new
+            self._want()
+        self._add(WorkerMember(worker_id, slot, pid, node, "", "loading", now_s, pool=pool))
+        return slot
 
     def register(self, member: WorkerMember, seen: Stamp, now_s: float) -> bool:
         """Record what a worker says of itself: that it is `ready` once it holds its slot's share and listens, then
@@ -128,10 +131,8 @@ class Membership:
                 return False
             if rival is not None:
                 self._remove(rival.worker_id)
-            if member.share and member.slot not in self._decided:
-                self._shares_LE[member.slot] = self._holdings.mask(member.share)
-                self._first_experts.setdefault(member.slot, self._mean_experts())
-                self._decided.add(member.slot)
+            if member.share:
+                self._slots.learn(member.slot, member.pool, self._holdings.mask(member.share))
             self._add(replace(member, last_heartbeat_s=now_s))
         else:
             if before.state == "leaving":
@@ -172,12 +173,11 @@ class Membership:
         """Change the shares of the slots of these workers (bool [L, E], by worker id), from now on and for their
         successors, and which part of an expert's rows each gets (float [L, E], in any unit).
         """
-        for worker_id, share_LE in shares.items():
-            self._share_out({self._members[worker_id].slot: share_LE})
-        layers = self._holdings.layers
-        self._weights = {
-            self._members[name].slot: dict(zip(layers, weight_LE, strict=True)) for name, weight_LE in weights.items()
-        }
+        slot_of = {worker_id: self._members[worker_id].slot for worker_id in {*shares, *weights}}
+        self._slots.reshare(
+            {slot_of[worker_id]: share_LE for worker_id, share_LE in shares.items()},
+            {slot_of[worker_id]: weight_LE for worker_id, weight_LE in weights.items()},
+        )
         self._holdings.renumber(0)
         self._want()
 
@@ -233,58 +233,33 @@ class Membership:
 
     def _add(self, member: WorkerMember) -> None:
         self._members[member.worker_id] = member
-        self._holdings.join(member.worker_id, self._shares_LE.get(member.slot, np.zeros_like(self._needed_LE)))
+        self._holdings.join(member.worker_id, self._slots.share(member.slot))
 
     def _remove(self, worker_id: str) -> None:
         if self._members.pop(worker_id, None) is not None:
             self._holdings.leave(worker_id)
             self._give_up_empty_slots()
 
-    def _new_slot(self) -> int:
-        """Add a slot whose share is taken from the others'. Its number is the lowest that nobody has."""
-        taken = {*self._shares_LE, *(member.slot for member in self._members.values())}
-        slot = next(number for number in range(len(taken) + 1) if number not in taken)
-        self._share_out(with_one_more(self._shares_LE, slot))
-        self._first_experts = dict.fromkeys(self._shares_LE, self._mean_experts())
-        self._want()
-        return slot
+    def _live_slots(self) -> set[int]:
+        return {member.slot for member in self._members.values() if member.state != "leaving"}
 
     def _give_up_empty_slots(self) -> None:
-        while len(self._shares_LE) > self._wanted_slots:
-            live = {member.slot for member in self._members.values() if member.state != "leaving"}
-            empty = [slot for slot in sorted(self._shares_LE, reverse=True) if slot not in live]
-            if not empty:
-                return
-            del self._shares_LE[empty[0]]
-            self._decided.discard(empty[0])
-            has = {member.slot: self._holdings.has(name) for name, member in self._members.items()}
-            self._share_out(with_enough(self._shares_LE, self._needed_LE, self._replicas, has))
-            self._first_experts = dict.fromkeys(self._shares_LE, self._mean_experts())
-
-    def _share_out(self, shares: Mapping[int, np.ndarray]) -> None:
-        """Decide slots' shares."""
-        for slot, share_LE in shares.items():
-            known_LE = self._shares_LE.get(slot)
-            if known_LE is None or not np.array_equal(known_LE, share_LE):
-                self._shares_LE[slot] = share_LE
-                self._decided.add(slot)
-
-    def _mean_experts(self) -> int:
-        return int(sum(share_LE.sum() for share_LE in self._shares_LE.values())) // len(self._shares_LE)
+        has = {member.slot: self._holdings.has(name) for name, member in self._members.items()}
+        self._slots.give_up(self._live_slots(), has)
 
     def _want(self) -> None:
         """Decide what each worker is wanted to hold: its slot's share, and its part of the experts that are in no ready
         worker's share. Until the first table everybody is only starting.
         """
-        nothing_LE = np.zeros_like(self._needed_LE)
+        nothing_LE = np.zeros_like(self._slots.needed_LE)
         wanted: dict[str, np.ndarray] = {
-            member.worker_id: self._shares_LE.get(member.slot, nothing_LE) if member.state != "leaving" else nothing_LE
+            member.worker_id: self._slots.share(member.slot) if member.state != "leaving" else nothing_LE
             for member in self.members()
         }
         ready = [member for member in self._ready() if member.state == "ready"]
         takers = [member.worker_id for member in ready if member.elastic]
         if self._published and takers:
-            orphans_LE = self._needed_LE.copy()
+            orphans_LE = self._slots.needed_LE.copy()
             for member in ready:
                 orphans_LE &= ~wanted[member.worker_id]
             has = {taker: self._holdings.has(taker) for taker in takers}
@@ -303,21 +278,27 @@ class Membership:
         return worker_id in self._members
 
     def settled(self) -> bool:
-        """Whether every slot has a ready worker that can load and drop, and all hold just what they are to hold."""
-        if not len(self._members) == len(self._shares_LE) == self._wanted_slots:
+        """Whether every slot has a ready worker, which can load and drop if its pool is not fixed, and all hold just
+        what they are to hold.
+        """
+        if not (self._slots.complete() and len(self._members) == len(self._slots.shares_LE)):
             return False
         return all(
-            member.state == "ready" and member.elastic and self._holdings.settled(member.worker_id)
+            member.state == "ready"
+            and (member.elastic or self._slots.is_fixed(member.pool))
+            and self._holdings.settled(member.worker_id)
             for member in self._members.values()
         )
 
     def shares(self) -> dict[str, np.ndarray]:
         """Return what the slot of each worker is to hold, bool [L, E] by worker id."""
-        return {m.worker_id: self._shares_LE[m.slot] for m in self.members() if m.slot in self._shares_LE}
+        shares_LE = self._slots.shares_LE
+        return {m.worker_id: shares_LE[m.slot] for m in self.members() if m.slot in shares_LE}
 
     def first_experts(self) -> dict[str, int]:
         """Return how many experts the slot of each worker was to hold at first, over all layers, by worker id."""
-        return {m.worker_id: self._first_experts[m.slot] for m in self.members() if m.slot in self._shares_LE}
+        first = self._slots.first_experts
+        return {m.worker_id: first[m.slot] for m in self.members() if m.slot in first}
 
     def is_ready(self, worker_id: str) -> bool:
         """Return whether a worker is one of them and answers dispatches."""
@@ -325,7 +306,7 @@ class Membership:
 
     def share(self, slot: int) -> Share:
         """Return what the worker in a slot is to hold, whatever else is the case."""
-        return self._holdings.share(self._shares_LE.get(slot, np.zeros_like(self._needed_LE)))
+        return self._holdings.share(self._slots.share(slot))
 
     def share_of(self, worker_id: str) -> Share:
         """Return what the slot of a worker is to hold."""
@@ -333,14 +314,12 @@ class Membership:
 
     def orders(self, worker_id: str) -> int:
         """Return a number, above 0, that changes with what `keeps` and `share_of` say of a worker, and costs little."""
-        slot = self._members[worker_id].slot
-        share_LE = self._shares_LE.get(slot)
-        share = 0 if share_LE is None else zlib.crc32(share_LE.tobytes())
-        return 1 + zlib.crc32(self._holdings.keeps(worker_id).tobytes(), share)
+        share_LE = self._slots.share(self._members[worker_id].slot)
+        return 1 + zlib.crc32(self._holdings.keeps(worker_id).tobytes(), zlib.crc32(share_LE.tobytes()))
 
     def most_slots(self) -> int:
         """Return how many slots can have an expert of each layer."""
-        return int(self._needed_LE.sum(axis=1).min()) * self._replicas
+        return int(self._slots.needed_LE.sum(axis=1).min()) * self._slots.replicas
 
     def keeps(self, worker_id: str) -> Share:
         """Return what a worker is to hold now: it loads what it lacks and drops the rest."""
@@ -354,18 +333,23 @@ class Membership:
         if self._table is None or self._table.stamp != stamp:
             listed = [(member, self._holdings.listed(member.worker_id)) for member in self._ready()]
             workers = [WorkerEndpoint(member.worker_id, member.address, share) for member, share in listed if share]
-            weights = {m.worker_id: self._weights[m.slot] for m in self._ready() if m.slot in self._weights}
+            layers, weights_LE = self._holdings.layers, self._slots.weights_LE
+            weights = {
+                member.worker_id: dict(zip(layers, weights_LE[member.slot], strict=True))
+                for member in self._ready()
+                if member.slot in weights_LE
+            }
             self._table = PlacementTable.of(stamp, workers, weights)
         return self._table
 
     def uncovered(self) -> int:
         """Number of experts, over all layers, that no ready worker holds."""
-        return int((self._needed_LE & (self._holdings.holder_counts() == 0)).sum())
+        return int((self._slots.needed_LE & (self._holdings.holder_counts() == 0)).sum())
 
-    def busy(self) -> float:
-        """Mean fraction of their time that ready workers compute, 0 to 1."""
-        fractions = [member.busy for member in self._ready() if member.busy is not None]
-        return sum(fractions) / len(fractions) if fractions else 0.0
+    def busy(self, pool: str) -> float | None:
+        """How many workers of a pool would do what its ready ones do if they computed all the time; None: not known."""
+        fractions = [member.busy for member in self._ready() if member.pool == pool and member.busy is not None]
+        return sum(fractions) if fractions else None
 
     def _ready(self) -> list[WorkerMember]:
         return [member for member in self.members() if member.state != "loading"]

@@ -31,17 +31,17 @@ def with_orphans(
 
 
 def with_enough(
-    shares: Mapping[_Key, np.ndarray], needed_LE: np.ndarray, replicas: int, has: Mapping[_Key, np.ndarray]
+    shares: Mapping[_Key, np.ndarray], copies_LE: np.ndarray, has: Mapping[_Key, np.ndarray]
 ) -> dict[_Key, np.ndarray]:
-    """Return shares in which each needed expert is `replicas` times, or once in each. What is added goes where it is
+    """Return shares in which each expert is `copies_LE` times (int), or once in each. What is added goes where it is
     held already (`has`; nothing is by those that are not in it), else to the smallest share of the layer.
     """
     enough = {key: share_LE.copy() for key, share_LE in shares.items()}
-    copies_LE = np.zeros(needed_LE.shape, dtype=np.int64)
+    lacking_LE = copies_LE.astype(np.int64)
     for share_LE in shares.values():
-        copies_LE += share_LE
-    for layer, expert in np.argwhere(needed_LE & (copies_LE < replicas)).tolist():
-        for _ in range(replicas - int(copies_LE[layer, expert])):
+        lacking_LE -= share_LE
+    for layer, expert in np.argwhere(lacking_LE > 0).tolist():
+        for _ in range(int(lacking_LE[layer, expert])):
             without = [key for key, share_LE in enough.items() if not share_LE[layer, expert]]
             if not without:
                 break

@@ -68,9 +68,10 @@ MATRIX: dict[str, tuple[str | None, Values]] = {
         "ray": {"autoscaler": {"enabled": True}},
         "attention": {"replicas": 2, "autoscaling": {"enabled": True, "minReplicas": 1, "maxReplicas": 8}},
     }),
-    "redundant experts": (None, {
+    "experts by load": (None, {
         "ray": {"autoscaler": {"enabled": True}},
-        "experts": {"groups": {"cpu": {"spares": {"maxWorkers": 4, "targetBusy": 0.5, "downscaleDelaySeconds": 60}}}},
+        "experts": {"groups": {"cpu": {"autoscaling": {"enabled": True, "maxWorkers": 6, "targetBusy": 0.5,
+                                                   "downscaleDelaySeconds": 60}}}},
     }),
     "redis": (None, {"ray": {"gcsFaultTolerance": {
         "enabled": True, "redisAddress": "redis.data:6379", "redisPassword": {"secretName": "r"}}}}),

@@ -15,7 +15,7 @@ from cluster.config import Config
 from cluster.config.file import load_config
 from cluster.keys.file import parse_keys
 from cluster.plan.checks import load_model, plan_for, validate
-from cluster.plan.pools import expert_pools, spare_pools
+from cluster.plan.pools import expert_pools
 from deployments.app import BuildArgs
 from tests.helm.chart import CHART, NAME, PROFILES, ROOT, Manifest, groups, helm, of_kind, render, serve_config, the
 
@@ -108,11 +108,13 @@ def test_every_row_of_the_matrix_is_a_configuration(rendered: dict[str, list[Man
         pods = {name: group["replicas"] for name, group in groups(service) if name != "head"}
         assert pods["gateway"] == whole.gateway.replicas
         assert pods["attention"] == whole.attention.replicas
-        spares = spare_pools(whole.experts)  # of which one each is always there
-        always = whole.experts.workers + len(spares)
-        assert sum(n for name, n in pods.items() if name.startswith("experts-")) == always
-        most = sum(group["maxReplicas"] for name, group in groups(service) if name.startswith("experts-"))
-        assert most == whole.experts.workers + sum(len(one.pool.slots) for one in spares)
+        sizes = {name: group for name, group in groups(service) if name.startswith("experts-")}
+        for pool in expert_pools(whole.experts):
+            scaling, group = pool.experts.autoscaling, sizes.pop(f"experts-{pool.name}")
+            bounds = (len(pool.slots),) * 2 if scaling is None else (scaling.min_workers, scaling.max_workers)
+            assert group["replicas"] == len(pool.slots)
+            assert (group["minReplicas"], group["maxReplicas"]) == bounds
+        assert not sizes
 
 
 def test_each_role_goes_to_its_own_group(rendered: dict[str, list[Manifest]]) -> None:

@@ -113,9 +113,22 @@ MISTAKES: dict[str, tuple[Values, str]] = {
     "replicas without pods": (
         {"attention": {"autoscaling": {"enabled": True}}}, "set ray.autoscaler.enabled too",
     ),
-    "redundant workers without pods": (
-        {"experts": {"groups": {"cpu": {"spares": {"maxWorkers": 2}}}}},
-        "experts.groups.cpu.spares.maxWorkers above 1 asks for workers that no pod is made for",
+    "expert workers without pods": (
+        {"experts": {"groups": {"cpu": {"autoscaling": {"enabled": True, "maxWorkers": 4}}}}},
+        "experts.groups.cpu.autoscaling.enabled asks for workers that no pod is made for",
+    ),
+    "expert workers outside of the bounds": (
+        {"ray": {"autoscaler": {"enabled": True}},
+         "experts": {"groups": {"cpu": {"autoscaling": {"enabled": True, "maxWorkers": 1}}}}},
+        "experts.groups.cpu.workers is 2, outside of experts.groups.cpu.autoscaling 1 to 1",
+    ),
+    "GPU workers by load": (
+        {"ray": {"autoscaler": {"enabled": True}},
+         "experts": {"groups": {"gpu": {"workers": 1, "device": "cuda",
+                                        "autoscaling": {"enabled": True, "maxWorkers": 4},
+                                        "resources": {"requests": {"cpu": 1, "memory": "1Gi"},
+                                                      "limits": {"cpu": 1, "memory": "1Gi", "nvidia.com/gpu": 1}}}}}},
+        "experts.groups.gpu.autoscaling.enabled needs workers that load and drop experts",
     ),
     "no redis": ({"ray": {"gcsFaultTolerance": {"enabled": True}}}, "needs ray.gcsFaultTolerance.redisAddress"),
     "no host": ({"ingress": {"rest": {"enabled": True}}}, "ingress.rest.enabled needs ingress.rest.host"),
@@ -157,7 +170,7 @@ def test_a_key_that_the_chart_sets_is_refused_with_its_place(path: str) -> None:
 EXAMPLES = {
     "ray.address": "auto", "ray.num_cpus": 4, "gateway.keys_file": "/k", "experts.shares": [1, 1],
     "attention.autoscaling": {"max_replicas": 2}, "experts.host": "0.0.0.0", "experts.max_per_node": 2,
-    "experts.pools": [{"name": "a", "workers": 1}], "experts.spares": {"max_workers": 1},
+    "experts.pools": [{"name": "a", "workers": 1}], "experts.autoscaling": {"max_workers": 4},
     "gateway.tls": {"cert_file": "/c", "key_file": "/k"},
     "internal_tls": {"cert_file": "/c", "key_file": "/k", "ca_file": "/a"},
     "monitoring.host": "0.0.0.0",

@@ -154,7 +154,7 @@ def test_who_reaches_whom() -> None:
 
 
 def test_egress_is_names_and_our_own_nodes_unless_more_is_needed(rendered: dict[str, list[Manifest]]) -> None:
-    needs = {"objectStore", "policies", "autoscaling", "redundant experts", "redis", "redis without password"}
+    needs = {"objectStore", "policies", "autoscaling", "experts by load", "redis", "redis without password"}
     for row, objects in rendered.items():
         for policy in of_kind(objects, "NetworkPolicy"):
             for rule in policy["spec"].get("egress", []):

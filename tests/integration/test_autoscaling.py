@@ -1,7 +1,8 @@
-"""Serve follows what attention replicas and expert workers say of themselves; fakes say it here."""
+"""Serve follows what attention replicas say of themselves, and the directory's wishes; fakes say it here."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
@@ -13,21 +14,21 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 
-from cluster.config import AttentionAutoscaling, ExpertSpares
-from deployments.hosting.autoscaling import BUSY, OCCUPANCY, serve_autoscaling, spare_autoscaling
+from cluster.config import AttentionAutoscaling
+from deployments.hosting.autoscaling import OCCUPANCY, WISH, WISH_VERSION, on_wish, serve_autoscaling
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leftovers")]
 
 
-class Busy:
-    """As busy as a file says."""
+class Said:
+    """Says of itself what a file says, as JSON."""
 
-    def __init__(self, file: str, measure: str) -> None:
+    def __init__(self, file: str) -> None:
         self._file = Path(file)
-        self._measure = measure
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        return {self._measure: float(self._file.read_text())}
+        said: dict[str, float] = json.loads(self._file.read_text())
+        return said
 
 
 @pytest.fixture
@@ -47,32 +48,31 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("measure", "scaling", "steps"),
+    ("scaling", "steps"),
     [
-        (OCCUPANCY, serve_autoscaling(AttentionAutoscaling(max_replicas=3, upscale_delay_s=0, downscale_delay_s=0), 1),
-         [("0.5", 1), ("1.0", 3), ("0.1", 1)]),
-        # Beside two workers that are always there: 3 x 0.9 / 0.6 is 5 in all, so 3 more.
-        (BUSY, spare_autoscaling(ExpertSpares(max_workers=3, upscale_delay_s=0, downscale_delay_s=0), helped=2),
-         [("0.6", 1), ("0.9", 3), ("0.1", 1)]),
+        (serve_autoscaling(AttentionAutoscaling(max_replicas=3, upscale_delay_s=0, downscale_delay_s=0), 1),
+         [({OCCUPANCY: 0.5}, 1), ({OCCUPANCY: 1.0}, 3), ({OCCUPANCY: 0.1}, 1)]),
+        (on_wish(2),
+         [({}, 2), ({WISH: 3.0, WISH_VERSION: 5.0}, 3), ({WISH: 1.0, WISH_VERSION: 6.0}, 1)]),
     ],
 )  # fmt: skip
 def test_serve_follows_what_replicas_say(
-    folder: Path, measure: str, scaling: AutoscalingConfig, steps: list[tuple[str, int]]
+    folder: Path, scaling: AutoscalingConfig, steps: list[tuple[dict[str, float], int]]
 ) -> None:
     said = folder / "said"
-    said.write_text(steps[0][0])
+    said.write_text(json.dumps(steps[0][0]))
     quick = {"metrics_interval_s": 0.5, "look_back_period_s": 2.0}
     deployment = serve.deployment(
-        Busy, name="scaled", autoscaling_config=scaling.model_copy(update=quick), ray_actor_options={"num_cpus": 0.1}
+        Said, name="scaled", autoscaling_config=scaling.model_copy(update=quick), ray_actor_options={"num_cpus": 0.1}
     )
-    serve.run(deployment.bind(str(said), measure), name="app", route_prefix=None)
+    serve.run(deployment.bind(str(said)), name="app", route_prefix=None)
 
     def running() -> int:
         return serve.status().applications["app"].deployments["scaled"].replica_states.get("RUNNING", 0)
 
-    for text, replicas in steps:
-        said.write_text(text)
+    for stats, replicas in steps:
+        said.write_text(json.dumps(stats))
         deadline = time.monotonic() + 60
         while running() != replicas:
-            assert time.monotonic() < deadline, f"{running()} replicas at {text}"
+            assert time.monotonic() < deadline, f"{running()} replicas at {stats}"
             time.sleep(0.5)

@@ -1,5 +1,5 @@
-"""`deepsplit up` on an existing three-node Ray cluster: attention on one host, expert workers on the two others, one of
-them a redundant one.
+"""`deepsplit up` on an existing three-node Ray cluster: attention on one host, expert workers on the two others, and
+another one when the load asks for it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,8 @@ def test_attention_and_experts_on_different_hosts_give_the_same_tokens(tmp_path:
                     "placement": {"labels": {"role": "attention"}},
                 },
                 "experts": {
-                    "workers": 2, "spares": {"max_workers": 2}, "placement": {"resources": {"expert_host": 1}},
+                    "workers": 2, "placement": {"resources": {"expert_host": 1}}, "heartbeat_interval_s": 0.5,
+                    "autoscaling": {"min_workers": 2, "max_workers": 3, "target_busy": 0.001, "upscale_delay_s": 1},
                 },
                 "gateway": {"port": port},
                 "ray": {"address": cluster.address},
@@ -64,10 +66,14 @@ def test_attention_and_experts_on_different_hosts_give_the_same_tokens(tmp_path:
         assert [replica["node"] for replica in report["attention"]] == [head.address]
         assert {worker["node"] for worker in report["experts"]} == {host.address for host in hosts}
         assert all(worker["address"].split(":")[0] == worker["node"] for worker in report["experts"])
-        first, second, spare = report["experts"]
-        assert spare["experts"] == first["experts"] != second["experts"]
+        first = report["experts"][0]
         command = [sys.executable, "-c", COMPLETE, report["gateway"]["rest"], json.dumps(prompts), str(TOKENS)]
-        assert json.loads(network.run(head, command)) == expected
+        deadline = time.monotonic() + 90
+        while len(ready := [worker for worker in cli.status()["experts"] if worker["state"] == "ready"]) < 3:
+            assert json.loads(network.run(head, command)) == expected  # while the load brings a third worker
+            assert time.monotonic() < deadline, ready
+        assert cli.status()["wanted"]["experts"] == 3
+        assert len({worker["node"] for worker in ready}) == 2
         os.kill(first["pid"], signal.SIGKILL)
         assert json.loads(network.run(head, command)) == expected
         cli.down()

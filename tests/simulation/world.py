@@ -326,7 +326,7 @@ class World:
         if wanted < 1 or wanted > self.directory.membership.most_slots():
             return
         self.slots = wanted
-        self.directory.membership.resize(wanted)
+        self.directory.membership.resize({"": wanted})
         if len(self.workers) > wanted:
             self._leave(worker)
         else:

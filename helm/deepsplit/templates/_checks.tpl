@@ -49,8 +49,18 @@
 {{- if and (eq ($group.device | default "cpu") "cuda") (not $gpus) -}}
 {{- fail (printf "%s.device is cuda, but %s.resources.limits has no nvidia.com/gpu: ask for a GPU, or set the device to cpu" $at $at) -}}
 {{- end -}}
-{{- if and (gt (int (dig "spares" "maxWorkers" 0 $group)) 1) (not $.Values.ray.autoscaler.enabled) -}}
-{{- fail (printf "%s.spares.maxWorkers above 1 asks for workers that no pod is made for: set ray.autoscaler.enabled too" $at) -}}
+{{- with $group.autoscaling -}}
+{{- if .enabled -}}
+{{- if not $.Values.ray.autoscaler.enabled -}}
+{{- fail (printf "%s.autoscaling.enabled asks for workers that no pod is made for: set ray.autoscaler.enabled too" $at) -}}
+{{- end -}}
+{{- if eq ($group.device | default "cpu") "cuda" -}}
+{{- fail (printf "%s.autoscaling.enabled needs workers that load and drop experts while they serve, and those on GPUs do not: leave it out" $at) -}}
+{{- end -}}
+{{- if or (gt (int (.minWorkers | default 1)) (int $group.workers)) (lt (int .maxWorkers) (int $group.workers)) -}}
+{{- fail (printf "%s.workers is %d, outside of %s.autoscaling %d to %d: put it between the two" $at (int $group.workers) $at (int (.minWorkers | default 1)) (int .maxWorkers)) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- if and (eq ($group.device | default "cpu") "cpu") $gpus -}}
 {{- fail (printf "%s.resources.limits has nvidia.com/gpu, but %s.device is cpu: set the device to cuda, or leave the GPU out" $at $at) -}}

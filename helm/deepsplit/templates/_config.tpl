@@ -22,7 +22,7 @@ experts.shares: set experts.groups.NAME.share
 experts.placement: set experts.groups.NAME.nodeSelector, .tolerations or .affinity
 experts.pools: set experts.groups
 experts.device: set experts.groups.NAME.device
-experts.spares: set experts.groups.NAME.spares
+experts.autoscaling: set experts.groups.NAME.autoscaling
 experts.threads: set experts.groups.NAME.resources.limits.cpu
 experts.host: workers listen on their pod's address; leave it out
 experts.max_per_node: each pod holds one worker; set experts.groups.NAME.workers
@@ -106,12 +106,14 @@ monitoring.port: scrape targets take the ports from 9400 on, which the network p
 {{- else -}}
 {{- $_ := set $pool "threads" (int (include "deepsplit.cpus" (dict "name" (printf "experts.groups.%s" $name) "group" $group))) -}}
 {{- end -}}
-{{- if gt (int (dig "spares" "maxWorkers" 0 $group)) 0 -}}
-{{- $spares := dict "max_workers" $group.spares.maxWorkers -}}
-{{- range $ours, $theirs := dict "target_busy" "targetBusy" "upscale_delay_s" "upscaleDelaySeconds" "downscale_delay_s" "downscaleDelaySeconds" -}}
-{{- if hasKey $group.spares $theirs -}}{{- $_ := set $spares $ours (get $group.spares $theirs) -}}{{- end -}}
+{{- with $group.autoscaling -}}
+{{- if .enabled -}}
+{{- $scaling := dict -}}
+{{- range $ours, $theirs := dict "min_workers" "minWorkers" "max_workers" "maxWorkers" "target_busy" "targetBusy" "upscale_delay_s" "upscaleDelaySeconds" "downscale_delay_s" "downscaleDelaySeconds" -}}
+{{- if hasKey $group.autoscaling $theirs -}}{{- $_ := set $scaling $ours (get $group.autoscaling $theirs) -}}{{- end -}}
 {{- end -}}
-{{- $_ := set $pool "spares" $spares -}}
+{{- $_ := set $pool "autoscaling" $scaling -}}
+{{- end -}}
 {{- end -}}
 {{- $pools = append $pools $pool -}}
 {{- end -}}

@@ -52,7 +52,8 @@ def test_names_are_checked(name: str) -> None:
 
 
 @pytest.mark.parametrize("wanted", [["workers=2"], ["experts"], ["experts=0"], ["experts=-1"], ["experts=two"],
-                                    ["experts=2", "experts=3"], ["=2"], []])  # fmt: skip
+                                    ["experts=2", "experts=3"], ["=2"], ["experts.=2"],
+                                    ["attention.a=2"], []])  # fmt: skip
 def test_scale_says_what_it_takes(wanted: list[str]) -> None:
     done = CliRunner().invoke(cli, ["scale", *wanted])
     assert done.exit_code == 2

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cluster.config import Config, ExpertsConfig
+from cluster.config import Config, ExpertAutoscaling, ExpertsConfig
 from cluster.model.spec import load_model_spec
 from cluster.plan.local_node import node_resources
 from cluster.plan.nodes import NodeSpec
 from cluster.plan.plan import make_plan
-from cluster.plan.pools import expert_pools, spare_pools, with_copies
+from cluster.plan.pools import expert_pools
 
 GPU = {"name": "gpu", "workers": 1, "device": "cuda", "placement": {"resources": {"gpu_host": 1}}}
 CPU = {"name": "cpu", "workers": 2, "threads": 8, "placement": {"resources": {"cpu_host": 1}}}
@@ -79,21 +79,34 @@ def test_a_local_node_offers_what_every_pool_asks_for(demo_model: Any) -> None:
     assert offered["CPU"] >= 2 * 8 + 1
 
 
-def test_spare_slots_come_last_and_copy_their_pools_shares_evenly() -> None:
-    section = experts(workers=3, pools=[GPU | {"spares": {"max_workers": 2}}, CPU | {"spares": {"max_workers": 3}}])
-    gpu, cpu = spare_pools(section)
-    assert (gpu.pool.name, gpu.pool.slots, gpu.helped) == ("gpu-spares", range(3, 5), range(1))
-    assert (cpu.pool.name, cpu.pool.slots, cpu.helped) == ("cpu-spares", range(5, 8), range(1, 3))
-    assert (gpu.pool.experts.device, cpu.pool.experts.threads) == ("cuda", 8)
-    assert with_copies(["a", "b", "c"], section) == ["a", "b", "c", "a", "a", "b", "c", "b"]
-    assert with_copies(["a", "b"], experts(workers=2)) == ["a", "b"]
+LOAD: dict[str, Any] = {"autoscaling": {"max_workers": 8}}
 
 
-def test_spares_need_a_cluster_with_room() -> None:
-    values: dict[str, Any] = {"model": {"path": "/m"}, "experts": {"spares": {"max_workers": 2}}}
-    with pytest.raises(ValidationError, match=r"set ray\.address, or leave spares out"):
+def test_pools_have_their_own_autoscaling_and_only_elastic_ones_may() -> None:
+    gpu, cpu = expert_pools(experts(workers=3, pools=[GPU, CPU | LOAD]))
+    assert (gpu.elastic, cpu.elastic) == (False, True)
+    assert gpu.experts.autoscaling is None
+    assert cpu.experts.autoscaling == ExpertAutoscaling(max_workers=8)
+    assert not expert_pools(experts(take_over=False))[0].elastic
+
+
+@pytest.mark.parametrize(("section", "said"), [
+    ({"workers": 3, "pools": [GPU | LOAD, CPU]}, "those on GPUs do not"),
+    ({"device": "cuda"} | LOAD, "those on GPUs do not"),
+    ({"take_over": False} | LOAD, "experts.take_over is false"),
+    ({"workers": 9} | LOAD, "is for 1 to 8 workers, but workers is 9"),
+    ({"workers": 2, "autoscaling": {"min_workers": 3, "max_workers": 4}}, "is for 3 to 4 workers, but workers is 2"),
+    ({"autoscaling": {"min_workers": 3, "max_workers": 2}}, "below min_workers"),
+    ({"replicas_per_expert": 2} | LOAD, "with autoscaling there may be 1: raise min_workers"),
+    ({"workers": 3, "pools": [GPU, CPU]} | LOAD, "is set per pool"),
+])  # fmt: skip
+def test_what_load_cannot_scale_is_refused_by_name(section: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        experts(**section)
+
+
+def test_scaling_by_load_needs_a_cluster_with_room() -> None:
+    values: dict[str, Any] = {"model": {"path": "/m"}, "experts": LOAD}
+    with pytest.raises(ValidationError, match=r"set ray\.address, or a fixed experts\.workers"):
         Config.model_validate(values)
-    assert Config.model_validate(values | {"ray": {"address": "auto"}}).experts.spares is not None
-    pooled = {"workers": 3, "spares": {"max_workers": 1}, "pools": [GPU, CPU]}
-    with pytest.raises(ValidationError, match=r"move it into experts\.pools"):
-        experts(**pooled)
+    assert Config.model_validate(values | {"ray": {"address": "auto"}}).experts.autoscaling is not None

@@ -42,14 +42,14 @@ def beat(worker_id: str, busy: float = 0.0, heard: int = 0) -> Heartbeat:
     return Heartbeat(worker_id, busy, speed=0.0, free_bytes=1 << 40, heard=heard)
 
 
-async def started(directory: Directory, workers: int, **said: object) -> None:
+async def started(directory: Directory, workers: int, pool: str = "", **said: object) -> None:
     """Workers that hold their slots' shares and may hold others', of a directory that has heard of everybody."""
     directory._started_s -= 60
-    for name in "abcd"[:workers]:
-        assignment = await directory.join(name, 1, "n", range(workers))
+    for name in [f"{pool}{letter}" for letter in "abcd"[:workers]]:
+        assignment = await directory.join(name, 1, "n", pool)
         assert assignment is not None
         member = WorkerMember(name, assignment.slot, 1, "n", "", "ready", held=assignment.experts, elastic=True,
-                              expert_bytes=1 << 20)  # fmt: skip
+                              expert_bytes=1 << 20, pool=pool)  # fmt: skip
         assert await directory.register_worker(replace(member, **said), NO_TABLE)
 
 
@@ -124,7 +124,7 @@ def test_expert_workers_of_a_leaving_node_hand_over_first(directory: Directory) 
     async def scenario() -> None:
         members = {}
         for name, node in (("x", "a"), ("y", "b")):
-            assignment = await directory.join(name, 1, node, range(2))
+            assignment = await directory.join(name, 1, node, "")
             assert assignment is not None
             held = assignment.experts
             members[name] = WorkerMember(name, assignment.slot, 1, node, "", "ready", held=held, elastic=True)
@@ -147,31 +147,6 @@ def test_expert_workers_of_a_leaving_node_hand_over_first(directory: Directory) 
 
 def test_a_replicas_token_is_not_in_what_could_be_logged() -> None:
     assert "secret" not in repr(AttentionMember("r0", 1, "node", "ready", token="secret"))
-
-
-def test_workers_hear_how_busy_all_of_them_are(demo_model: Path, outside_serve: None) -> None:
-    config = {"model": {"path": demo_model}, "monitoring": {"port": 0}, "ray": {"address": "auto"},
-              "experts": {"workers": 2, "spares": {"max_workers": 2}}}  # fmt: skip
-    directory = Directory(Config.model_validate(config).model_dump_json())
-
-    async def scenario() -> None:
-        held = {}
-        for name, slots in (("a", range(2)), ("b", range(2)), ("spare", range(2, 4)), ("loading", range(2, 4))):
-            assignment = await directory.join(name, 1, "n", slots)
-            assert assignment is not None
-            held[name] = assignment.experts
-            if name != "loading":
-                member = WorkerMember(name, assignment.slot, 1, "n", f"n:{assignment.slot}", "ready")
-                await directory.register_worker(member, NO_TABLE)
-        assert held["spare"] == held["a"] != held["b"]  # a copy of the first worker's
-        assert await directory.join("too many", 1, "n", range(2, 4)) is None
-        await directory.heartbeat(beat("a", 0.9))
-        await directory.heartbeat(beat("loading"))  # has no experts yet
-        assert (await directory.heartbeat(beat("spare", 0.3))).plane_busy == pytest.approx(0.6)
-        await directory.leave("a")
-        assert (await directory.heartbeat(beat("spare", 0.3))).plane_busy == pytest.approx(0.3)
-
-    asyncio.run(scenario())
 
 
 def test_what_gateways_ask_for_adds_up(directory: Directory) -> None:
@@ -205,21 +180,21 @@ def test_a_common_admission_that_fell_silent_asks_for_nothing() -> None:
 def test_a_wish_reaches_workers_replicas_and_status(directory: Directory) -> None:
     async def scenario() -> None:
         await started(directory, 2)
-        assert await directory.join("c", 1, "n", range(2)) is None
-        assert await directory.scale(3, None) == ""
+        assert await directory.join("c", 1, "n", "") is None
+        assert await directory.scale({"": 3}, None) == ""
         wish = (await directory.heartbeat(beat("a"))).wish
         assert wish is not None
-        assert (wish.experts, wish.attention) == (3, 1)
+        assert (wish.experts, wish.attention) == ({"": 3}, 1)
         assert (await directory.demand(None)).wish == wish
         assert json.loads(await directory.status())["wanted"] == {"experts": 3, "attention": 1}
-        assignment = await directory.join("c", 1, "n", range(2))
+        assignment = await directory.join("c", 1, "n", "")
         assert assignment is not None
         assert assignment.slot == 2
-        assert await directory.scale(None, 4) == ""
+        assert await directory.scale({}, 4) == ""
         newer = (await directory.heartbeat(beat("a"))).wish
         assert newer is not None
         assert newer.version > wish.version
-        assert (newer.experts, newer.attention) == (3, 4)
+        assert (newer.experts, newer.attention) == ({"": 3}, 4)
 
     asyncio.run(scenario())
 
@@ -227,34 +202,84 @@ def test_a_wish_reaches_workers_replicas_and_status(directory: Directory) -> Non
 def test_a_new_directory_hears_of_the_wish_and_of_the_newest_alone(directory: Directory) -> None:
     async def scenario() -> None:
         await started(directory, 2)
-        await directory.heartbeat(replace(beat("a"), wish=Wish(7, experts=4, attention=2)))
-        await directory.demand(Wish(6, experts=9, attention=9))
+        await directory.heartbeat(replace(beat("a"), wish=Wish(7, {"": 4}, attention=2)))
+        await directory.demand(Wish(6, {"": 9}, attention=9))
         assert json.loads(await directory.status())["wanted"] == {"experts": 4, "attention": 2}
 
     asyncio.run(scenario())
 
 
+GPUS = {"name": "gpu", "workers": 1, "device": "cuda"}
+POOLS = {"experts": {"workers": 3, "pools": [{"name": "a", "workers": 2}, GPUS]}}
+BY_LOAD = {"experts": {"autoscaling": {"max_workers": 4, "upscale_delay_s": 0}}, "ray": {"address": "auto"}}
+
+
 @pytest.mark.parametrize(("config", "said", "asked", "why_not"), [
-    ({"attention": {"autoscaling": {"max_replicas": 4}}, "ray": {"address": "auto"}}, {}, (None, 2), "autoscaling"),
-    ({"experts": {"spares": {"max_workers": 2}}, "ray": {"address": "auto"}}, {}, (3, None), "experts.spares is set"),
-    ({"experts": {"pools": [{"name": "a", "workers": 2}]}}, {}, (3, None), "experts.pools"),
-    ({"experts": {"workers": 2, "replicas_per_expert": 2}}, {}, (1, None), "replicas_per_expert is 2"),
-    ({}, {"elastic": False}, (3, None), "cannot load others' experts"),
-    ({}, {}, (100_000, None), "copies of experts"),
-    ({}, {}, (1, None), "0 MiB free"),
+    ({"attention": {"autoscaling": {"max_replicas": 4}}, "ray": {"address": "auto"}}, {}, ({}, 2), "autoscaling"),
+    (BY_LOAD, {}, ({"": 3}, None), "experts.autoscaling is set"),
+    (POOLS, {}, ({"": 3}, None), "say which: experts.a=NUMBER or experts.gpu=NUMBER"),
+    (POOLS, {}, ({"b": 3}, None), "there is no pool 'b' of expert workers: say experts.a=NUMBER or experts.gpu=NUMBER"),
+    (POOLS, {}, ({"gpu": 3}, None), "cannot load others' experts"),
+    (POOLS, {"elastic": False}, ({"a": 3}, None), "cannot load others' experts"),
+    ({"experts": {"workers": 2, "replicas_per_expert": 2}}, {}, ({"": 1}, None), "replicas_per_expert is 2"),
+    ({}, {"elastic": False}, ({"": 3}, None), "cannot load others' experts"),
+    ({"experts": {"take_over": False}}, {}, ({"": 3}, None), "cannot load others' experts"),
+    ({}, {}, ({"": 100_000}, None), "copies of experts"),
+    ({}, {}, ({"": 1}, None), "0 MiB free"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(
     demo_model: Path, outside_serve: None, config: dict[str, object], said: dict[str, object],
-    asked: tuple[int | None, int | None], why_not: str,
+    asked: tuple[dict[str, int], int | None], why_not: str,
 ) -> None:  # fmt: skip
     base = {"model": {"path": demo_model}, "monitoring": {"port": 0}}
     directory = Directory(Config.model_validate(base | config).model_dump_json())
 
     async def scenario() -> None:
-        await started(directory, 2, **said)
+        await started(directory, 2, "a" if config is POOLS else "", **said)
         before = json.loads(await directory.status())["wanted"]
         assert why_not in await directory.scale(*asked)
         assert json.loads(await directory.status())["wanted"] == before
+
+    asyncio.run(scenario())
+
+
+def test_pools_have_numbers_of_their_own(demo_model: Path, outside_serve: None) -> None:
+    base = {"model": {"path": demo_model}, "monitoring": {"port": 0}}
+    directory = Directory(Config.model_validate(base | POOLS).model_dump_json())
+
+    async def scenario() -> None:
+        await started(directory, 2, "a")
+        await started(directory, 1, "gpu", elastic=False)
+        gpus = directory._membership.share_of("gpua")
+        assert await directory.join("late", 1, "n", "a") is None
+        assert await directory.scale({"a": 3}, None) == ""
+        wish = (await directory.heartbeat(beat("aa"))).wish
+        assert wish is not None
+        assert wish.experts == {"a": 3, "gpu": 1}
+        assert json.loads(await directory.status())["wanted"]["experts"] == 4
+        assert await directory.join("gpus", 1, "n", "gpu") is None
+        assert await directory.join("late", 1, "n", "a") is not None
+        assert directory._membership.share_of("gpua") == gpus  # its worker could not drop any
+
+    asyncio.run(scenario())
+
+
+def test_workers_come_and_go_with_the_load(demo_model: Path, outside_serve: None) -> None:
+    base = {"model": {"path": demo_model}, "monitoring": {"port": 0}}
+    directory = Directory(Config.model_validate(base | BY_LOAD).model_dump_json())
+
+    async def wish() -> dict[str, int]:
+        wish = (await asyncio.wait_for(directory.heartbeat(beat("a", 0.9)), 2)).wish
+        return {} if wish is None else dict(wish.experts)
+
+    async def scenario() -> None:
+        await started(directory, 2)
+        directory._heartbeat_interval_s = 0.02
+        assert await wish() == {}
+        await directory.heartbeat(beat("b", 0.6))  # 1.5 workers' work, of which each is to do 0.6: 2.5
+        for _ in range(50):
+            await asyncio.sleep(0.02)
+        assert await wish() == {"": 3}
 
     asyncio.run(scenario())
 
@@ -270,7 +295,7 @@ def test_workers_restart_one_after_the_other(directory: Directory) -> None:
         assert json.loads(await directory.status())["to_restart"] == ["a", "b"]
         await directory.leave("a")
         assert not (await directory.heartbeat(beat("b"))).restart  # its successor is not there yet
-        assignment = await directory.join("c", 1, "n", range(2))
+        assignment = await directory.join("c", 1, "n", "")
         assert assignment is not None
         made = WorkerMember("c", assignment.slot, 1, "n", "", "ready", held=assignment.experts, elastic=True)
         assert await directory.register_worker(made, NO_TABLE)
@@ -313,9 +338,9 @@ def test_a_directory_that_was_just_started_hears_of_earlier_wishes_first(directo
     async def scenario() -> None:
         await started(directory, 2)
         directory._started_s = time.monotonic() - 5.5  # of 6 s
-        asked = asyncio.create_task(directory.scale(None, 2))
+        asked = asyncio.create_task(directory.scale({}, 2))
         await asyncio.sleep(0.1)
-        await directory.heartbeat(replace(beat("a"), wish=Wish(7, experts=4, attention=1)))
+        await directory.heartbeat(replace(beat("a"), wish=Wish(7, {"": 4}, attention=1)))
         assert not asked.done()
         assert await asked == ""
         assert json.loads(await directory.status())["wanted"] == {"experts": 4, "attention": 2}
@@ -329,8 +354,8 @@ def test_nothing_is_dropped_before_every_replica_may_have_polled(directory: Dire
     async def scenario() -> None:
         await started(directory, 2)
         directory._started_s += 60
-        directory._membership.resize(3)
-        assignment = await directory.join("c", 1, "n", range(2))
+        directory._membership.resize({"": 3})
+        assignment = await directory.join("c", 1, "n", "")
         assert assignment is not None
         made = WorkerMember("c", assignment.slot, 1, "n", "", "ready", held=assignment.experts, elastic=True)
         assert await directory.register_worker(made, NO_TABLE)

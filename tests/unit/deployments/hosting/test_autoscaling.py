@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cluster.config import AttentionAutoscaling, Config, ExpertSpares
+from cluster.config import AttentionAutoscaling, Config
 from deployments.hosting.autoscaling import (
-    BUSY,
     DEMAND,
     OCCUPANCY,
     WISH,
@@ -18,7 +17,6 @@ from deployments.hosting.autoscaling import (
     LoadPolicy,
     WishPolicy,
     serve_autoscaling,
-    spare_autoscaling,
     wanted,
 )
 
@@ -53,19 +51,9 @@ def test_bounds_must_fit() -> None:
     assert serve_autoscaling(scaling, config.attention.replicas).initial_replicas == 4
 
 
-@pytest.mark.parametrize(
-    ("busy", "spares", "replicas"),
-    [(0.6, 1, 1), (0.8, 1, 3), (1.0, 1, 4), (1.0, 3, 7), (0.3, 4, 1), (0.1, 4, 0)],  # Serve keeps at least one
-)
-def test_redundant_workers_take_the_load_that_is_too_much(busy: float, spares: int, replicas: int) -> None:
-    policy = LoadPolicy(BUSY, target=0.6, fixed=3)
-    context: Any = SimpleNamespace(aggregated_metrics={BUSY: {"a": busy}}, current_num_replicas=spares)
-    assert policy(context) == (replicas, {})
-
-
-def test_nothing_changes_while_no_spare_has_said_anything() -> None:
+def test_nothing_changes_while_no_replica_has_said_anything() -> None:
     context: Any = SimpleNamespace(aggregated_metrics={}, current_num_replicas=2)
-    assert LoadPolicy(BUSY, target=0.6, fixed=3)(context) == (2, {})
+    assert LoadPolicy(target=0.6)(context) == (2, {})
 
 
 @pytest.mark.parametrize(
@@ -83,12 +71,7 @@ def test_what_clients_ask_for_counts_whatever_the_engines_have(
 ) -> None:
     said = {OCCUPANCY: {"a": occupancy, "b": occupancy}, DEMAND: {"a": demand, "b": 0.9 * demand}}
     context: Any = SimpleNamespace(aggregated_metrics=said, current_num_replicas=running)
-    assert LoadPolicy(OCCUPANCY, target=0.7)(context) == (replicas, {})
-
-
-def test_one_spare_is_always_there() -> None:
-    scaling = spare_autoscaling(ExpertSpares(max_workers=4, downscale_delay_s=7), helped=3)
-    assert (scaling.min_replicas, scaling.max_replicas, scaling.downscale_delay_s) == (1, 4, 7)
+    assert LoadPolicy(target=0.7)(context) == (replicas, {})
 
 
 def test_the_newest_wish_counts_whoever_has_heard_of_it() -> None:

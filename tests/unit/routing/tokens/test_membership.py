@@ -36,11 +36,12 @@ def table_at(membership: Membership, now_s: float) -> PlacementTable | None:
 
 
 def test_a_worker_takes_a_slot_of_its_pool() -> None:
-    membership = make()
-    assert membership.join("a", 1, "n", 0.0, slots=range(1, 2)) == 1
-    assert membership.join("b", 1, "n", 0.0, slots=range(1, 2)) is None  # although slot 0 is free
-    assert membership.join("c", 1, "n", 0.0, slots=range(1)) == 0
-    assert membership.join("b", 1, "n", 6.0, slots=range(1, 2)) == 1  # a was silent
+    membership = Membership(SHARES, 5.0, 0.0, 7, pools=["gpu", "cpu"], fixed_pools=["gpu"])
+    assert membership.join("a", 1, "n", 0.0, "cpu") == 1
+    assert membership.join("b", 1, "n", 0.0, "cpu") is None  # although slot 0 is free
+    assert membership.join("c", 1, "n", 0.0, "gpu") == 0
+    assert membership.join("b", 1, "n", 6.0, "cpu") == 1  # a was silent
+    assert membership.join("x", 1, "n", 6.0, "other") is None
 
 
 def test_nothing_is_published_before_every_expert_has_a_holder() -> None:
@@ -213,15 +214,17 @@ def test_queries_change_nothing() -> None:
     assert (len(membership.members()), membership.uncovered()) == (0, 4)
 
 
-def test_only_ready_workers_that_reported_count_as_busy() -> None:
-    membership = make()
-    assert membership.busy() == 0.0
-    start(membership, "a", 0.0)
-    assert membership.busy() == 0.0
-    membership.heartbeat("a", 0.5, 0.0)
-    membership.join("b", 1, "n", 0.0)
-    membership.heartbeat("b", 0.9, 0.0)  # still loading
-    assert membership.busy() == 0.5
+def test_busy_are_ready_workers_of_the_pool_that_reported() -> None:
+    membership = Membership(SHARES * 2, 5.0, 0.0, 7, pools=["x", "x", "x", "y"])
+    assert membership.busy("x") is None
+    for slot, (name, pool) in enumerate((("a", "x"), ("b", "x"), ("c", "x"), ("d", "y"))):
+        assert membership.join(name, 1, "n", 0.0, pool) == slot
+        if name != "c":  # it still loads
+            assert membership.register(ready(name, slot, pool=pool), NO_TABLE, 0.0)
+    assert membership.busy("x") is None
+    for name, busy in (("a", 0.5), ("b", 0.75), ("c", 0.25), ("d", 0.125)):
+        membership.heartbeat(name, busy, 0.0)
+    assert (membership.busy("x"), membership.busy("y")) == (1.25, 0.125)
 
 
 # --- others take over what nobody else has ---
@@ -416,7 +419,7 @@ def test_more_slots_come_with_their_workers_and_take_from_the_others() -> None:
     membership = make()
     settled_pair(membership)
     assert membership.join("c", 1, "n", 0.0) is None
-    membership.resize(3)
+    membership.resize({"": 3})
     slot = membership.join("c", 1, "n", 0.0)
     assert slot == 2
     assert membership.join("d", 1, "n", 0.0) is None
@@ -436,7 +439,7 @@ def test_more_slots_come_with_their_workers_and_take_from_the_others() -> None:
 def test_fewer_slots_wait_for_whoever_leaves() -> None:
     membership = make()
     _, b = settled_pair(membership)
-    membership.resize(1)
+    membership.resize({"": 1})
     assert membership.shares().keys() == {"a", "b"}  # both are alive: Serve chooses which one goes
     assert not membership.retire("a")
     assert membership.share_of("a") == {}
@@ -457,7 +460,7 @@ def test_a_slot_that_is_empty_already_goes_at_once() -> None:
     membership = make()
     settled_pair(membership)
     membership.leave("a")
-    membership.resize(1)
+    membership.resize({"": 1})
     assert membership.join("c", 1, "n", 0.0) is None
     assert membership.keeps("b") == {1: (0, 1, 2, 3)}
     assert membership.share_of("b") == {1: (0, 1, 2, 3)}
@@ -465,7 +468,7 @@ def test_a_slot_that_is_empty_already_goes_at_once() -> None:
 
 def test_a_new_directory_learns_of_slots_it_was_not_configured_with() -> None:
     successor = Membership(SHARES, heartbeat_timeout_s=5.0, now_s=100.0, incarnation=8)
-    successor.resize(3)  # heartbeats say so
+    successor.resize({"": 3})  # heartbeats say so
     for slot, ids in enumerate([(0,), (2, 3), (1,)]):
         member = replace(ready(f"w{slot}", 0), slot=slot, held={1: ids}, share={1: ids}, elastic=True)
         assert successor.register(member, Stamp(7, 9), 100.0)

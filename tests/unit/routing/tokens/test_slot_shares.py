@@ -53,7 +53,7 @@ def test_what_a_slot_gives_up_goes_to_others_once(fleet: tuple[int, int, int], r
     del shares[random.randrange(slots)]
     if not shares:
         return
-    enough = with_enough(shares, needed, replicas, {})
+    enough = with_enough(shares, replicas * needed, {})
     assert (counts(enough) == min(replicas, len(shares))).all()
     for slot, before in shares.items():
         assert not (before & ~enough[slot]).any()
@@ -62,8 +62,8 @@ def test_what_a_slot_gives_up_goes_to_others_once(fleet: tuple[int, int, int], r
 def test_what_is_held_already_is_not_loaded_again() -> None:
     shares = {0: np.array([[True, True, False, False]]), 1: np.array([[False, False, True, False]])}
     needed = np.ones((1, 4), dtype=bool)
-    assert with_enough(shares, needed, 1, {})[1][0, 3]  # the smallest share
-    assert with_enough(shares, needed, 1, {0: needed})[0][0, 3]  # but it is there already
+    assert with_enough(shares, needed, {})[1][0, 3]  # the smallest share
+    assert with_enough(shares, needed, {0: needed})[0][0, 3]  # but it is there already
 
 
 def test_orphans_are_divided_by_count_and_by_what_is_there() -> None:
