@@ -10,46 +10,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import dataclasses
 import json
-import os
 import random
-import signal
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.failover.faults import slowed
 from benchmarks.measuring.application import Application
 from benchmarks.measuring.sse_client import connect
 from benchmarks.split_vs_unsplit import SHAPE
 from tests.checkpoints import make_checkpoint
 
 _RUNS_S, _STOPS_S = 0.001, 0.002
-
-
-@contextlib.contextmanager
-def slowed(pid: int) -> Iterator[None]:
-    """The process runs a third of the time."""
-    done = threading.Event()
-
-    def throttle() -> None:
-        while not done.is_set():
-            os.kill(pid, signal.SIGSTOP)
-            time.sleep(_STOPS_S)
-            os.kill(pid, signal.SIGCONT)
-            time.sleep(_RUNS_S)
-
-    thread = threading.Thread(target=throttle)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 async def tokens_per_s(url: str, clients: int, warm_up_s: float, seconds: float) -> float:
@@ -81,7 +56,7 @@ def measure(checkpoint: Path, moves: bool, args: argparse.Namespace) -> dict[str
     }
     with tempfile.TemporaryDirectory(prefix="dsplit-", dir="/tmp") as folder, Application(Path(folder), config) as app:
         status = app.status()
-        with slowed(status["experts"][0]["pid"]):
+        with slowed(status["experts"][0]["pid"], _RUNS_S, _STOPS_S):
             rate = asyncio.run(tokens_per_s(status["gateway"]["rest"], args.clients, args.warm_up, args.seconds))
         status = app.status()
     held = [sum(map(len, worker["experts"].values())) for worker in status["experts"]]

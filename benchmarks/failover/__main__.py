@@ -5,8 +5,9 @@ The whole product, started as `deepsplit up` starts it, in float32, where tokens
 time that a stream got no token, from the fault until the cluster is whole again; beside it the 99th percentile of the
 times between two tokens meanwhile, over that of the seconds before. Faults: an expert worker is killed (`kill`),
 stopped (`stop`), or runs for 1 ms of each 20 for a while (`slow`); packets to and from its port vanish for a while, so
-that its connections are half open while its heartbeats go on (`cut`, needs root and iptables); the directory is killed
-(`directory`), and a worker with it (`both`); two workers more are added and go again (`scale`); all workers are
+that its connections are half open while its heartbeats go on (`cut`, needs root and iptables); its kernels fail
+(`fail`) or never return (`hang`); the directory is killed (`directory`), and a worker with it (`both`); a worker gets a
+third of its time, and experts move (`rebalance`); two workers more are added and go again (`scale`); all workers are
 replaced, one after the other (`restart`). `python -m benchmarks.failover --help`
 """
 
@@ -18,9 +19,7 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,15 +30,13 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.failover.faults import FAULTS, environment, impossible
 from benchmarks.failover.streams import MODEL, Streams, now_s
 from benchmarks.measuring.application import Application
 
 _DEMO = Path(__file__).parents[2] / "models" / "demo"
 _CALM_S = 2.0  # before each fault
 _WHOLE_S = 90.0  # the longest wait for the replacement of a worker
-_SLOW_S, _SLOW_RUNS_S, _SLOW_STOPS_S = 8.0, 0.001, 0.019
-_CUT_S = 8.0
-_FAULTS = ("kill", "stop", "slow", "cut", "directory", "both", "scale", "restart")
 
 
 @dataclass(frozen=True)
@@ -65,25 +62,11 @@ async def strike(app: Application, fault: str, times: int, workers: int, replica
         for _ in range(times):
             await asyncio.sleep(2 + 2 * random.random())
             victim = random.choice(await asyncio.to_thread(app.ready))
-            directory = await asyncio.to_thread(app.directory)
             calm_s = now_s()
             await asyncio.sleep(_CALM_S)
             struck_s = now_s()
-            if fault == "slow":
-                await asyncio.to_thread(_slow_down, victim["pid"])
-            elif fault == "cut":
-                await asyncio.to_thread(_cut_off, int(victim["address"].rpartition(":")[2]))
-            elif fault == "restart":
-                await asyncio.to_thread(app.restart)
-            elif fault == "scale":
-                await asyncio.to_thread(app.scale, workers + 2)
-                await asyncio.to_thread(app.scale, workers)
-            else:
-                if fault in ("directory", "both"):
-                    os.kill(directory, signal.SIGKILL)
-                if fault != "directory":
-                    os.kill(victim["pid"], signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
-            gone = {victim["id"]} if fault in ("kill", "stop", "both") else set()
+            await asyncio.to_thread(FAULTS[fault].happen, app, victim)
+            gone = {victim["id"]} if FAULTS[fault].replaces else set()
             while now_s() - struck_s < _WHOLE_S:
                 await asyncio.sleep(0.5)
                 ready = {worker["id"] for worker in await asyncio.to_thread(app.ready)}
@@ -105,31 +88,12 @@ async def strike(app: Application, fault: str, times: int, workers: int, replica
     return Outcome(fault, replicas, times, requests, dict(tally.failed), sorted(gaps), sorted(whole), between_tokens)
 
 
-def _slow_down(pid: int) -> None:
-    ends_s = now_s() + _SLOW_S
-    while now_s() < ends_s:
-        os.kill(pid, signal.SIGSTOP)
-        time.sleep(_SLOW_STOPS_S)
-        os.kill(pid, signal.SIGCONT)
-        time.sleep(_SLOW_RUNS_S)
-
-
-def _cut_off(port: int) -> None:
-    rules = [["INPUT", "-p", "tcp", end, str(port), "-j", "DROP"] for end in ("--dport", "--sport")]
-    try:
-        for rule in rules:
-            subprocess.run(["iptables", "-I", *rule], check=True)
-        time.sleep(_CUT_S)
-    finally:
-        for rule in rules:
-            subprocess.run(["iptables", "-D", *rule], check=False)
-
-
 def _config(workers: int, replicas: int) -> dict[str, Any]:
     return {
         "model": {"path": str(_DEMO), "name": MODEL, "dtype": "float32"},
         "attention": {"kv_cache_gib": 0.25, "max_model_len": 1024},
-        "experts": {"workers": workers, "replicas_per_expert": replicas},
+        "experts": {"workers": workers, "replicas_per_expert": replicas,
+                    "rebalance": {"interval_s": 5}},
         "ray": {"num_cpus": workers + 10},
     }
 
@@ -152,20 +116,23 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=4, help="streams at once")
     parser.add_argument("--workers", type=int, default=2, help="expert workers")
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2], help="experts.replicas_per_expert")
-    parser.add_argument("--fault", choices=_FAULTS, nargs="+", default=_FAULTS, help="only these")
+    parser.add_argument("--fault", choices=FAULTS, nargs="+", default=list(FAULTS), help="only these")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a request failed or had other tokens")
     parser.add_argument("--json", action="store_true", help="every value, as JSON")
     args = parser.parse_args()
-    if "cut" in args.fault and (os.geteuid() != 0 or shutil.which("iptables") is None):
-        print("without `cut`, which needs root and iptables", file=sys.stderr)
-        args.fault = [fault for fault in args.fault if fault != "cut"]
+    for fault, why in impossible().items():
+        if fault in args.fault:
+            print(f"without `{fault}`: {why}", file=sys.stderr)
+            args.fault.remove(fault)
     outcomes = []
     if not args.json:
         print(f"{'fault':<10}{'replicas':>9}{'times':>7}{'requests':>10}{'failed':>8}{'streams':>9}{'gap p50':>9}"
               f"{'p99':>8}{'max, s':>8}{'whole, s':>9}{'tokens p99':>12}  what clients saw", flush=True)  # fmt: skip
     for replicas in args.replicas:
         with tempfile.TemporaryDirectory(prefix="dsplit-", dir="/tmp") as folder:
-            with Application(Path(folder), _config(args.workers, replicas)) as app:
+            faults = Path(folder) / "faults"
+            faults.mkdir()
+            with Application(Path(folder), _config(args.workers, replicas), environment(faults)) as app:
                 for fault in args.fault:
                     one = asyncio.run(strike(app, fault, args.times, args.workers, replicas, args.clients))
                     outcomes.append(one)

@@ -49,16 +49,14 @@ class TurnRunner:
             return
         error = self._compute(turn.slices, turn.rows)
         if error is None:
-            self._fence.computed()
             return
         errors = [error]
         if len(turn.slices) > 1:  # one bad request must not fail those that shared its batch
             errors = [failed for part in turn.slices if (failed := self._alone(part)) is not None]
         else:
             self._finish(turn.slices[0].work, error)
-        if len(errors) < len(turn.slices):
-            self._fence.computed()
-        elif broken := [failed.__cause__ for failed in errors if failed.__cause__ is not None]:
+        broken = [failed.__cause__ for failed in errors if failed.__cause__ is not None]
+        if len(errors) == len(turn.slices) and broken:
             self._fence.failed(broken[-1])
 
     def _alone(self, part: Slice) -> DeepsplitError | None:
@@ -87,6 +85,7 @@ class TurnRunner:
             return failed
         took_s = self._clock() - started
         self.busy_s += took_s
+        self._fence.computed(took_s)
         if self._meter is not None:
             queued = tuple(part.work.started - part.work.arrived for part in slices if part.ends)
             self._meter.batch(BatchSample(rows, took_s, queued))

@@ -14,14 +14,14 @@ def test_failures_in_a_row_close_it_once(caplog: pytest.LogCaptureFixture) -> No
     fence = Fence(30.0)
     for _ in range(FAILED_TURNS - 1):
         fence.failed(MemoryError())
-    fence.computed()
+    fence.computed(0.1)
     for _ in range(FAILED_TURNS - 1):
         fence.failed(MemoryError())
     assert fence.reason is None
     fence.failed(MemoryError("the last"))
     reason = fence.reason
     assert reason == "3 turns of the experts in a row failed, the last with MemoryError('the last')"
-    fence.computed()
+    fence.computed(0.1)
     fence.failed(ValueError())
     assert fence.look(99.0) == reason
     assert len(caplog.records) == 1
@@ -40,6 +40,35 @@ def test_a_turn_that_hangs_closes_it() -> None:
     assert fence.look(29.9) is None
     assert "more than dispatch.call_timeout_s (30 s)" in (fence.look(30.1) or "")
     assert fence.look(0.0) is not None
+
+
+def known(longest_s: float) -> Fence:
+    fence = Fence(30.0)
+    for _ in range(300):
+        fence.computed(longest_s)
+    return fence
+
+
+@pytest.mark.parametrize(("longest_s", "hangs_after_s"), [(0.01, 11), (0.8, 17), (5.0, 31)])
+def test_a_turn_that_takes_much_longer_than_any_before_hangs(longest_s: float, hangs_after_s: int) -> None:
+    fence = known(longest_s)
+    for second in range(hangs_after_s):
+        assert fence.look(float(second)) is None
+    assert "seems to hang" in (fence.look(float(hangs_after_s)) or "")
+
+
+def test_the_first_turns_may_take_long() -> None:
+    fence = Fence(30.0)
+    fence.computed(0.01)
+    assert all(fence.look(float(second)) is None for second in range(30))
+
+
+def test_a_process_that_stood_still_does_not_hang() -> None:
+    fence = known(0.01)
+    assert fence.look(0.5) is None
+    assert fence.look(25.0) is None  # stopped and continued, or a frozen host
+    assert fence.look(0.2) is None
+    assert all(fence.look(float(second)) is None for second in range(9))
 
 
 def turns_that_raise(*errors: Exception | None) -> Turns:
