@@ -221,6 +221,10 @@ class RayCluster:
         output, _ = start.communicate(timeout=180)
         assert start.returncode == 0, f"ray start failed:\n{output}"
 
+    def kill(self, host: Host) -> None:
+        """Kill all that runs on `host`, as when it loses its power."""
+        _kill_all(host.name)
+
     def close(self) -> None:
         """Kill the nodes and remove their files. The namespaces stay: they are the network's."""
         for host in self._network.hosts:
