@@ -27,7 +27,7 @@ FP8_BLOCK = 128  # DeepSeek-V3: one float32 scale per 128 x 128 block
 _FP8_MAX = 448.0  # largest finite float8_e4m3fn
 _KV_LORA_RANK, _ROPE_DIM = 512, 64  # the only sizes that vLLM's CPU MLA backend serves
 
-Architecture = Literal["DeepseekV3ForCausalLM", "Qwen3MoeForCausalLM"]
+Architecture = Literal["DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "Qwen3MoeForCausalLM"]
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,24 @@ class Shape:
     max_positions: int = 512
     fp8_experts: bool = False  # routed experts as float8_e4m3fn with one float32 scale per block
     fp8_linears: bool = False  # all other linear layers too, as DeepSeek-V3 is released
+    index_topk: int = 16  # DeepSeek-V3.2: positions that a token attends to
+    index_heads: int = 16  # with few, many scores tie at 0
+    index_head_dim: int = 128
+
+    @property
+    def deepseek(self) -> bool:
+        """Whether it is a model of that line."""
+        return self.architecture != "Qwen3MoeForCausalLM"
+
+    @property
+    def sparse(self) -> bool:
+        """Whether its attention is."""
+        return self.architecture == "DeepseekV32ForCausalLM"
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers with routed experts, MTP layers included."""
-        first = self.dense_layers if self.architecture == "DeepseekV3ForCausalLM" else 0
+        first = self.dense_layers if self.deepseek else 0
         return tuple(range(first, self.num_layers + self.num_mtp_layers))
 
 
@@ -72,6 +85,12 @@ SHAPES: MappingProxyType[str, Shape] = MappingProxyType(
         "released_fp8": Shape(
             hidden_size=256, moe_intermediate_size=128, head_dim=64, q_lora_rank=128, num_mtp_layers=1,
             fp8_experts=True, fp8_linears=True,
+        ),
+        "v32": Shape(architecture="DeepseekV32ForCausalLM", num_mtp_layers=1),
+        "v32_yarn": Shape(architecture="DeepseekV32ForCausalLM", yarn=True),
+        "v32_released_fp8": Shape(
+            architecture="DeepseekV32ForCausalLM", hidden_size=256, moe_intermediate_size=128, head_dim=64,
+            q_lora_rank=128, num_mtp_layers=1, fp8_experts=True, fp8_linears=True,
         ),
         "qwen3_moe": Shape(architecture="Qwen3MoeForCausalLM", n_group=1, topk_group=1, num_shared_experts=0),
     }
@@ -159,7 +178,7 @@ class _Maker:
 
     def _layer(self, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
         at = f"model.layers.{layer}"
-        deepseek = self.shape.architecture == "DeepseekV3ForCausalLM"
+        deepseek = self.shape.deepseek
         yield f"{at}.input_layernorm.weight", self._norm(self.hidden)
         yield f"{at}.post_attention_layernorm.weight", self._norm(self.hidden)
         yield from self._mla(f"{at}.self_attn") if deepseek else self._gqa(f"{at}.self_attn")
@@ -182,6 +201,19 @@ class _Maker:
     def _mla(self, at: str) -> Iterator[tuple[str, torch.Tensor]]:
         for name, weight in self._plain_mla(at):
             yield from _stored(name, weight, self.shape.fp8_linears and weight.dim() == 2)
+        if self.shape.sparse:
+            for name, weight in self._indexer(f"{at}.indexer"):
+                in_blocks = name.endswith((".wq_b.weight", ".wk.weight"))
+                yield from _stored(name, weight, self.shape.fp8_linears and in_blocks)
+
+    def _indexer(self, at: str) -> Iterator[tuple[str, torch.Tensor]]:
+        heads, width = self.shape.index_heads, self.shape.index_head_dim
+        assert self.shape.q_lora_rank
+        yield f"{at}.wq_b.weight", self._linear(heads * width, self.shape.q_lora_rank)
+        yield f"{at}.wk.weight", self._linear(width, self.hidden)
+        yield f"{at}.k_norm.weight", self._norm(width).float()
+        yield f"{at}.k_norm.bias", self._normal(width, std=0.1).float()
+        yield f"{at}.weights_proj.weight", self._linear(heads, self.hidden)
 
     def _plain_mla(self, at: str) -> Iterator[tuple[str, torch.Tensor]]:
         query_rows = self.shape.heads * (self.shape.head_dim + _ROPE_DIM)
@@ -261,8 +293,12 @@ def _config(shape: Shape, dtype: str) -> dict[str, object]:
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }
+    if shape.sparse:
+        config |= {
+            "index_topk": shape.index_topk, "index_n_heads": shape.index_heads, "index_head_dim": shape.index_head_dim,
+        }  # fmt: skip
     config |= {
-        "model_type": "deepseek_v3",
+        "model_type": "deepseek_v32" if shape.sparse else "deepseek_v3",
         "n_routed_experts": shape.num_experts,
         "n_shared_experts": shape.num_shared_experts,
         "num_key_value_heads": shape.heads,

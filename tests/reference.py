@@ -5,6 +5,7 @@ Prompts are lists of token ids. Prompts of equal length run as one batch, so not
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+import transformers
+from transformers import DynamicCache, PreTrainedModel
 
 from tests.tiny_tokenizer import SPECIAL_TOKENS
 
@@ -87,8 +89,11 @@ def score_reference(
 
 
 def load_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """transformers' own class for the checkpoint. It ignores MTP layers, and says so in its log."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    """transformers' own class for the checkpoint, by its name: `AutoModelForCausalLM` takes DeepSeek-V3.2 for V3 in a
+    process in which vLLM has read such a configuration. It ignores MTP layers, and says so in its log.
+    """
+    (name,) = json.loads((checkpoint / "config.json").read_text())["architectures"]
+    model: PreTrainedModel = getattr(transformers, name).from_pretrained(checkpoint, dtype=dtype)
     return model.eval()
 
 

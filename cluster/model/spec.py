@@ -232,6 +232,9 @@ def _attention_params(raw: _Keys, hidden: int) -> int:
     nope, rope, value = (raw.first_int(name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
     q_rank, q_rows = raw.first_int("q_lora_rank", default=0), heads * (nope + rope)
     query = q_rank * (hidden + q_rows) if q_rank else hidden * q_rows
+    if raw.first_int("index_topk", default=0):  # sparse attention: the lightning indexer's queries, key and weights
+        index_heads, index_width = raw.first_int("index_n_heads"), raw.first_int("index_head_dim")
+        query += q_rank * index_heads * index_width + hidden * (index_width + index_heads)
     return query + hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
 
 

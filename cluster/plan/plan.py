@@ -182,7 +182,7 @@ def model_facts(config: Config, spec: ModelSpec) -> ModelFacts:
         expert_form=form,
         expert_bytes_in_memory=spec.expert_bytes(form),
         attention_weight_bytes=_attention_bytes(spec, dtype, drafting, config.attention.device),
-        kv_bytes_per_token=_kv_values_per_layer(spec) * kv_layers * DTYPE_BYTES[dtype],
+        kv_bytes_per_token=_kv_bytes_per_layer(spec, DTYPE_BYTES[dtype], config.attention.device) * kv_layers,
     )
 
 
@@ -278,15 +278,20 @@ def _attention_bytes(spec: ModelSpec, dtype: str, drafting: bool, device: str | 
     return (params - plain) * linear_bytes + plain * DTYPE_BYTES[dtype]
 
 
-def _kv_values_per_layer(spec: ModelSpec) -> int:
-    """Values that one token leaves in one layer's KV cache: MLA's latent and rotary key, or keys and values."""
+def _kv_bytes_per_layer(spec: ModelSpec, value_bytes: int, device: str) -> int:
+    """Bytes that one token leaves in one layer's KV cache: MLA's latent and rotary key, or keys and values; with sparse
+    attention also the indexer's key, which vLLM holds on GPUs as FP8 with a float32 scale per 128 values.
+    """
     raw: Mapping[str, int] = json.loads((spec.path / "config.json").read_text())
     text = raw.get("text_config") or raw
     assert isinstance(text, Mapping)
-    if text.get("kv_lora_rank"):
-        return int(text["kv_lora_rank"]) + int(text["qk_rope_head_dim"])
-    heads = int(text["num_attention_heads"])
-    return 2 * int(text.get("num_key_value_heads") or heads) * int(text.get("head_dim") or spec.hidden_size // heads)
+    if not text.get("kv_lora_rank"):
+        heads = int(text["num_attention_heads"])
+        width = int(text.get("head_dim") or spec.hidden_size // heads)
+        return 2 * int(text.get("num_key_value_heads") or heads) * width * value_bytes
+    latent_bytes = (int(text["kv_lora_rank"]) + int(text["qk_rope_head_dim"])) * value_bytes
+    index_width = int(text["index_head_dim"]) if text.get("index_topk") else 0
+    return latent_bytes + (index_width * value_bytes if device == "cpu" else index_width + index_width // 128 * 4)
 
 
 def to_json(plan: Plan) -> str:

@@ -2,7 +2,7 @@
 
 vLLM loads `register` in each of its processes through the entry point group `vllm.general_plugins`. An engine whose
 `additional_config` has no `deepsplit` key keeps its experts, so unsplit engines run in the same environment; on CPU
-they too get linear layers for FP8 weights, which vLLM has for AMX only.
+they too get linear layers for FP8 weights, which vLLM has for AMX only, and sparse attention, which it has for GPUs.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import vllm
 
 from cluster.errors import StartupError
 from cluster.versions import VLLM_VERSION
-from deployments.attention.cpu_router_ops import define_missing
+from deployments.attention.cpu.router_ops import define_missing
 from deployments.attention.loader import AttentionOnlyLoader
 from deployments.attention.remote_experts import RemoteRoutedExperts
 from deployments.attention.vllm_internals import (
+    MultiHeadLatentAttentionWrapper,
     RoutedExperts,
     current_platform,
     op_registry_oot,
@@ -34,9 +35,12 @@ def register() -> None:
     """Entry point: put the class and the loader in vLLM's registries. vLLM may call it more than once."""
     define_missing(_ROUTER_OPS)
     if current_platform.is_cpu():
-        from deployments.attention.block_fp8 import CpuFp8Config
+        from deployments.attention.cpu.block_fp8 import CpuFp8Config
+        from deployments.attention.cpu.sparse_mla import SparseMLALayer
 
         register_quantization_config("fp8")(CpuFp8Config)
+        if op_registry_oot.get(MultiHeadLatentAttentionWrapper.__name__) is not SparseMLALayer:
+            MultiHeadLatentAttentionWrapper.register_oot(SparseMLALayer)
     if op_registry_oot.get(RoutedExperts.__name__) is not RemoteRoutedExperts:
         RoutedExperts.register_oot(RemoteRoutedExperts)
         register_model_loader(LOAD_FORMAT)(AttentionOnlyLoader)

@@ -28,6 +28,7 @@ class Internal:
 
 _MOE = "vllm.model_executor.layers.fused_moe"
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
+_BACKENDS = "vllm.v1.attention.backends.mla"
 
 NAMES = {
     # The replica's process: engine client and OpenAI application.
@@ -93,6 +94,22 @@ NAMES = {
     "is_layer_skipped": Internal(f"{_QUANTIZATION}.utils.quant_utils", ("match_mode", "fused_mapping")),
     "BlockQuantScaleParameter": Internal("vllm.model_executor.parameter"),
     "replace_parameter": Internal("vllm.model_executor.utils"),
+    # CPU: the platform, and sparse attention.
+    "cpu_platform_plugin": Internal("vllm.platforms"),
+    "CpuPlatform": Internal(
+        "vllm.platforms.cpu", ("check_and_update_config", "get_attn_backend_cls", "get_mla_prefill_backend_cls")
+    ),
+    "CPUSDPAMLAPrefillBackend": Internal(f"{_BACKENDS}.prefill.cpu_sdpa", ("_ragged_sdpa",)),
+    "CPUMLAImpl": Internal(f"{_BACKENDS}.cpu_mla", ("forward_mqa", "do_kv_cache_update", "num_heads")),
+    "MultiHeadLatentAttentionWrapper": Internal(
+        "vllm.model_executor.layers.mla", ("register_oot", "mla_modules", "skip_topk")
+    ),
+    "AttentionBackend": Internal("vllm.v1.attention.backend", ("get_supported_kernel_block_sizes", "is_sparse")),
+    "AttentionMetadata": Internal("vllm.v1.attention.backend"),
+    "AttentionMetadataBuilder": Internal("vllm.v1.attention.backend", ("build", "reorder_batch_threshold")),
+    "AttentionLayerBase": Internal("vllm.model_executor.layers.attention_layer_base", ("get_kv_cache_spec",)),
+    "MLAAttentionSpec": Internal("vllm.v1.kv_cache_interface", ("cache_dtype_str", "cache_role", "max_tp_shards")),
+    "SparseCacheRole": Internal("vllm.v1.kv_cache_interface", ("INDEXER",)),
     "extract_layer_index": Internal("vllm.model_executor.models.utils", ("layer_name",)),
     "SchedulerOutput": Internal("vllm.v1.core.sched.output", ("num_scheduled_tokens",)),
     "CPUWorker": Internal("vllm.v1.worker.cpu_worker", ("execute_model", "load_model")),

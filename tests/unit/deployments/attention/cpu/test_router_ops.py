@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deployments.attention.cpu_router_ops import _softmax, _TopK
+from deployments.attention.cpu.router_ops import _softmax, _TopK
 
 
 @pytest.mark.parametrize("renormalize", [True, False])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from deployments.attention.block_fp8 import BlockFp8Linear
+from deployments.attention.cpu.block_fp8 import BlockFp8Linear
 from deployments.attention.vllm_internals import current_platform
 from tests.checkpoints import quantise_fp8
 
