@@ -52,6 +52,7 @@ class Shape:
     max_positions: int = 512
     fp8_experts: bool = False  # routed experts as float8_e4m3fn with one float32 scale per block
     fp8_linears: bool = False  # all other linear layers too, as DeepSeek-V3 is released
+    ue8m0: bool = False  # scales that are powers of two, as since DeepSeek-V3.1
     index_topk: int = 16  # DeepSeek-V3.2: positions that a token attends to
     index_heads: int = 16  # with few, many scores tie at 0
     index_head_dim: int = 128
@@ -86,11 +87,11 @@ SHAPES: MappingProxyType[str, Shape] = MappingProxyType(
             hidden_size=256, moe_intermediate_size=128, head_dim=64, q_lora_rank=128, num_mtp_layers=1,
             fp8_experts=True, fp8_linears=True,
         ),
-        "v32": Shape(architecture="DeepseekV32ForCausalLM", num_mtp_layers=1),
-        "v32_yarn": Shape(architecture="DeepseekV32ForCausalLM", yarn=True),
+        "v32": Shape(architecture="DeepseekV32ForCausalLM"),
+        "v32_yarn": Shape(architecture="DeepseekV32ForCausalLM", num_mtp_layers=1, yarn=True),
         "v32_released_fp8": Shape(
             architecture="DeepseekV32ForCausalLM", hidden_size=256, moe_intermediate_size=128, head_dim=64,
-            q_lora_rank=128, num_mtp_layers=1, fp8_experts=True, fp8_linears=True,
+            q_lora_rank=128, num_mtp_layers=1, fp8_experts=True, fp8_linears=True, ue8m0=True,
         ),
         "qwen3_moe": Shape(architecture="Qwen3MoeForCausalLM", n_group=1, topk_group=1, num_shared_experts=0),
     }
@@ -135,16 +136,18 @@ def write_shards(folder: Path, tensors: dict[str, torch.Tensor], shards: int) ->
     (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def quantise_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_fp8(weight: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Block-quantise a float [rows, cols] to float8_e4m3fn and float32 scales [rows/128, cols/128], rounded up.
 
-    The weight is `fp8 * scale`, block by block, as DeepSeek-V3's `weight_scale_inv` says.
+    The weight is `fp8 * scale`, block by block, as DeepSeek-V3's `weight_scale_inv` says. `ue8m0`: scales are powers of
+    two, as since V3.1.
     """
     rows, cols = (-(-size // FP8_BLOCK) for size in weight.shape)
     padded = torch.zeros(rows * FP8_BLOCK, cols * FP8_BLOCK)
     padded[: weight.shape[0], : weight.shape[1]] = weight
     blocks = padded.view(rows, FP8_BLOCK, cols, FP8_BLOCK)
     scale = blocks.abs().amax(dim=(1, 3)) / _FP8_MAX
+    scale = scale.log2().ceil().exp2() if ue8m0 else scale
     fp8 = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
     return fp8.view(padded.shape)[: weight.shape[0], : weight.shape[1]].contiguous(), scale
 
@@ -184,7 +187,7 @@ class _Maker:
         yield from self._mla(f"{at}.self_attn") if deepseek else self._gqa(f"{at}.self_attn")
         if layer not in self.shape.moe_layers:
             for name, weight in self._mlp(f"{at}.mlp", 2 * self.hidden):
-                yield from _stored(name, weight, self.shape.fp8_linears)
+                yield from self._stored(name, weight, self.shape.fp8_linears)
             return
         yield f"{at}.mlp.gate.weight", self._linear(self.shape.num_experts, self.hidden, gain=1.5)
         if deepseek:
@@ -193,18 +196,18 @@ class _Maker:
         if self.shape.num_shared_experts:
             shared = self.shape.num_shared_experts * self.shape.moe_intermediate_size
             for name, weight in self._mlp(f"{at}.mlp.shared_experts", shared):
-                yield from _stored(name, weight, self.shape.fp8_linears)
+                yield from self._stored(name, weight, self.shape.fp8_linears)
         for expert in range(self.shape.num_experts):
             for name, weight in self._mlp(f"{at}.mlp.experts.{expert}", self.shape.moe_intermediate_size):
-                yield from _stored(name, weight, self.shape.fp8_experts)
+                yield from self._stored(name, weight, self.shape.fp8_experts)
 
     def _mla(self, at: str) -> Iterator[tuple[str, torch.Tensor]]:
         for name, weight in self._plain_mla(at):
-            yield from _stored(name, weight, self.shape.fp8_linears and weight.dim() == 2)
+            yield from self._stored(name, weight, self.shape.fp8_linears and weight.dim() == 2)
         if self.shape.sparse:
             for name, weight in self._indexer(f"{at}.indexer"):
                 in_blocks = name.endswith((".wq_b.weight", ".wk.weight"))
-                yield from _stored(name, weight, self.shape.fp8_linears and in_blocks)
+                yield from self._stored(name, weight, self.shape.fp8_linears and in_blocks)
 
     def _indexer(self, at: str) -> Iterator[tuple[str, torch.Tensor]]:
         heads, width = self.shape.index_heads, self.shape.index_head_dim
@@ -241,6 +244,14 @@ class _Maker:
         # silu(gate) * up of unit inputs has a root mean square near 0.5: bring it back to 1.
         yield f"{at}.down_proj.weight", self._linear(self.hidden, intermediate, gain=2)
 
+    def _stored(self, name: str, weight: torch.Tensor, fp8: bool) -> Iterator[tuple[str, torch.Tensor]]:
+        if not fp8:
+            yield name, weight
+            return
+        quantised, scale = quantise_fp8(weight, self.shape.ue8m0)
+        yield name, quantised
+        yield f"{name}_scale_inv", scale
+
     def _linear(self, rows: int, cols: int, gain: float = 1.0) -> torch.Tensor:
         return self._normal(rows, cols, std=gain / cols**0.5)
 
@@ -249,15 +260,6 @@ class _Maker:
 
     def _normal(self, *size: int, std: float) -> torch.Tensor:
         return (torch.randn(*size, generator=self.generator) * std).to(self.dtype)
-
-
-def _stored(name: str, weight: torch.Tensor, fp8: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    if not fp8:
-        yield name, weight
-        return
-    quantised, scale = quantise_fp8(weight)
-    yield name, quantised
-    yield f"{name}_scale_inv", scale
 
 
 def _config(shape: Shape, dtype: str) -> dict[str, object]:
@@ -338,6 +340,8 @@ def _config(shape: Shape, dtype: str) -> dict[str, object]:
             "activation_scheme": "dynamic",
             "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
         }
+        if shape.ue8m0:
+            config["quantization_config"] |= {"scale_fmt": "ue8m0"}
         if not shape.fp8_linears:
             kept = [f"model.layers.{layer}.{name}" for layer in layers for name in plain]
             config["quantization_config"] |= {"modules_to_not_convert": kept}

@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leftovers")]
 SEVEN: Sequence[Sequence[float]] = ([1] * 7,)
 # Seed 0 has a step whose last chosen expert leads the next one by 5e-7: which one wins depends on the processor. The
 # narrowest routing choice of seed 2 is 5e-5.
-PROMPT_SEEDS: Mapping[str, int] = {"qwen3_moe": 2}
+PROMPT_SEEDS: Mapping[str, int] = {"qwen3_moe": 2, "v32_released_fp8": 1}
 IN_PIECES: Mapping[str, Any] = {
     "enable_chunked_prefill": True, "max_num_batched_tokens": 32, "enable_prefix_caching": True,
 }  # fmt: skip
@@ -89,34 +89,35 @@ def test_two_ranks_give_the_tokens_of_one(random_checkpoint: Checkpoint, tmp_pat
     expect_split(reference_of(checkpoint, prompts), checkpoint, tmp_path, prompts, SHARES[1:2], engine_args=ranks)
 
 
-@pytest.mark.parametrize("shape", ["q_lora_groups", "v32"])
-def test_prompts_in_pieces_and_from_the_cache(random_checkpoint: Checkpoint, tmp_path: Path, shape: str) -> None:
-    checkpoint, prompts = random_checkpoint(shape), make_prompts(PROMPTS, VOCAB_SIZE, lengths=LONGER)
-    same_start = [prompts[3][:64] + prompt for prompt in prompts[:4]]
-    reference = reference_of(checkpoint, prompts + same_start)
-    expect_split(reference, checkpoint, tmp_path, prompts + same_start, SHARES[1:2], engine_args=IN_PIECES)
+def test_prompts_in_pieces_and_from_the_cache(random_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    checkpoint, prompts = random_checkpoint("q_lora_groups"), _with_same_starts()
+    expect_split(reference_of(checkpoint, prompts), checkpoint, tmp_path, prompts, SHARES[1:2], engine_args=IN_PIECES)
 
 
-@pytest.mark.parametrize(("shape", "shares"), [("v32", SHARES), ("v32_yarn", SHARES[1:2])])
-def test_sparse_attention(
-    random_checkpoint: Checkpoint, tmp_path: Path, shape: str, shares: Sequence[Sequence[float]]
-) -> None:
-    checkpoint, prompts = random_checkpoint(shape, shards=2), make_prompts(PROMPTS, VOCAB_SIZE, lengths=LONGER)
+def test_sparse_attention(random_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    checkpoint, prompts = random_checkpoint("v32", shards=2), make_prompts(PROMPTS, VOCAB_SIZE, lengths=LONGER)
     reference = reference_of(checkpoint, prompts)
     with Engine(checkpoint) as unsplit:
         expect(reference, unsplit, prompts, "unsplit")
-    expect_split(reference, checkpoint, tmp_path, prompts, shares)
+    expect_split(reference, checkpoint, tmp_path, prompts, SHARES)
 
 
-def test_sparse_attention_with_mtp(random_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    checkpoint, prompts = random_checkpoint("v32"), make_prompts(PROMPTS, VOCAB_SIZE, lengths=LONGER)
+def test_sparse_attention_with_yarn_and_mtp(random_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    checkpoint, prompts = random_checkpoint("v32_yarn"), make_prompts(PROMPTS, VOCAB_SIZE, lengths=LONGER)
     expect_split(reference_of(checkpoint, prompts), checkpoint, tmp_path, prompts, SHARES[1:2], engine_args=MTP)
 
 
-def test_two_ranks_of_sparse_attention(random_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    checkpoint, prompts = random_checkpoint("v32"), make_prompts(PROMPTS, VOCAB_SIZE, lengths=LONGER)
-    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    expect_split(reference_of(checkpoint, prompts), checkpoint, tmp_path, prompts, SHARES[1:2], engine_args=ranks)
+def test_sparse_attention_on_two_ranks_in_pieces_and_from_the_cache(
+    random_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    checkpoint, prompts = random_checkpoint("v32"), _with_same_starts()
+    args = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", **IN_PIECES}
+    expect_split(reference_of(checkpoint, prompts), checkpoint, tmp_path, prompts, SHARES[1:2], engine_args=args)
+
+
+def _with_same_starts() -> Prompts:
+    prompts = make_prompts(PROMPTS, VOCAB_SIZE, lengths=LONGER)
+    return prompts + [prompts[3][:64] + prompt for prompt in prompts[:4]]
 
 
 def test_fp8_experts_equal_their_dequantised_selves(random_checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -138,7 +139,8 @@ def test_a_checkpoint_as_released_equals_its_dequantised_self(
     random_checkpoint: Checkpoint, tmp_path: Path, shape: str
 ) -> None:
     checkpoint = random_checkpoint(shape, shards=3)
-    prompts = make_prompts(PROMPTS, VOCAB_SIZE, lengths=LONGER if shape.startswith("v32") else (3, 9, 16, 33))
+    lengths = LONGER if shape.startswith("v32") else (3, 9, 16, 33)
+    prompts = make_prompts(PROMPTS, VOCAB_SIZE, PROMPT_SEEDS.get(shape, 0), lengths)
     twin = dequantised(checkpoint, tmp_path / "plain")
     reference = reference_of(twin, prompts)
     expect_split(reference, checkpoint, tmp_path, prompts, SHARES[1:2], engine_args=MTP, form="float32")
