@@ -60,6 +60,7 @@ class ModelSpec:
     expert_quant: ExpertQuant | None
     attention_params: int  # main model but for routed experts: embeddings and head too
     mtp_attention_params: int  # the same for all MTP layers, with the embeddings and heads that they bring
+    index_topk: int = 0  # positions that a token attends to with sparse attention (DeepSeek-V3.2); 0: all
 
     @property
     def expert_params(self) -> int:
@@ -123,6 +124,7 @@ def load_model_spec(path: Path | str) -> ModelSpec:
         dtype=raw.dtype, expert_quant=_expert_quant(raw),
         attention_params=decoder_layers * _attention_params(raw, hidden) + len(moe_layers) * moe_block
         + dense * dense_params + embeddings * vocab * hidden,
+        index_topk=raw.first_int("index_topk", default=0),
         # An MTP layer brings eh_proj (2H x H), an embedding and a head.
         mtp_attention_params=len(mtp_layers)
         * (_attention_params(raw, hidden) + moe_block + 2 * hidden * hidden + 2 * vocab * hidden),

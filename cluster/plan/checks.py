@@ -37,6 +37,11 @@ def load_model(config: Config) -> tuple[ModelSpec, CheckpointIndex]:
         raise ConfigError(
             "attention.speculative_tokens is set, but the checkpoint has no Multi-Token Prediction layer: set it to 0"
         )
+    if config.attention.compile and spec.index_topk and config.attention.device == "cpu":
+        raise ConfigError(
+            "attention.compile is set, but vLLM does not compile sparse attention (index_topk in config.json) on CPU: "
+            "set it to false"
+        )
     split_shares(spec.num_experts, config.experts.worker_shares(), config.experts.replicas_per_expert)
     return spec, index
 
@@ -52,7 +57,8 @@ def validate(config: Config, now_s: float) -> Iterator[str]:
     yield from check_files(config, now_s)
     spec, index = load_model(config)
     layers = f"{len(spec.moe_layers)} MoE layers x {spec.num_experts} experts, top-{spec.top_k}"
-    yield f"model: {spec.architecture}, {layers}, {spec.num_mtp_layers} MTP layer(s)"
+    sparse = f", sparse attention to {spec.index_topk} tokens" if spec.index_topk else ""
+    yield f"model: {spec.architecture}, {layers}, {spec.num_mtp_layers} MTP layer(s){sparse}"
     shards = len(set(index.weight_map.values()))
     yield f"index: {len(index.weight_map)} tensors in {shards} shard(s), every routed expert listed"
     if shards_present(index):

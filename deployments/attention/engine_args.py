@@ -67,7 +67,9 @@ def engine_env(config: Config, share: CoreShare | None = None) -> dict[str, str]
     but one thread per physical core idle and knows nothing of the other processes. Called on the replica's own node,
     whose cores it counts. Raises StartupError if attention.compile cannot work on it.
     """
-    ready = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.ray.start_timeout_s)), **GRPC_ENVIRONMENT}
+    # V3.2's architecture would turn on CUDA graphs of vLLM's breakable kind: no GPU has shown our operators in them.
+    graphs = {"VLLM_USE_BREAKABLE_CUDAGRAPH": "0"}
+    ready = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.ray.start_timeout_s)), **graphs, **GRPC_ENVIRONMENT}
     if config.attention.device != "cpu":
         return ready | {"VLLM_RAY_PER_WORKER_GPUS": str(gpus_per_rank(config))}
     threads = config.attention.threads or (this_host().worth if share is None else share.threads)
@@ -119,7 +121,7 @@ def _cpu_args(config: Config) -> dict[str, Any]:
             # vLLM's CPU rotary kernel misreads MLA's query in eager mode (seen with 0.32): plain torch does it instead.
             args["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
         # With AMX in the CPU vLLM would take its AMX kernel, which fails on float32; the draft model chooses again for
-        # itself. Prefix caching and chunked prefill, which this kernel cannot do, vLLM turns off by itself.
+        # itself.
         args["attention_config"] = {"backend": MLA_BACKEND}
         args["block_size"] = 16
         if config.attention.speculative_tokens:

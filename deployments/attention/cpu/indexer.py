@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cluster.errors import StartupError
 from deployments.attention.cpu.paged_rows import PagedBackend, PagedRows
 from deployments.attention.vllm_internals import (
     AttentionLayerBase,
@@ -65,6 +66,8 @@ class CpuIndexer(torch.nn.Module):
         """Cache the keys of hidden states [T, H], and choose positions for the queries that come of `qr`, the low-rank
         queries of the attention, [T, Q].
         """
+        if torch.compiler.is_compiling():  # it would take the metadata of the moment for a constant
+            raise StartupError("vLLM cannot compile sparse attention on CPU: leave enforce_eager out of engine_args")
         metadata = get_forward_context().attn_metadata
         if not isinstance(metadata, dict):  # vLLM measures memory
             return

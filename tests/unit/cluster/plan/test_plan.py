@@ -154,24 +154,56 @@ def test_deepseek_v3_fits_its_nodes() -> None:
     assert {need.node for need in made.processes if need.role == "attention"} == {"gpu-0", "gpu-1"}
 
 
-def test_deepseek_v3_index_is_the_generated_one() -> None:
-    folder = EXAMPLES / "deepseek-v3"
+def test_deepseek_v32_fits_its_nodes_without_a_gpu() -> None:
+    config = load_config(EXAMPLES / "deepseek-v3.2.yaml")
+    spec = load_model(config)[0]
+    made = plan_for(config, spec, EXAMPLES / "deepseek-v3.2" / "nodes.yaml")
+    made.check()
+    dense = load_model_spec(EXAMPLES / "deepseek-v3")
+    indexer = 1536 * 64 * 128 + 7168 * (128 + 64)  # 14 M a layer
+    assert spec.attention_params - dense.attention_params == 61 * indexer
+    assert spec.mtp_attention_params - dense.mtp_attention_params == indexer
+    assert made.model.kv_bytes_per_token == (512 + 64 + 128) * 62 * 2
+
+
+def test_keys_of_the_indexer_are_fp8_on_gpus() -> None:
+    config = load_config(EXAMPLES / "deepseek-v3.2.yaml")
+    on_gpu = config.model_copy(update={"attention": config.attention.model_copy(update={"device": "cuda"})})
+    facts = model_facts(on_gpu, load_model(config)[0])
+    assert facts.kv_bytes_per_token == ((512 + 64) * 2 + 128 + 4) * 62
+
+
+def test_sparse_attention_is_not_compiled_on_cpu() -> None:
+    config = load_config(EXAMPLES / "deepseek-v3.2.yaml")
+    compiled = config.model_copy(update={"attention": config.attention.model_copy(update={"compile": True})})
+    with pytest.raises(ConfigError, match="does not compile sparse attention"):
+        load_model(compiled)
+
+
+@pytest.mark.parametrize(("model", "tensors"), [("deepseek-v3", 91991), ("deepseek-v3.2", 92425)])
+def test_indexes_are_the_generated_ones(model: str, tensors: int) -> None:
+    folder = EXAMPLES / model
     namespace: dict[str, object] = {"__name__": "make_index"}
-    exec(compile((folder / "make_index.py").read_text(), "make_index.py", "exec"), namespace)
+    exec(compile((EXAMPLES / "make_index.py").read_text(), "make_index.py", "exec"), namespace)
     text = namespace["index"](json.loads((folder / "config.json").read_text()))  # type: ignore[operator]
     assert (folder / "model.safetensors.index.json").read_text() == text
     weight_map = json.loads(text)["weight_map"]
-    assert len(weight_map) == 91991
+    assert len(weight_map) == tensors
     assert len(set(weight_map.values())) == 163
     assert "model.layers.61.mlp.experts.255.down_proj.weight_scale_inv" in weight_map
     assert "model.layers.3.mlp.gate.e_score_correction_bias" in weight_map
+    assert ("model.layers.61.self_attn.indexer.wk.weight_scale_inv" in weight_map) is (model == "deepseek-v3.2")
 
 
-def test_commands_on_the_deepseek_v3_file() -> None:
-    validated = CliRunner().invoke(cli, ["validate", str(EXAMPLES / "deepseek-v3.yaml")])
+@pytest.mark.parametrize(("file", "said"), [
+    ("deepseek-v3.yaml", "ok  index: 91991 tensors in 163 shard(s)"),
+    ("deepseek-v3.2.yaml", "1 MTP layer(s), sparse attention to 2048 tokens"),
+])  # fmt: skip
+def test_commands_on_the_files_of_large_models(file: str, said: str) -> None:
+    validated = CliRunner().invoke(cli, ["validate", str(EXAMPLES / file)])
     assert validated.exit_code == 0
-    assert "ok  index: 91991 tensors in 163 shard(s)" in validated.output
-    planned = CliRunner().invoke(cli, ["plan", str(EXAMPLES / "deepseek-v3.yaml"), "--json"])
+    assert said in validated.output
+    planned = CliRunner().invoke(cli, ["plan", str(EXAMPLES / file), "--json"])
     assert planned.exit_code == 0
     assert json.loads(planned.output)["fits"] is None
 

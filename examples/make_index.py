@@ -1,16 +1,17 @@
-"""Writes model.safetensors.index.json of a DeepSeek-V3 checkpoint from its config.json: every tensor's name and size.
+"""Writes model.safetensors.index.json of a DeepSeek-V3 or V3.2 checkpoint from its config.json: every tensor's name.
 
-    python examples/deepseek-v3/make_index.py > examples/deepseek-v3/model.safetensors.index.json
+    python examples/make_index.py examples/deepseek-v3 > examples/deepseek-v3/model.safetensors.index.json
 
-Names, shapes and dtypes are those of the published checkpoint (FP8 E4M3 linears with one float32 `weight_scale_inv`
-per 128x128 block; embeddings, norms, router, LM head and the MTP projection in bfloat16). Which shard holds which
-tensor is generated: 163 shards of about equal size, filled in layer order.
+Names, shapes and dtypes are those of the published checkpoints (FP8 E4M3 linears with one float32 `weight_scale_inv`
+per 128x128 block; embeddings, norms, router, LM head, the MTP projection and the weights of the indexer's heads in
+bfloat16). Which shard holds which tensor is generated: 163 shards of about equal size, filled in layer order.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def _attention(prefix: str, config: dict[str, int]) -> Iterator[tuple[str, int]]
     yield f"{prefix}.kv_a_layernorm.weight", kv_rank * _BF16
     yield from _fp8(f"{prefix}.kv_b_proj", heads * (nope + value), kv_rank)
     yield from _fp8(f"{prefix}.o_proj", hidden, heads * value)
+    if "index_topk" in config:
+        index_heads, width = config["index_n_heads"], config["index_head_dim"]
+        yield from _fp8(f"{prefix}.indexer.wq_b", index_heads * width, q_rank)
+        yield from _fp8(f"{prefix}.indexer.wk", width, hidden)
+        yield f"{prefix}.indexer.k_norm.weight", width * _F32
+        yield f"{prefix}.indexer.k_norm.bias", width * _F32
+        yield f"{prefix}.indexer.weights_proj.weight", index_heads * hidden * _BF16
 
 
 def _moe(prefix: str, config: dict[str, int]) -> Iterator[tuple[str, int]]:
@@ -91,4 +99,4 @@ def index(config: dict[str, int]) -> str:
 
 
 if __name__ == "__main__":
-    print(index(json.loads((Path(__file__).parent / "config.json").read_text())), end="")
+    print(index(json.loads((Path(sys.argv[1]) / "config.json").read_text())), end="")
