@@ -26,6 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+import numpy as np
+
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
 # vLLM's CPU rotary kernel misreads MLA's queries in eager mode (see "Known defects" in the design): use the other one.
@@ -141,6 +143,18 @@ class Engine:
         answer = self._ask({"sequences": [list(sequence) for sequence in sequences]}, timeout_s)
         return [[float(value) for value in scores] for scores in answer["scores"]]
 
+    def distributions(
+        self, sequences: Sequence[Sequence[int]], vocab_size: int, top: int, timeout_s: float = 600
+    ) -> np.ndarray:
+        """Log-probabilities after every token but the last of each sequence, float32 [positions, vocab_size]: of the
+        `top` most likely tokens, -inf for the others.
+        """
+        with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+            question = {"distributions": [list(one) for one in sequences], "vocab": vocab_size, "top": top}
+            self._ask({**question, "file": file.name}, timeout_s)
+            found: np.ndarray = np.load(file.name)
+        return found
+
     @property
     def pid(self) -> int:
         """Process id of the engine; its children are in its session."""
@@ -209,6 +223,10 @@ def _serve(answers: IO[str]) -> None:
         try:
             if "prompts" in request:
                 answer(asdict(_generate(llm, request["prompts"], request["max_tokens"])))
+            elif "distributions" in request:
+                of = (request["distributions"], request["vocab"], request["top"])
+                np.save(request["file"], _distributions(llm, *of))
+                answer({})
             else:
                 answer({"scores": _score(llm, request["sequences"])})
         except Exception as error:
@@ -246,6 +264,23 @@ def _score(llm: Any, sequences: list[list[int]]) -> list[list[float]]:
         [step[token].logprob for token, step in zip(sequence[1:], result.prompt_logprobs[1:], strict=True)]
         for sequence, result in zip(sequences, results, strict=True)
     ]
+
+
+def _distributions(llm: Any, sequences: list[list[int]], vocab_size: int, top: int) -> np.ndarray:
+    from vllm import SamplingParams
+
+    wanted = -1 if top >= vocab_size else top
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=wanted, flat_logprobs=True, detokenize=False)
+    found: list[np.ndarray] = []
+    for sequence in sequences:  # one by one: each is large
+        (result,) = llm.generate([{"prompt_token_ids": sequence}], params, use_tqdm=False)
+        flat = result.prompt_logprobs
+        ids, logprobs = np.asarray(flat.token_ids), np.asarray(flat.logprobs, dtype=np.float32)
+        rows = np.full((len(sequence) - 1, vocab_size), -np.inf, dtype=np.float32)
+        for row, (first, last) in enumerate(zip(flat.start_indices[1:], flat.end_indices[1:], strict=True)):
+            rows[row, ids[first:last]] = logprobs[first:last]
+        found.append(rows)
+    return np.concatenate(found)
 
 
 if __name__ == "__main__":

@@ -104,8 +104,6 @@ class Directory:
 
     async def join(self, worker_id: str, pid: int, node: str, pool: str) -> Assignment | None:
         """Assign a slot of its pool to a new expert worker. Returns None if all are taken: ask again."""
-        if self._autoscaling is None:
-            self._autoscaling = asyncio.create_task(self._follow_load())
         slot = self._membership.join(worker_id, pid, node, time.monotonic(), pool)
         if slot is None:
             return None
@@ -127,6 +125,8 @@ class Directory:
         experts.heartbeat_interval_s: then the next one comes.
         """
         worker_id, now = beat.worker_id, time.monotonic()
+        if self._autoscaling is None:
+            self._autoscaling = asyncio.create_task(self._follow_load())
         self._hear(beat.wish)
         self._membership.heartbeat(worker_id, beat.busy, now, beat.speed, beat.free_bytes)
         deadline = now + self._heartbeat_interval_s

@@ -273,8 +273,12 @@ def test_workers_come_and_go_with_the_load(demo_model: Path, outside_serve: None
         return {} if wish is None else dict(wish.experts)
 
     async def scenario() -> None:
-        await started(directory, 2)
+        directory._started_s -= 60
         directory._heartbeat_interval_s = 0.02
+        for slot, name in enumerate("ab"):  # of an earlier directory: nobody joins this one
+            share = directory._membership.share(slot)
+            member = WorkerMember(name, slot, 1, "n", "", "ready", held=share, share=share, elastic=True)
+            assert await directory.register_worker(member, NO_TABLE)
         assert await wish() == {}
         await directory.heartbeat(beat("b", 0.6))  # 1.5 workers' work, of which each is to do 0.6: 2.5
         for _ in range(50):
