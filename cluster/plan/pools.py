@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.config import ExpertsConfig
+from cluster.config import ExpertAutoscaling, ExpertsConfig
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,8 @@ class Pool:
 
     name: str  # empty for the only one
     slots: range  # positions in `ExpertsConfig.worker_shares()`; a pool that grows gets others
-    experts: ExpertsConfig  # with the pool's own device, threads, placement and autoscaling
+    experts: ExpertsConfig  # with the pool's own device, threads and placement
+    autoscaling: ExpertAutoscaling | None = None
 
     @property
     def elastic(self) -> bool:
@@ -24,11 +25,12 @@ class Pool:
 def expert_pools(experts: ExpertsConfig) -> tuple[Pool, ...]:
     """One per entry of `experts.pools`, in that order; one of all workers if there is none."""
     if not experts.pools:
-        return (Pool("", range(experts.workers), experts),)
+        return (Pool("", range(experts.workers), experts, experts.autoscaling),)
     made, first = [], 0
     for pool in experts.pools:
         own = {"device": pool.device, "threads": pool.threads, "pin_cores": pool.pin_cores,
-               "placement": pool.placement, "autoscaling": pool.autoscaling, "pools": ()}  # fmt: skip
-        made.append(Pool(pool.name, range(first, first + pool.workers), experts.model_copy(update=own)))
+               "placement": pool.placement, "pools": ()}  # fmt: skip
+        slots = range(first, first + pool.workers)
+        made.append(Pool(pool.name, slots, experts.model_copy(update=own), pool.autoscaling))
         first += pool.workers
     return tuple(made)

@@ -32,9 +32,9 @@ class Fleet:
         self._fixed_attention, self._version = fixed_attention, version
         self._pools = {pool.name: pool for pool in expert_pools(config.experts)}
         self._autoscalers = {
-            name: ExpertAutoscaler(pool.experts.autoscaling)
+            name: ExpertAutoscaler(pool.autoscaling)
             for name, pool in self._pools.items()
-            if pool.experts.autoscaling is not None
+            if pool.autoscaling is not None
         }
         self._told_why_not = ""
         self.wish: Wish | None = None  # None: as configured

@@ -353,7 +353,10 @@ class Directory:
         """Have as many expert workers as the load asks for, where the configuration says so."""
         await asyncio.sleep(self._until_heard_s())
         while True:
-            self._hear(self._fleet.by_load(time.monotonic()))
+            try:
+                self._hear(self._fleet.by_load(time.monotonic()))
+            except Exception:  # whatever is wrong with it, everything else goes on
+                logger.exception("the number of expert workers does not follow the load")
             await asyncio.sleep(self._heartbeat_interval_s)
 
     def _worker_ended(self, worker_id: str) -> None:

@@ -110,7 +110,7 @@ def test_every_row_of_the_matrix_is_a_configuration(rendered: dict[str, list[Man
         assert pods["attention"] == whole.attention.replicas
         sizes = {name: group for name, group in groups(service) if name.startswith("experts-")}
         for pool in expert_pools(whole.experts):
-            scaling, group = pool.experts.autoscaling, sizes.pop(f"experts-{pool.name}")
+            scaling, group = pool.autoscaling, sizes.pop(f"experts-{pool.name}")
             bounds = (len(pool.slots),) * 2 if scaling is None else (scaling.min_workers, scaling.max_workers)
             assert group["replicas"] == len(pool.slots)
             assert (group["minReplicas"], group["maxReplicas"]) == bounds

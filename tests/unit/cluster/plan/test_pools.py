@@ -85,8 +85,8 @@ LOAD: dict[str, Any] = {"autoscaling": {"max_workers": 8}}
 def test_pools_have_their_own_autoscaling_and_only_elastic_ones_may() -> None:
     gpu, cpu = expert_pools(experts(workers=3, pools=[GPU, CPU | LOAD]))
     assert (gpu.elastic, cpu.elastic) == (False, True)
-    assert gpu.experts.autoscaling is None
-    assert cpu.experts.autoscaling == ExpertAutoscaling(max_workers=8)
+    assert gpu.autoscaling is None
+    assert cpu.autoscaling == ExpertAutoscaling(max_workers=8)
     assert not expert_pools(experts(take_over=False))[0].elastic
 
 
@@ -103,6 +103,15 @@ def test_pools_have_their_own_autoscaling_and_only_elastic_ones_may() -> None:
 def test_what_load_cannot_scale_is_refused_by_name(section: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         experts(**section)
+
+
+def test_what_a_worker_gets_of_its_pool_is_a_configuration() -> None:
+    values = {"model": {"path": "/m"}, "ray": {"address": "auto"}, "experts": {
+        "workers": 3, "replicas_per_expert": 2, "pools": [GPU, CPU | {"autoscaling": {"max_workers": 2}}]}}  # fmt: skip
+    config = Config.model_validate(values)
+    for pool in expert_pools(config.experts):
+        own = config.model_copy(update={"experts": pool.experts})
+        assert Config.model_validate_json(own.model_dump_json()) == own
 
 
 def test_scaling_by_load_needs_a_cluster_with_room() -> None:
