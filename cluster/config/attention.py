@@ -56,6 +56,10 @@ class AttentionConfig(Section):
                             "attention.threads.")
     speculative_tokens: int = Field(0, ge=0, description="Tokens drafted per step by the checkpoint's own Multi-Token "
                                                          "Prediction layer; 0 turns speculative decoding off.")
+    dialect: Literal["auto", "none"] = Field(
+        "none", description="Parsers for tool calls and reasoning: `auto` takes those that the model's type and chat "
+                            "template ask for, where they are known (`deepsplit validate` says which); engine_args has "
+                            "the last word.")
     engine_args: EngineArguments = Field(
         default_factory=EngineArguments,
         description=f"More arguments of vLLM {VLLM_VERSION}'s engine and of its OpenAI application, such as "

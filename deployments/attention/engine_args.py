@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from cluster.config import AttentionConfig, Config, Dtype
 from cluster.errors import CheckpointError, StartupError
+from cluster.model.dialect import load_dialect
 from cluster.plan.cores import CoreShare, ranges
 from cluster.plan.host_cores import this_host
 from deployments.hosting.process_cores import waiting_environment
@@ -57,7 +58,15 @@ def engine_args(
     elif not attention.engine_args.get("enforce_eager"):
         # Compiled, without CUDA graphs: no GPU has shown yet that graphs of the pieces between the ops are right.
         args["compilation_config"] = {"splitting_ops": [*graph_breaks, *REMOTE_OPS], "cudagraph_mode": "NONE"}
-    return _merge(args, attention.engine_args)
+    return _merge(_dialect_args(config) | args, attention.engine_args)
+
+
+def _dialect_args(config: Config) -> dict[str, Any]:
+    dialect = load_dialect(config.model.path) if config.attention.dialect == "auto" else None
+    if dialect is None:
+        return {}
+    tools = {"enable_auto_tool_choice": True, "tool_call_parser": dialect.tool_parser} if dialect.tool_parser else {}
+    return tools | ({"reasoning_parser": dialect.reasoning_parser} if dialect.reasoning_parser else {})
 
 
 def engine_env(config: Config, share: CoreShare | None = None) -> dict[str, str]:

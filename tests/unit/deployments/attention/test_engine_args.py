@@ -159,3 +159,23 @@ def test_openmp_keeps_the_engines_threads_on_the_cores_that_it_is_told(tmp_path:
 def test_vllm_waits_for_its_engine_as_long_as_we_do(tmp_path: Path) -> None:
     for device in ("cpu", "cuda"):
         assert engine_env(make(tmp_path, MLA, device=device))["VLLM_ENGINE_READY_TIMEOUT_S"] == "600"
+
+
+def test_the_models_dialect_names_the_parsers_and_engine_args_have_the_last_word(tmp_path: Path) -> None:
+    sparse = {"model_type": "deepseek_v32", "dtype": "bfloat16"}
+    parsers = {"enable_auto_tool_choice": True, "tool_call_parser": "deepseek_v32", "reasoning_parser": "deepseek_v3"}
+    for asked, found in (
+        ({}, {}),
+        ({"dialect": "auto"}, parsers),
+        ({"dialect": "auto", "engine_args": {"reasoning_parser": "deepseek_r1"}},
+         parsers | {"reasoning_parser": "deepseek_r1"}),
+    ):  # fmt: skip
+        args = engine_args(make(tmp_path, sparse, **asked), {}, "auto", ())
+        assert {name: args[name] for name in parsers if name in args} == found
+
+
+def test_a_model_that_does_not_reason_gets_no_parser_for_it(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("tool▁call")
+    args = engine_args(make(tmp_path, {"model_type": "deepseek_v3", "dtype": "bfloat16"}, dialect="auto"), {}, "a", ())
+    assert args["tool_call_parser"] == "deepseek_v3"
+    assert "reasoning_parser" not in args
