@@ -72,7 +72,7 @@ CACHE = Row("KV cache", (
     ),
     Chart(
         "Prefix cache hits", "percentunit",
-        "Fraction of prompt tokens found in the cache; 0 where there is none (CPU). A fall means later first tokens.",
+        "Fraction of prompt tokens found in the cache. A fall means later first tokens.",
         (Query(f"{total('vllm:prefix_cache_hits_total', HERE)} / {total('vllm:prefix_cache_queries_total', HERE)}",
                "hits"),),
     ),

@@ -46,7 +46,6 @@ KEYS = {tenant: new_key() for tenant in ("operator", "alpha", "beta", "capped", 
 WITHOUT_DATA = {
     ("gateway", "Would be refused", "{{class}}"): "only with admission.mode: shadow",
     ("gateway", "Sent to another replica", "{{kind}}"): "no attention replica was lost",
-    ("attention", "Prefix cache hits", "hits"): "vLLM has no prefix cache on CPU",
     ("dispatcher", "Failed dispatches", "{{reason}}"): "none failed",
 }
 
