@@ -53,7 +53,7 @@ class _Directory:
         self.leave = SimpleNamespace(remote=self._leave)
 
     async def _heartbeat(self, beat: Heartbeat) -> HeartbeatReply:
-        return HeartbeatReply(True, NO_TABLE, 0.0)
+        return HeartbeatReply(True, NO_TABLE)
 
     async def _leave(self, worker_id: str) -> None:
         self.left.append(worker_id)
