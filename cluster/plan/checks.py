@@ -9,7 +9,7 @@ from cluster.config import Config
 from cluster.errors import ConfigError
 from cluster.keys.file import KeysFile, load_keys
 from cluster.model.checkpoint import CheckpointIndex, check_shards, load_checkpoint_index
-from cluster.model.dialect import load_dialect
+from cluster.model.dialect import chat_template, dialect_of
 from cluster.model.spec import ModelSpec, check_experts, load_model_spec
 from cluster.plan.host_cores import this_host
 from cluster.plan.local_node import node_labels, node_resources
@@ -60,7 +60,7 @@ def validate(config: Config, now_s: float) -> Iterator[str]:
     layers = f"{len(spec.moe_layers)} MoE layers x {spec.num_experts} experts, top-{spec.top_k}"
     sparse = f", sparse attention to {spec.index_topk} tokens" if spec.index_topk else ""
     yield f"model: {spec.architecture}, {layers}, {spec.num_mtp_layers} MTP layer(s){sparse}"
-    if (dialect := load_dialect(config.model.path)) is not None:
+    if (dialect := dialect_of(spec.model_type, chat_template(spec.path))) is not None:
         turned_on = "" if config.attention.dialect == "auto" else " (attention.dialect: auto turns them on)"
         yield f"dialect: {dialect}{turned_on}"
     shards = len(set(index.weight_map.values()))

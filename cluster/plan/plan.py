@@ -290,7 +290,7 @@ def _kv_bytes_per_layer(spec: ModelSpec, value_bytes: int, device: str) -> int:
         width = int(text.get("head_dim") or spec.hidden_size // heads)
         return 2 * int(text.get("num_key_value_heads") or heads) * width * value_bytes
     latent_bytes = (int(text["kv_lora_rank"]) + int(text["qk_rope_head_dim"])) * value_bytes
-    index_width = int(text["index_head_dim"]) if text.get("index_topk") else 0
+    index_width = int(text["index_head_dim"]) if spec.index_topk else 0
     return latent_bytes + (index_width * value_bytes if device == "cpu" else index_width + index_width // 128 * 4)
 
 

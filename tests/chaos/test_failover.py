@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-FAULTS = ["kill", "stop", "slow", "both"]  # test_scaling.py scales
+FAULTS = ["kill", "stop", "slow", "directory", "both"]  # test_scaling.py scales
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leftovers")]
 
